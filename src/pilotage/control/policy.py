@@ -1,0 +1,257 @@
+"""Observation, decision, policy: the three words every part of pilotage agrees on.
+
+An observation holds only what production can measure. `FEATURES` is the one table that says so: each row
+names a feature, its unit, how the engine computes it from its counters, and the PromQL that measures it live
+(`$service` and `$window` are filled in by the monitor). The same names appear in explanations and reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import numpy as np
+
+from pilotage.world.pools import Pool
+from pilotage.world.services import Service
+from pilotage.world.spec import Spec
+
+Counters = Mapping[str, Any]  # the engine's counters of one tick; a structured array serves
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """One measurable quantity of a service over the last tick; missing values are NaN."""
+
+    name: str
+    unit: str
+    engine: Callable[[Counters], np.ndarray]
+    promql: str
+    meaning: str
+
+
+def _share(numerator: Any, denominator: Any) -> np.ndarray:
+    return np.divide(numerator, denominator, out=np.full(np.shape(denominator), np.nan), where=denominator > 0)
+
+
+FEATURES: Final = (
+    Feature(
+        "arrival_rate",
+        "requests/s",
+        lambda c: c["arrived"] / c["seconds"],
+        "sum(rate(requests_total{service='$service'}[$window]))",
+        "requests that arrived",
+    ),
+    Feature(
+        "arrival_peak",
+        "requests/s",
+        lambda c: c["peak_second"],
+        "max_over_time(sum(rate(requests_total{service='$service'}[1s]))[$window:1s])",
+        "requests in the busiest second",
+    ),
+    Feature(
+        "completion_rate",
+        "requests/s",
+        lambda c: c["served"] / c["seconds"],
+        "sum(rate(responses_total{service='$service',outcome='served'}[$window]))",
+        "requests that were answered",
+    ),
+    Feature(
+        "drop_rate",
+        "requests/s",
+        lambda c: (c["rejected"] + c["timed_out"] + c["abandoned"]) / c["seconds"],
+        "sum(rate(responses_total{service='$service',outcome!='served'}[$window]))",
+        "requests rejected, timed out or abandoned",
+    ),
+    Feature(
+        "attainment",
+        "share",
+        lambda c: _share(
+            c["served"] - c["late"], c["served"] + c["rejected"] + c["timed_out"] + c["abandoned"]
+        ),
+        "sum(rate(latency_seconds_bucket{service='$service',le='$slo'}[$window]))"
+        " / sum(rate(responses_total{service='$service'}[$window]))",
+        "finished requests that met the latency objective",
+    ),
+    Feature(
+        "latency_mean",
+        "s",
+        lambda c: _share(c["latency_s"], c["served"]),
+        "sum(rate(latency_seconds_sum{service='$service'}[$window]))"
+        " / sum(rate(latency_seconds_count{service='$service'}[$window]))",
+        "mean latency of answered requests",
+    ),
+    Feature(
+        "latency_p95",
+        "s",
+        lambda c: c["latency_p95_s"],
+        "histogram_quantile(0.95, sum by (le) (rate(latency_seconds_bucket{service='$service'}[$window])))",
+        "95th percentile of latency",
+    ),
+    Feature(
+        "queue_length",
+        "requests",
+        lambda c: c["waiting"],
+        "sum(queue_length{service='$service'})",
+        "requests waiting at the tick",
+    ),
+    Feature(
+        "in_flight",
+        "requests",
+        lambda c: c["executing"],
+        "sum(requests_executing{service='$service'})",
+        "requests in execution at the tick",
+    ),
+    Feature(
+        "concurrency",
+        "requests",
+        lambda c: c["inside_s"] / c["seconds"],
+        "avg_over_time(sum(requests_in_system{service='$service'})[$window:])",
+        "time-averaged requests waiting or in execution",
+    ),
+    Feature(
+        "utilization",
+        "share",
+        lambda c: _share(c["busy_s"], c["ready_s"]),
+        "sum(rate(busy_seconds_total{service='$service'}[$window]))"
+        " / sum(avg_over_time(replica_slots_ready{service='$service'}[$window]))",
+        "busy time of ready replicas",
+    ),
+    Feature(
+        "batch_size",
+        "requests",
+        lambda c: _share(c["batched"], c["batches"]),
+        "sum(rate(batch_requests_sum{service='$service'}[$window]))"
+        " / sum(rate(batch_requests_count{service='$service'}[$window]))",
+        "mean size of the batches started",
+    ),
+    Feature(
+        "replicas_ready",
+        "replicas",
+        lambda c: c["ready"],
+        "sum(kube_deployment_status_replicas_ready{deployment='$service'})",
+        "replicas that serve",
+    ),
+    Feature(
+        "replicas_starting",
+        "replicas",
+        lambda c: c["starting"],
+        "sum(kube_deployment_status_replicas_unavailable{deployment='$service'})"
+        " - sum(kube_pod_status_phase{deployment='$service',phase='Pending'})",
+        "replicas that boot or load",
+    ),
+    Feature(
+        "replicas_pending",
+        "replicas",
+        lambda c: c["pending"],
+        "sum(kube_pod_status_phase{deployment='$service',phase='Pending'})",
+        "replicas ordered but without a node",
+    ),
+    Feature(
+        "replicas_draining",
+        "replicas",
+        lambda c: c["draining"],
+        "sum(replicas_draining{service='$service'})",
+        "replicas that finish their work before they go",
+    ),
+    Feature(
+        "max_batch",
+        "requests",
+        lambda c: c["max_batch"],
+        "max(max_batch_size{service='$service'})",
+        "the batch-size limit in force",
+    ),
+)
+INDEX: Final[Mapping[str, int]] = {feature.name: k for k, feature in enumerate(FEATURES)}
+
+
+def measure(counters: Counters) -> np.ndarray:
+    """Feature values from engine counters of any shape; the features are along the last axis."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.stack([np.asarray(f.engine(counters), dtype=np.float64) for f in FEATURES], axis=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What a monitor reports of one service at a tick.
+
+    `now_s` is the time of the tick on the service's clock (0 is Monday 00:00, or the first row of a trace).
+    `values` and `age_s` have shape (len(FEATURES),); a value is NaN where it is missing.
+    """
+
+    now_s: float
+    values: np.ndarray
+    age_s: np.ndarray
+
+    def __getitem__(self, name: str) -> float:
+        return float(self.values[INDEX[name]])
+
+    @property
+    def replicas(self) -> int:
+        """Replicas that are ordered and not released: pending, starting and ready. NaN counts as none."""
+        total = sum(self[n] for n in ("replicas_ready", "replicas_starting", "replicas_pending"))
+        return int(total) if total == total else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a policy orders for one service: replicas to order (ready only after boot and load) and to release
+    (now). `max_batch` and `pool` of None leave what is in force; `pool` names where new replicas go.
+    """
+
+    order: int = 0
+    release: int = 0
+    max_batch: int | None = None
+    pool: str | None = None
+    reason: str = ""
+
+    @staticmethod
+    def towards(
+        target: int, seen: Observation, *, max_batch: int | None = None, reason: str = ""
+    ) -> Decision:
+        """A plain target count, mapped as Kubernetes maps it: the difference to what is ordered already."""
+        change = target - seen.replicas
+        return Decision(
+            order=max(0, change), release=max(0, -change), max_batch=max_batch, reason=reason
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What a policy knows of its service before the first tick.
+
+    `history_rps` holds the arrival rates of the ticks before the run (oldest first; may be empty): a
+    production system has a past. Shape: (ticks,).
+    """
+
+    service: Service
+    pools: Mapping[str, Pool]
+    tick_s: float
+    history_rps: np.ndarray
+
+    @property
+    def start_up_s(self) -> float:
+        """Expected time from order to readiness in the preferred pool, in seconds."""
+        return self.pools[self.service.pools[0]].boot_s + self.service.variants[0].load_s
+
+    def capacity_rps(self, max_batch: int | None = None) -> float:
+        """Requests per second that one replica of the preferred pool serves at full batches."""
+        server = self.service.server
+        limit = server.max_batch if max_batch is None else max_batch
+        fixed, variable = self.service.variants[0].latency[self.service.pools[0]].batch_times_s(limit)
+        return float(np.max(np.arange(1, limit + 1) / (fixed + variable)[1:])) * server.batches_in_flight
+
+
+class Controller(Protocol):
+    """A policy in one run: it may remember, and is thrown away afterwards."""
+
+    def decide(self, seen: Observation) -> Decision: ...
+
+
+class Policy(Spec, frozen=True, tag_field="kind"):
+    """The frozen part of a policy. A numeric field with both a lower and an upper bound can be tuned."""
+
+    def begin(self, situation: Situation) -> Controller:
+        """A fresh controller for one service and one run."""
+        raise TypeError(f"{type(self).__name__} is an abstract policy")

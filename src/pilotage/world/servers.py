@@ -1,0 +1,95 @@
+"""How a replica serves: latency laws by batch size, batch formation, and the variants of a model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import numpy as np
+from msgspec import Meta
+
+from pilotage.world.spec import Name, NonNegative, Positive, PositiveCount, Probability, Spec, SpecError
+
+
+class Law(Spec, frozen=True, tag_field="kind"):
+    """Time to serve one batch of `n` requests whose relative demands are `x_1..x_n` (mean 1).
+
+    `(fixed[n] + variable[n] * mean(x)) * noise`, where `noise` has mean 1 and coefficient of variation
+    `noise_cv` (log-normal, cut at its 0.05 % and 99.95 % quantiles so that it has a positive minimum).
+    """
+
+    noise_cv: Annotated[float, Meta(ge=0, le=3)] = 0.0
+
+    def batch_times_s(self, max_batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns `fixed` and `variable` in seconds, each of shape (max_batch + 1,); index 0 is unused."""
+        raise TypeError(f"{type(self).__name__} is an abstract law")
+
+
+class Affine(Law, frozen=True, tag="affine"):
+    """`base_ms` for a batch, and `per_item_ms` times the demand of each of its requests."""
+
+    base_ms: NonNegative
+    per_item_ms: NonNegative
+
+    def __post_init__(self) -> None:
+        if self.base_ms + self.per_item_ms <= 0:
+            raise SpecError("base_ms and per_item_ms are both 0; at least one must be positive")
+
+    def batch_times_s(self, max_batch: int) -> tuple[np.ndarray, np.ndarray]:
+        n = np.arange(max_batch + 1)
+        return np.full(max_batch + 1, self.base_ms / 1e3), n * self.per_item_ms / 1e3
+
+
+class Table(Law, frozen=True, tag="table"):
+    """Measured batch times: `batch_ms[n - 1]` for a batch of n requests of mean demand 1."""
+
+    batch_ms: Annotated[tuple[Positive, ...], Meta(min_length=1)]
+
+    def batch_times_s(self, max_batch: int) -> tuple[np.ndarray, np.ndarray]:
+        if len(self.batch_ms) < max_batch:
+            raise SpecError(
+                f"batch_ms has {len(self.batch_ms)} entries, but max_batch is {max_batch}; "
+                f"give one entry for every batch size from 1 to {max_batch}"
+            )
+        times = np.zeros(max_batch + 1)
+        times[1:] = np.asarray(self.batch_ms[:max_batch]) / 1e3
+        return np.zeros(max_batch + 1), times
+
+
+LatencyLaw = Affine | Table
+
+
+class Variant(Spec, frozen=True):
+    """One build of the model: its accuracy, its load time, and its latency law on each pool it can run on."""
+
+    name: Name
+    latency: dict[Name, LatencyLaw]
+    accuracy: Probability = 1.0
+    load_s: NonNegative = 0.0
+    load_cv: NonNegative = 0.0
+
+
+class BatchServer(Spec, frozen=True):
+    """Dynamic batching and routing.
+
+    `former`: *late-binding* (Triton, TF Serving) lets a free replica take what is waiting, up to `max_batch`,
+    as soon as `max_batch` wait or the oldest has waited `batch_wait_ms`. *closed* (Ray Serve) closes a batch
+    at `max_batch` requests or `batch_wait_ms` after its first, whether or not a replica is free; closed
+    batches wait in order and are never topped up.
+
+    `routing`: *central* keeps one queue for all replicas; *round-robin*, *least-outstanding* and
+    *power-of-two* bind a request to a replica on arrival, for good. Without a ready replica requests wait at
+    the door. `queue_limit` bounds the requests waiting in each queue (a request beyond it is rejected);
+    `request_timeout_s` bounds the time until service starts; `patience_s` is the mean of the exponential
+    time after which a client leaves. A request that has timed out or whose client has left keeps its place
+    until a batch former reaches it, or the sweep at a control tick: servers learn of it no earlier.
+    `batches_in_flight` is the number of batches one replica executes at the same time.
+    """
+
+    max_batch: Annotated[int, Meta(ge=1, le=1024)] = 1
+    batch_wait_ms: NonNegative = 0.0
+    former: Literal["late-binding", "closed"] = "late-binding"
+    routing: Literal["central", "round-robin", "least-outstanding", "power-of-two"] = "central"
+    batches_in_flight: Annotated[int, Meta(ge=1, le=64)] = 1
+    queue_limit: PositiveCount | None = None
+    request_timeout_s: Positive | None = None
+    patience_s: Positive | None = None
