@@ -5,7 +5,7 @@ from __future__ import annotations
 from pilotage.world.spec import Name, NonNegative, PositiveCount, Spec
 
 
-class Pool(Spec, frozen=True):
+class Pool(Spec, frozen=True, kw_only=True):
     """Nodes of one kind. A node carries one replica and is paid for from order to removal.
 
     A node that was ordered boots for `boot_s` (log-normal with coefficient of variation `boot_cv`), then the

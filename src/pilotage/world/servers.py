@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from collections.abc import Callable
+from statistics import NormalDist
+from typing import Annotated, Final, Literal
 
 import numpy as np
 from msgspec import Meta
@@ -10,11 +13,72 @@ from msgspec import Meta
 from pilotage.world.spec import Name, NonNegative, Positive, PositiveCount, Probability, Spec, SpecError
 
 
-class Law(Spec, frozen=True, tag_field="kind"):
+# A distribution is drawn through a table of its quantiles: TABLE_CELLS equal steps of probability, of which
+# the last is divided into TABLE_CELLS once more, so that the tail is resolved to 1 in TABLE_CELLS**2.
+TABLE_CELLS: Final = 512
+
+
+def quantile_table(quantile: Callable[[float], float]) -> np.ndarray:
+    """Quantiles of a positive distribution, scaled to mean 1 under linear interpolation.
+
+    Shape (2 * TABLE_CELLS,): entry k <= TABLE_CELLS - 1 stands at probability k / TABLE_CELLS, later ones
+    at equal steps through the last cell. The ends are cut half a cell from 0 and from 1.
+    """
+    coarse = np.arange(TABLE_CELLS - 1) / TABLE_CELLS
+    fine = (TABLE_CELLS - 1 + np.arange(TABLE_CELLS + 1) / TABLE_CELLS) / TABLE_CELLS
+    at = np.concatenate([coarse, fine])
+    at[0] = 0.5 / TABLE_CELLS
+    at[-1] = 1 - 0.5 / TABLE_CELLS**2
+    table = np.array([quantile(float(p)) for p in at])
+    weights = np.r_[np.full(TABLE_CELLS - 1, 1 / TABLE_CELLS), np.full(TABLE_CELLS, 1 / TABLE_CELLS**2)]
+    return table / float(np.sum(weights * (table[1:] + table[:-1]) / 2))
+
+
+def log_normal_table(cv: float) -> np.ndarray:
+    """Quantile table of the log-normal law with mean 1 and coefficient of variation `cv`."""
+    if cv == 0:
+        return np.ones(2 * TABLE_CELLS)
+    sigma = math.sqrt(math.log1p(cv * cv))
+    normal = NormalDist()
+    return quantile_table(lambda p: math.exp(sigma * normal.inv_cdf(p)))
+
+
+class Demand(Spec, frozen=True, kw_only=True, tag_field="kind"):
+    """How unequal requests are: the law of a request's demand relative to the mean request."""
+
+    def table(self) -> np.ndarray:
+        """Quantile table with mean 1, of shape (2 * TABLE_CELLS,)."""
+        return np.ones(2 * TABLE_CELLS)
+
+
+class Constant(Demand, frozen=True, kw_only=True, tag="constant"):
+    """All requests are alike."""
+
+
+class LogNormal(Demand, frozen=True, kw_only=True, tag="log-normal"):
+    """Log-normal demand with coefficient of variation `cv`."""
+
+    cv: Annotated[float, Meta(ge=0, le=5)]
+
+    def table(self) -> np.ndarray:
+        return log_normal_table(self.cv)
+
+
+class Exponential(Demand, frozen=True, kw_only=True, tag="exponential"):
+    """Exponential demand, the M of queueing theory."""
+
+    def table(self) -> np.ndarray:
+        return quantile_table(lambda p: -math.log1p(-p))
+
+
+RequestDemand = Constant | LogNormal | Exponential
+
+
+class Law(Spec, frozen=True, kw_only=True, tag_field="kind"):
     """Time to serve one batch of `n` requests whose relative demands are `x_1..x_n` (mean 1).
 
     `(fixed[n] + variable[n] * mean(x)) * noise`, where `noise` has mean 1 and coefficient of variation
-    `noise_cv` (log-normal, cut at its 0.05 % and 99.95 % quantiles so that it has a positive minimum).
+    `noise_cv` (log-normal through a quantile table, which gives it a positive minimum).
     """
 
     noise_cv: Annotated[float, Meta(ge=0, le=3)] = 0.0
@@ -24,7 +88,7 @@ class Law(Spec, frozen=True, tag_field="kind"):
         raise TypeError(f"{type(self).__name__} is an abstract law")
 
 
-class Affine(Law, frozen=True, tag="affine"):
+class Affine(Law, frozen=True, kw_only=True, tag="affine"):
     """`base_ms` for a batch, and `per_item_ms` times the demand of each of its requests."""
 
     base_ms: NonNegative
@@ -39,7 +103,7 @@ class Affine(Law, frozen=True, tag="affine"):
         return np.full(max_batch + 1, self.base_ms / 1e3), n * self.per_item_ms / 1e3
 
 
-class Table(Law, frozen=True, tag="table"):
+class Table(Law, frozen=True, kw_only=True, tag="table"):
     """Measured batch times: `batch_ms[n - 1]` for a batch of n requests of mean demand 1."""
 
     batch_ms: Annotated[tuple[Positive, ...], Meta(min_length=1)]
@@ -58,7 +122,7 @@ class Table(Law, frozen=True, tag="table"):
 LatencyLaw = Affine | Table
 
 
-class Variant(Spec, frozen=True):
+class Variant(Spec, frozen=True, kw_only=True):
     """One build of the model: its accuracy, its load time, and its latency law on each pool it can run on."""
 
     name: Name
@@ -68,7 +132,7 @@ class Variant(Spec, frozen=True):
     load_cv: NonNegative = 0.0
 
 
-class BatchServer(Spec, frozen=True):
+class BatchServer(Spec, frozen=True, kw_only=True):
     """Dynamic batching and routing.
 
     `former`: *late-binding* (Triton, TF Serving) lets a free replica take what is waiting, up to `max_batch`,

@@ -7,11 +7,11 @@ from typing import Annotated
 from msgspec import Meta
 
 from pilotage.world.arrivals import Traffic
-from pilotage.world.servers import BatchServer, Variant
+from pilotage.world.servers import BatchServer, Constant, RequestDemand, Variant
 from pilotage.world.spec import Count, Name, NonNegative, Positive, PositiveCount, Spec, SpecError
 
 
-class Economics(Spec, frozen=True):
+class Economics(Spec, frozen=True, kw_only=True):
     """What a request costs when it goes wrong, in dollars: late, dropped, or answered wrongly."""
 
     late_usd: NonNegative = 0.0
@@ -19,11 +19,10 @@ class Economics(Spec, frozen=True):
     error_usd: NonNegative = 0.0
 
 
-class Service(Spec, frozen=True):
+class Service(Spec, frozen=True, kw_only=True):
     """A deployed model. `pools` lists where it may run, in order of preference; the first variant is live.
 
-    `demand_cv` is the coefficient of variation of a request's relative demand (log-normal, mean 1): how
-    unequal the requests are. A request is late when its latency exceeds `slo_ms`.
+    A request is late when its latency exceeds `slo_ms`.
     """
 
     name: Name
@@ -33,7 +32,7 @@ class Service(Spec, frozen=True):
     variants: Annotated[tuple[Variant, ...], Meta(min_length=1)]
     server: BatchServer = BatchServer()
     economics: Economics = Economics()
-    demand_cv: Annotated[float, Meta(ge=0, le=10)] = 0.0
+    demand: RequestDemand = Constant()
     min_replicas: Count = 1
     max_replicas: PositiveCount = 100
     initial_replicas: Count = 1

@@ -6,9 +6,13 @@ values are refused while decoding, and methods on it say how the thing behaves.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Annotated, Any, TypeVar
 
 import msgspec
+import msgspec.inspect
 from msgspec import Meta
 
 Name = Annotated[str, Meta(min_length=1, max_length=63, pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$")]
@@ -31,3 +35,66 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         fields = {name: getattr(self, name) for name in self.__struct_fields__} | changes
         copy = type(self)(**fields)
         return msgspec.convert(msgspec.to_builtins(copy), type(copy))
+
+
+T = TypeVar("T")
+
+
+def decode(raw: Any, kind: type[T], where: str) -> T:
+    """`raw` (from TOML or JSON) as a `kind`, or a SpecError that says where, what, and what would be valid."""
+    try:
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError as error:
+        raise SpecError(f"{where}: {_explain(str(error), raw, kind)}") from None
+
+
+def closest(wrong: str, known: Iterable[str]) -> str:
+    """A did-you-mean, or the list of what is known."""
+    known = sorted(known)
+    near = difflib.get_close_matches(wrong, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(known)}"
+
+
+def _explain(message: str, raw: Any, kind: Any) -> str:
+    """Adds candidates to msgspec's messages about unknown fields, tags and choices."""
+    match = re.search(r"(?:unknown field `(?P<field>[^`]*)`|Invalid (?:enum )?value '(?P<value>[^']*)')", message)
+    if not match:
+        return message
+    steps = re.findall(r"\.([\w-]+)|\[(\d+|\.\.\.)\]", (re.search(r"at `\$([^`]*)`", message) or [None, ""])[1])
+    known = _known_at(msgspec.inspect.type_info(kind), raw, [name or index for name, index in steps])
+    wrong = match["field"] if match["field"] is not None else match["value"]
+    return f"{message}; {closest(wrong, known)}" if known else message
+
+
+def _known_at(info: Any, raw: Any, steps: list[str]) -> list[str]:
+    """The field names, tags or literals that are valid at the end of a path."""
+    if isinstance(info, msgspec.inspect.Metadata):
+        return _known_at(info.type, raw, steps)
+    if isinstance(info, msgspec.inspect.UnionType):
+        structs = [t for t in info.types if isinstance(t, msgspec.inspect.StructType)]
+        tag = raw.get(structs[0].tag_field) if structs and isinstance(raw, dict) else None
+        if structs and steps == [structs[0].tag_field]:
+            return [str(t.tag) for t in structs]
+        chosen = [t for t in structs if t.tag == tag] or [
+            t for t in info.types if not isinstance(t, msgspec.inspect.NoneType)
+        ]
+        return _known_at(chosen[0], raw, steps)
+    if isinstance(info, msgspec.inspect.LiteralType):
+        return [str(v) for v in info.values]
+    if isinstance(info, msgspec.inspect.StructType):
+        if not steps:
+            names = [field.encode_name for field in info.fields]
+            return [*names, info.tag_field] if info.tag_field else names
+        for field in info.fields:
+            if field.encode_name == steps[0]:
+                return _known_at(field.type, raw.get(steps[0]) if isinstance(raw, dict) else None, steps[1:])
+        return []
+    if isinstance(info, msgspec.inspect.DictType) and steps:
+        inner = raw.get(steps[0]) if isinstance(raw, dict) else None
+        if steps[0] == "...":  # msgspec does not say which key: any value of the right kind will do
+            inner = next(iter(raw.values()), None) if isinstance(raw, dict) else None
+        return _known_at(info.value_type, inner, steps[1:])
+    if isinstance(info, (msgspec.inspect.VarTupleType, msgspec.inspect.ListType)) and steps:
+        item = raw[int(steps[0])] if isinstance(raw, list) and steps[0].isdigit() else None
+        return _known_at(info.item_type, item, steps[1:])
+    return []
