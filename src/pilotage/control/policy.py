@@ -46,7 +46,7 @@ FEATURES: Final = (
     Feature(
         "arrival_peak",
         "requests/s",
-        lambda c: c["peak_second"],
+        lambda c: np.where(c["seconds"] > 0, c["peak_second"], np.nan),
         "max_over_time(sum(rate(requests_total{service='$service'}[1s]))[$window:1s])",
         "requests in the busiest second",
     ),

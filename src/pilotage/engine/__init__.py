@@ -53,7 +53,7 @@ import pilotage.metrics
 
 # Numba looks only at the outermost function's file when it decides whether compiled code is stale. A cache
 # folder named after all sources that end up in the kernels cannot serve code from before an edit.
-_sources = [*sorted(Path(__file__).parent.glob("kernel*.py")), Path(pilotage.metrics.__file__)]
+_sources = [*sorted(Path(__file__).parent.glob("*.py")), Path(pilotage.metrics.__file__)]
 _digest = hashlib.sha256(b"\0".join(p.read_bytes() for p in _sources) + numba.__version__.encode())
 numba.config.CACHE_DIR = str(
     Path(platformdirs.user_cache_dir("pilotage")) / "kernels" / _digest.hexdigest()[:16]

@@ -29,6 +29,7 @@ from pilotage.engine.layout import (
 )
 from pilotage.metrics import BUCKETS
 from pilotage.scenario import Scenario
+from pilotage.world.arrivals import Arrivals, Traffic
 from pilotage.world.servers import TABLE_CELLS, log_normal_table
 from pilotage.world.services import Service
 
@@ -39,10 +40,13 @@ _FRESH.setflags(write=False)
 
 
 class World(NamedTuple):
-    """One run: its seed, and where on the traffic's clock it starts (None: where the scenario says)."""
+    """One run: its seed, where on the traffic's clock it starts (None: where the scenario says), and traffic
+    that takes the place of the scenario's, one source per service (None: the scenario's).
+    """
 
     seed: int
     start_s: float | None = None
+    traffic: tuple[Traffic, ...] | None = None
 
 
 def stream(seed: int, name: str) -> np.random.Generator:
@@ -58,8 +62,8 @@ class Cluster:
     """`len(worlds)` independent worlds of one scenario, in structured arrays of one row per world and service.
 
     The batch face is `advance(orders)`: one control tick of all worlds in one compiled call. The face of a
-    live cluster, for the first world, is `read()`, `apply(decisions)`, `wait()`. A world may be put back to
-    the start of another run with `restart`. With `threads` above 1 the worlds are shared out over cores.
+    live cluster is `read()`, `apply(decisions)`, `wait()`, with the services of all worlds in a row. A world may be put back to
+    the start of another run with `restart`; one that is not `active` stands still. With `threads` above 1 the worlds are shared out over cores.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Cluster:
         self._build_static()
         self.rows = np.zeros(w * s, ROW)
         self.clock_s = np.zeros(w)
+        self.active = np.ones(w, bool)
         self.used = np.zeros((w, len(scenario.pools)), np.int64)
         self.replicas = np.zeros(int(self.params["replica_hi"][-1]), REPLICA)
         self.slots = np.zeros(int(self.params["slot_hi"][-1]), SLOT)
@@ -94,7 +99,7 @@ class Cluster:
         self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
         self._known_s = np.zeros(w)
         self._start_s = np.zeros(w)
-        self._sources: list = [None] * (w * s)
+        self._sources: dict[int, Arrivals] = {}
         self._history: list[np.ndarray] = [np.zeros(0)] * (w * s)
         self._decisions = self.no_orders()
         self.restart(range(w), self.worlds)
@@ -177,7 +182,6 @@ class Cluster:
     def restart(self, indices: Sequence[int] | range, worlds: Sequence[World]) -> None:
         """Puts the worlds at `indices` to the start of the runs `worlds`."""
         scenario = self.scenario
-        data = Path(scenario.data) if scenario.data else None
         services = self.shape[1]
         for w, world in zip(indices, worlds, strict=True):
             self.worlds[w] = world
@@ -193,16 +197,10 @@ class Cluster:
                 for name, seed in self.seeds(w, s).items():
                     self.params[r][name] = seed
                 begin_s = max(0.0, start_s - scenario.history_h * 3600)
-                source = service.traffic.begin(
-                    lambda name, seed=world.seed, service=service: stream(seed, f"{service.name}/traffic/{name}"),
-                    begin_s,
-                    start_s + scenario.ticks * scenario.tick_s,
-                    data,
-                )
-                bins = int(round((start_s - begin_s) / scenario.tick_s))
-                past = source.until(start_s)
+                source = self._open(w, s, begin_s)
+                bins = round((start_s - begin_s) / scenario.tick_s)
                 edges = start_s + scenario.tick_s * (np.arange(bins + 1) - bins)
-                self._history[r] = np.histogram(past, edges)[0] / scenario.tick_s
+                self._history[r] = np.histogram(source.until(start_s), edges)[0] / scenario.tick_s
                 self._sources[r] = source
             kernel.begin(
                 w, w + 1, self.rows, self.params, self.replicas, self.slots, self.ready, self.idle, self.used,
@@ -211,6 +209,32 @@ class Cluster:
             mine = slice(w * services, (w + 1) * services)
             self.rows["arrival_lo"][mine] = self.rows["arrival_hi"][mine] = self._arrival_offset[mine]
             self._place_requests(mine)
+            for field in ("ready", "pending", "max_batch"):  # what a monitor sees before the first tick
+                self.ticks[field][w] = self.rows[field][mine]
+
+    def _open(self, w: int, s: int, begin_s: float) -> Arrivals:
+        """The traffic of one row from `begin_s` to the end of its run, on the traffic's clock."""
+        scenario, world = self.scenario, self.worlds[w]
+        service = scenario.services[s]
+        source = service.traffic if world.traffic is None else world.traffic[s]
+        return source.begin(
+            lambda name: stream(world.seed, f"{service.name}/traffic/{name}"),
+            begin_s,
+            self._start_s[w] + scenario.ticks * scenario.tick_s,
+            Path(scenario.data) if scenario.data else None,
+        )
+
+    def arrivals(self, w: int, s: int) -> np.ndarray:
+        """All arrival times of one row's run, in seconds since its start."""
+        start_s = self._start_s[w]
+        source = self._open(w, s, max(0.0, start_s - self.scenario.history_h * 3600))
+        source.until(start_s)
+        return source.until(start_s + self.scenario.ticks * self.scenario.tick_s) - start_s
+
+    @property
+    def now_s(self) -> np.ndarray:
+        """The time on the traffic's clock, per world, in seconds."""
+        return self._start_s + self.clock_s
 
     def situation(self, world: int, service: int) -> Situation:
         """What a policy knows before the first tick of a run."""
@@ -252,7 +276,7 @@ class Cluster:
     def _advance(self, lo: int, hi: int, thread: int, orders: np.ndarray) -> None:
         w, s = self.shape
         kernel.advance(
-            lo, hi, self.clock_s, self.scenario.tick_s, self.rows, self.params, self.replicas, self.slots,
+            lo, hi, self.active, self.clock_s, self.scenario.tick_s, self.rows, self.params, self.replicas, self.slots,
             self.heap, self.ready, self.idle, self._requests, self._arrivals, self.pools, self.used, self.laws,
             self.noises, self.demands, self.boots, self.loads, self.allowed, orders.reshape(w * s),
             self.ticks.reshape(w * s), self.totals.reshape(w * s), self._blank,
@@ -274,7 +298,7 @@ class Cluster:
         scenario = self.scenario
         horizon_s = scenario.ticks * scenario.tick_s
         services = self.shape[1]
-        for w in np.flatnonzero(self._known_s < self.clock_s + scenario.tick_s):
+        for w in np.flatnonzero(self.active & (self._known_s < self.clock_s + scenario.tick_s)):
             known = min(self._known_s[w] + self._read_ahead_s, max(horizon_s, self.clock_s[w] + scenario.tick_s))
             for r in range(w * services, (w + 1) * services):
                 fresh = self._sources[r].until(self._start_s[w] + known) - self._start_s[w]
@@ -315,18 +339,26 @@ class Cluster:
 
     # --- the face of a live cluster --------------------------------------------------------------------
     def read(self) -> tuple[Observation, ...]:
-        """What a monitor would report of the first world's services now."""
-        now_s = float(self._start_s[0] + self.clock_s[0])
-        values = measure(self.ticks[0])
-        return tuple(Observation(now_s, values[s], _FRESH) for s in range(self.shape[1]))
+        """What a monitor would report now of every row: the services of the first world, of the second, …"""
+        services = self.shape[1]
+        now_s = self.now_s.tolist()
+        values = measure(self.ticks).reshape(-1, len(FEATURES))
+        return tuple(Observation(now_s[r // services], row, _FRESH) for r, row in enumerate(values))
 
     def apply(self, decisions: Sequence[Decision]) -> None:
-        """Takes the decisions of the first world's services; they act when time goes on."""
-        for record, decision in zip(self._decisions[0], decisions, strict=True):
-            record["order"] = decision.order
-            record["release"] = decision.release
-            record["max_batch"] = decision.max_batch or 0
-            record["pool"] = ANY_POOL if decision.pool is None else self._pool_index[decision.pool]
+        """Takes one decision per row; they act when time goes on."""
+        self._decisions = np.array(
+            [
+                (
+                    decision.order,
+                    decision.release,
+                    decision.max_batch or 0,
+                    ANY_POOL if decision.pool is None else self._pool_index[decision.pool],
+                )
+                for decision in decisions
+            ],
+            ORDER,
+        ).reshape(self.shape)
 
     def wait(self) -> None:
         """Lets one tick pass."""

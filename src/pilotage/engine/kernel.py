@@ -772,12 +772,14 @@ def settle_accounts(row, param, tick, replicas, pools, t0, until):
 
 @compiled
 def advance(
-    lo, hi, clock, tick_s, rows, params, replicas, slots, heap, ready, idle, requests, arrivals,
+    lo, hi, active, clock, tick_s, rows, params, replicas, slots, heap, ready, idle, requests, arrivals,
     pools, used, laws, noises, demands, boots, loads, allowed, orders, ticks, totals, blank, hists, scratch,
 ):  # fmt: skip
-    """One tick of worlds [lo, hi): decisions at `clock[w]`, then everything up to `clock[w] + tick_s`."""
+    """One tick of the active worlds in [lo, hi): decisions at `clock[w]`, then all up to `clock[w] + tick_s`."""
     services = allowed.shape[0]
     for w in range(lo, hi):
+        if not active[w]:
+            continue
         t0 = clock[w]
         until = t0 + tick_s
         base = w * services

@@ -1,0 +1,45 @@
+# Everything runs in .venv, which every target makes if it is not there.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: install demo test test-full check bench reproduce clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade "pip>=24"
+	$(BIN)/pip install --quiet -e ".[all,dev]"
+	touch $(STAMP)
+
+# tune, train, compare against production autoscalers and the clairvoyant bound, write the report
+demo: $(STAMP)
+	$(BIN)/pilotage study experiments/quickstart.toml
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not full"
+
+test-full: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# speed, side by side with peers; writes results/bench
+bench: $(STAMP)
+	$(BIN)/python experiments/bench.py
+
+# every experiment; needs the traces: DATA=folder (default: PILOTAGE_DATA)
+DATA ?= $(PILOTAGE_DATA)
+reproduce: $(STAMP) bench
+	$(BIN)/pilotage study experiments/quickstart.toml
+	$(BIN)/pilotage study experiments/real_traffic.toml --data $(DATA)
+	$(BIN)/python experiments/traffic_fit.py --data $(DATA)
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

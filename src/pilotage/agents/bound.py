@@ -1,0 +1,207 @@
+"""The clairvoyant bound: a strict lower bound on any policy's cost, and a schedule that brackets it.
+
+**Claim.** For a run of the engine with known traffic, no sequence of decisions costs less than `lower_usd`.
+
+*Items.* Take one service and one request whose deadline (arrival plus objective) lies within the run. Served
+in time it costs e = (1 - accuracy) error_usd; otherwise it is served late, dropped, or overdue at the end,
+and costs at least m = min(late_usd, dropped_usd). So it costs at least min(e, m), and at least
+c = max(0, m - e) more if it is missed. Requests with a later deadline cost at least 0.
+
+*Work.* A batch of n requests with demands x_i lasts noise (fixed[n] + variable[n] mean(x)), the sum over its
+requests of noise (fixed[n] + variable[n] x_i) / n. With the law's least noise, request i therefore occupies
+one execution slot for at least w_i = min over n of its term, whatever the batches are: this is what makes the
+bound strict although the number served is not monotone in the backlog. All of it lies between the request's
+arrival and, if served in time, its deadline.
+
+*Intervals.* Let interval k be one tick, and let n_k be the number of replicas that could start a request which
+arrives in it and is served in time. Requests arriving in k that are served in time have all their work done
+in [t_k, t_k+1 + objective] by these replicas, so a single server of speed n_k slots, idle at t_k and working
+on nothing else, could serve them in time as well, preemptively; since deadlines have the order of arrivals,
+it can do so in order of arrival without preemption. Hence at least M_k(n_k) of them are missed, where M_k(n)
+is the minimum over subsets computed exactly by `relaxation.least_missed`: f_i(j), the least completion time
+of the first i requests with j given up, is min(f_i-1(j - 1), max(f_i-1(j), arrival) + w_i / speed) where the
+second is allowed only up to the deadline.
+
+*Money.* Decisions act at ticks. A replica counted in n_k is not released before t_k+1, or it would not take
+requests arriving in k after t_k; and it was ordered at a tick from which its start-up, at least u, ends before
+t_k+1 + objective. If u >= objective, that tick is t_k or earlier, so the node is paid for all of [t_k, t_k+1):
+n_k costs at least n_k price tick. Before the first interval in which it counts, it was paid for at least the
+least multiple of the tick that exceeds u - tick - objective (initial replicas excepted). These times are
+disjoint, so sum over k of n_k price tick + c M_k(n_k) + (n_k - n_k-1)+ price boot is a lower bound for the
+n_k that happened, and its minimum over all sequences, found by dynamic programming, is one for every policy.
+If u < objective, a node may be ordered up to ceil(objective / tick) ticks later and count; then the largest
+count in so many ticks is charged at that fraction of the price, because every node-tick is counted at most so
+often. Billing minima and granules, minimum lifetimes, network time and capacity shared between services only
+raise costs, and are left out or (network time) shorten the objective.
+
+*Several pools.* Speeds are taken relative to the first pool by the most favourable request, and capacity is
+bought at the best price per speed in fractions of a replica: level x is charged at the lower end of its cell and
+served at the upper end, without start-up cost.
+
+**The schedule.** The same programme with work inflated by several factors, rounded to replicas ordered ahead by
+the start-up time, gives schedules that know the future; each is run in the engine, and the cheapest is reported.
+It is achievable, so the true optimum lies between the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pilotage.control.scaling import Schedule
+from pilotage.engine.cluster import Cluster, World
+from pilotage.engine.relaxation import demands_of, least_work, missed_table
+from pilotage.evaluate import Run, simulate
+from pilotage.scenario import Scenario
+from pilotage.world.servers import log_normal_table
+from pilotage.world.services import Service
+
+_CELL = 0.25  # fraction of a replica, where several pools are mixed
+_INFLATIONS = (1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5)
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """`lower_usd` <= cost of every policy; `schedule` is a run that knew the future, and costs no less."""
+
+    lower_usd: float
+    schedule: Run
+
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    """One service of one world as numbers: what each request needs, and what capacity costs per tick."""
+
+    arrival_s: np.ndarray
+    work_s: np.ndarray
+    objective_s: float
+    levels_speed: np.ndarray
+    levels_usd: np.ndarray
+    boot_usd: float
+    miss_usd: float
+    floor_usd: float
+    initial: int
+
+
+def bound(scenario: Scenario, world: World) -> Bound:
+    """Brackets the least possible cost of one run. Takes seconds for a day of one service."""
+    cluster = Cluster(scenario, [world])
+    problems = [_problem(cluster, s) for s in range(len(scenario.services))]
+    lower = sum(_solve(scenario, p, p.work_s, strict=True)[0] + p.floor_usd for p in problems)
+    schedules = []
+    for inflation in _INFLATIONS:
+        counts = [_solve(scenario, p, p.work_s * inflation, strict=False)[1] for p in problems]
+        schedules.append(
+            [
+                Schedule(targets=tuple(_ahead(scenario, service, c)))
+                for service, c in zip(scenario.services, counts, strict=True)
+            ]
+        )
+    runs = simulate(scenario, schedules, [world] * len(schedules), label="clairvoyant schedule")
+    return Bound(lower_usd=float(lower), schedule=min(runs, key=lambda run: run.total_usd))
+
+
+def _problem(cluster: Cluster, s: int) -> _Problem:
+    scenario = cluster.scenario
+    service = scenario.services[s]
+    variant, server, money = service.variants[0], service.server, service.economics
+    pools = [scenario.pool_by_name[name] for name in service.pools]
+    horizon_s = scenario.ticks * scenario.tick_s
+    arrival_s = cluster.arrivals(0, s)
+    demand = demands_of(service.demand.table(), np.uint64(cluster.seeds(0, s)["seed_demand"]), len(arrival_s))
+    works = []
+    for pool in pools:
+        law = variant.latency[pool.name]
+        fixed, variable = law.batch_times_s(server.max_batch)
+        works.append(least_work(demand, fixed, variable, log_normal_table(law.noise_cv)[0]))
+    objective_s = service.slo_s - min(pool.network_ms for pool in pools) / 1e3
+
+    nodes = sum(pool.max_nodes for pool in pools)
+    slots = server.batches_in_flight
+    tick_usd = [pool.price_usd_per_hour / 3600 * scenario.tick_s for pool in pools]
+    start_up_s = min(
+        pool.boot_s * log_normal_table(pool.boot_cv)[0] + variant.load_s * log_normal_table(variant.load_cv)[0]
+        for pool in pools
+    )
+    spread = 1 if start_up_s >= objective_s else 1 + int(np.ceil(objective_s / scenario.tick_s))
+    boot_usd = 0.0
+    if len(pools) == 1:
+        speeds = np.arange(nodes + 1) * float(slots)
+        usd = np.arange(nodes + 1) * tick_usd[0] / spread
+        paid = start_up_s - scenario.tick_s - objective_s
+        if spread == 1 and paid >= 0:
+            boot_usd = (np.floor(paid / scenario.tick_s) + 1) * tick_usd[0]
+    else:
+        relative = [float(np.max(works[0] / w)) if len(w) else 1.0 for w in works]
+        per_speed = min(usd / r for usd, r in zip(tick_usd, relative, strict=True))
+        cells = np.arange(int(np.ceil(nodes * max(relative) / _CELL)) + 1)
+        speeds = (cells + 1) * _CELL * slots
+        usd = cells * _CELL * per_speed / spread
+    miss = min(money.late_usd, money.dropped_usd)
+    error = (1 - variant.accuracy) * money.error_usd
+    due = int(np.searchsorted(arrival_s, horizon_s - service.slo_s))
+    return _Problem(
+        arrival_s=arrival_s,
+        work_s=works[0],
+        objective_s=objective_s,
+        levels_speed=speeds,
+        levels_usd=usd,
+        boot_usd=float(boot_usd),
+        miss_usd=max(0.0, miss - error),
+        floor_usd=min(error, miss) * due,
+        initial=service.initial_replicas,
+    )
+
+
+def _solve(
+    scenario: Scenario, problem: _Problem, work_s: np.ndarray, *, strict: bool
+) -> tuple[float, np.ndarray]:
+    """The least cost over all sequences of capacity levels, and the sequence (shape: ticks)."""
+    edges = np.arange(scenario.ticks + 1) * scenario.tick_s
+    busiest = np.histogram(problem.arrival_s, edges, weights=work_s)[0].max(initial=0.0)
+    # more speed than twice the busiest tick's work, on top of its worst second, cannot pay
+    seconds = np.arange(int(edges[-1]) + 2)
+    worst = np.histogram(problem.arrival_s, seconds, weights=work_s)[0].max(initial=0.0)
+    enough = max(2 * busiest / scenario.tick_s, worst / min(1.0, problem.objective_s))
+    top = min(int(np.searchsorted(problem.levels_speed, enough)) + 2, len(problem.levels_speed))
+    levels, usd = problem.levels_speed[:top], problem.levels_usd[:top]
+    most = len(problem.arrival_s)
+    if problem.miss_usd > 0:  # giving up more than this costs more than the highest level
+        most = min(most, int(np.ceil(usd[-1] / problem.miss_usd)) + 1)
+    missed = missed_table(
+        problem.arrival_s, work_s, problem.objective_s, edges, float(edges[-1]), levels, most
+    )
+    cost = usd + problem.miss_usd * missed
+    if top < len(problem.levels_speed) and strict:
+        # levels above the top are no cheaper than the top one without its missed requests
+        cost[:, -1] = usd[-1]
+    n = np.arange(top)
+    step = problem.boot_usd
+    best = np.where(n > problem.initial, (n - problem.initial) * step, 0.0) + cost[0]
+    choice = np.zeros((scenario.ticks, top), np.int64)
+    for k in range(1, scenario.ticks):
+        # from n' <= n: pay the step up; from n' >= n: free
+        up = best - step * n
+        low = np.minimum.accumulate(up)
+        low_at = np.maximum.accumulate(np.where(up == low, n, -1))
+        high = np.minimum.accumulate(best[::-1])[::-1]
+        high_at = top - 1 - np.maximum.accumulate(np.where(best[::-1] == high[::-1], n, -1))[::-1]
+        from_below = low + step * n < high
+        choice[k] = np.where(from_below, low_at, high_at)
+        best = np.where(from_below, low + step * n, high) + cost[k]
+    path = np.zeros(scenario.ticks, np.int64)
+    path[-1] = int(np.argmin(best))
+    for k in range(scenario.ticks - 1, 0, -1):
+        path[k - 1] = choice[k, path[k]]
+    return float(best.min()), path
+
+
+def _ahead(scenario: Scenario, service: Service, counts: np.ndarray) -> np.ndarray:
+    """Targets that have the wanted replicas ready: the most wanted between now and one start-up later."""
+    if len(service.pools) > 1:  # levels are fractions of a replica of the first pool
+        counts = np.ceil((counts + 1) * _CELL).astype(np.int64)
+    pool = scenario.pool_by_name[service.pools[0]]
+    lead = int(np.ceil((pool.boot_s + service.variants[0].load_s) / scenario.tick_s))
+    padded = np.r_[counts, np.full(lead, counts[-1])]
+    return np.lib.stride_tricks.sliding_window_view(padded, lead + 1).max(axis=1)

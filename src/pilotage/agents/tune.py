@@ -1,0 +1,114 @@
+"""Bayesian optimisation of any policy's declared parameters, with Optuna."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+import optuna
+
+from pilotage.control.guard import Guard
+from pilotage.control.policy import Policy
+from pilotage.control.scaling import describe, tunable
+from pilotage.engine.cluster import World
+from pilotage.evaluate import Run, simulate, summary
+from pilotage.scenario import Scenario
+from pilotage.world.spec import SpecError
+
+OBJECTIVES: Final = {"usd": "minimize", "attainment": "maximize"}
+FINALISTS: Final = 5
+
+
+def space(policy: Policy) -> dict[str, optuna.distributions.BaseDistribution]:
+    """The search space that the bounds on a policy's fields declare."""
+    out: dict[str, optuna.distributions.BaseDistribution] = {}
+    for name, bounds in tunable(type(policy)).items():
+        if bounds.integer:
+            out[name] = optuna.distributions.IntDistribution(int(bounds.low), int(bounds.high), log=bounds.log)
+        else:
+            out[name] = optuna.distributions.FloatDistribution(bounds.low, bounds.high, log=bounds.log)
+    if not out:
+        raise SpecError(f"policy {describe(policy)!r} declares no bounded parameters; there is nothing to tune")
+    return out
+
+
+def run_groups(scenario: Scenario, groups: Sequence[Sequence[World]], policy: Policy) -> list[list[Run]]:
+    """One policy over all windows of all groups, behind the guard; the runs come back by group."""
+    worlds = [world for group in groups for world in group]
+    runs = iter(simulate(scenario, [policy] * len(worlds), worlds, guard=Guard(), label=describe(policy)))
+    return [[next(runs) for _ in group] for group in groups]
+
+
+def typical_usd(groups: Sequence[Sequence[Run]]) -> float:
+    """Geometric mean over groups of the mean dollars per window: no group drowns another."""
+    means = [np.mean([run.total_usd for run in group]) for group in groups]
+    return float(np.exp(np.mean(np.log(np.maximum(means, 1e-12)))))
+
+
+def tune(
+    policy: Policy,
+    scenario: Scenario,
+    groups: Sequence[Sequence[World]],
+    *,
+    trials: int,
+    seed: int = 0,
+    objectives: Sequence[str] = ("usd",),
+    storage: str | None = None,
+    study_name: str | None = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> optuna.Study:
+    """Searches the policy's space with TPE until the study holds `trials` finished trials.
+
+    The first trial is the policy as given. `groups` are windows of traffic by kind; the objective `usd` is
+    `typical_usd` over them, `attainment` is pooled. With a `storage` URL the study is resumed if it exists.
+    Returns the Optuna study.
+    """
+    unknown = [name for name in objectives if name not in OBJECTIVES]
+    if unknown:
+        raise SpecError(f"objective {unknown[0]!r} does not exist; valid: {', '.join(OBJECTIVES)}")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    distributions = space(policy)
+    study = optuna.create_study(
+        directions=[OBJECTIVES[name] for name in objectives],
+        sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=min(10, trials // 3 + 1)),
+        storage=storage,
+        study_name=study_name or f"{scenario.name}/{describe(policy)}",
+        load_if_exists=True,
+    )
+    done = len([t for t in study.trials if t.state.is_finished()])
+    if done == 0:
+        start = {name: getattr(policy, name) for name in distributions}
+        study.enqueue_trial({k: v for k, v in start.items() if v is not None})
+    for number in range(done, trials):
+        trial = study.ask(distributions)
+        runs = run_groups(scenario, groups, policy.replace(**trial.params))
+        study.tell(trial, [_value(name, runs) for name in objectives])
+        if progress is not None:
+            progress(number + 1, study.best_value if len(objectives) == 1 else float("nan"))
+    return study
+
+
+def _value(objective: str, runs: Sequence[Sequence[Run]]) -> float:
+    if objective == "usd":
+        return typical_usd(runs)
+    return float(summary("", [run for group in runs for run in group])["slo_attainment"])
+
+
+def choose(
+    policy: Policy,
+    study: optuna.Study,
+    scenario: Scenario,
+    groups: Sequence[Sequence[World]],
+) -> Policy:
+    """The one of the study's best trials (and the policy as given) that does best on other windows."""
+    finished = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
+    best = sorted(finished, key=lambda t: t.values[0], reverse=study.directions[0].name == "MAXIMIZE")
+    candidates: list[Policy] = [policy]
+    for trial in best:
+        candidate: Any = policy.replace(**trial.params)
+        if candidate not in candidates:
+            candidates.append(candidate)
+        if len(candidates) > FINALISTS:
+            break
+    return min(candidates, key=lambda candidate: typical_usd(run_groups(scenario, groups, candidate)))

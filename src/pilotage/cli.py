@@ -1,0 +1,381 @@
+"""The command line. Heavy imports wait until a command needs them, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pilotage import __version__
+from pilotage.world.spec import SpecError
+
+app = typer.Typer(
+    help="Learns, proves and ships deployment policies for fleets of machine-learning models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+_screen = Console(stderr=True)
+
+Env = Annotated[str, typer.Argument(help="a shipped environment (see `pilotage envs`) or a scenario file")]
+Data = Annotated[Path | None, typer.Option("--data", help="folder of traces (default: PILOTAGE_DATA)")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
+Hours = Annotated[float | None, typer.Option("--hours", help="length of the run instead of the scenario's")]
+Policies = Annotated[
+    list[str],
+    typer.Option("--policy", help="name, name:field=value,…, .toml file, or folder of a training; repeatable"),
+]
+
+
+def main() -> NoReturn:
+    """Entry point: errors in what the user gave end with one line and exit code 2, Ctrl-C with 130."""
+    try:
+        code = app(standalone_mode=False)
+        raise SystemExit(code if isinstance(code, int) else 0)
+    except SpecError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; what was finished is kept, and the same command resumes it", 130)
+    except typer.Exit as exit_:
+        raise SystemExit(exit_.exit_code) from None
+    except OSError as error:
+        _fail(f"{error.filename or 'output'}: {error.strerror or error}", 2)
+    except ModuleNotFoundError as error:
+        extra = {"optuna": "learn", "stable_baselines3": "learn", "torch": "learn", "matplotlib": "report"}
+        name = (error.name or "").split(".")[0]
+        _fail(f"{name} is not installed; pip install 'pilotage[{extra.get(name, 'all')}]'", 2)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")):  # wrong usage
+            context = getattr(error, "ctx", None)
+            where = f" (try '{context.command_path} --help')" if context else ""
+            _fail(getattr(error, "format_message", lambda: str(error))() + where, 2)
+        raise
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _print_json(value: Any) -> None:
+    """JSON on stdout; what is unknown (NaN) is null, as JSON has no NaN."""
+    print(json.dumps(_known(value), indent=2, allow_nan=False))
+
+
+def _known(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _known(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_known(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scenario(env: str, data: Path | None, hours: float | None) -> Any:
+    from pilotage.scenario import load
+
+    scenario = load(env, data)
+    if hours is not None:
+        if not (math.isfinite(hours) and hours > 0):
+            raise SpecError(f"--hours {hours}: must be a positive number")
+        scenario = scenario.replace(horizon_h=hours)
+    return scenario
+
+
+def _writable(folder: Path) -> Path:
+    """Makes sure, before hours of work, that results can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".pilotage-write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise SpecError(f"--out {folder}: cannot be written: {error.strerror}; give a writable folder") from None
+    return folder
+
+
+def _table(result: dict[str, Any]) -> Table:
+    table = Table(title=f"{result['env']}: {result['hours']:g} h x {len(result['seeds'])} runs, dollars per run")
+    for name in ("policy", "total $", "95 %", "nodes", "late", "dropped", "attainment", "p95 ms", "x bound"):
+        table.add_column(name, justify="left" if name == "policy" else "right")
+    for row in result["policies"]:
+        total, over = row["total_usd"], row["over_bound"]
+        known = not math.isnan(total["low"])
+        table.add_row(
+            row["policy"],
+            f"{total['mean']:,.2f}",
+            f"{total['low']:,.2f} – {total['high']:,.2f}" if known else "–",
+            *(f"{row['usd'][item]:,.2f}" for item in ("nodes", "late", "dropped")),
+            f"{100 * row['slo_attainment']:.2f} %",
+            f"{row['latency_ms']['p95']:,.0f}",
+            f"{over['mean']:.2f}" if over else "–",
+        )
+    if result["bound_usd"]:
+        table.caption = (
+            f"clairvoyant: lower bound {result['bound_usd']['lower']:,.2f}, "
+            f"schedule {result['bound_usd']['schedule']:,.2f}"
+        )
+    return table
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def envs(
+    as_json: AsJson = False,
+    schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of scenario files")] = False,
+) -> None:
+    """List the shipped environments."""
+    from pilotage.scenario import json_schema, load, shipped
+
+    if schema:
+        _print_json(json_schema())
+        return
+    titles = {stem: load(stem).title for stem in shipped()}
+    if as_json:
+        _print_json([{"env": stem, "title": title} for stem, title in titles.items()])
+        return
+    width = max(map(len, titles))
+    for stem, title in titles.items():
+        print(f"{stem:<{width}}  {title}")
+
+
+@app.command()
+def simulate(
+    env: Env,
+    policy: Annotated[str, typer.Option("--policy", help="name, name:field=value,…, .toml file, or folder")],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    hours: Hours = None,
+    data: Data = None,
+    out: Annotated[Path | None, typer.Option("--out", help="folder for timeline.csv and a figure")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run one policy once: itemised cost, latency percentiles, timeline."""
+    from pilotage.control.guard import Guard
+    from pilotage.control.learned import policy_from
+    from pilotage.engine.cluster import World
+    from pilotage.evaluate import compare, summary
+    from pilotage.evaluate import simulate as run_policies
+
+    chosen = policy_from(policy)
+    scenario = _scenario(env, data, hours)
+    folder = _writable(out) if out else None
+    runs = run_policies(
+        scenario, [chosen], [World(seed)], guard=Guard(), label=policy, keep_timeline=folder is not None
+    )
+    if folder:
+        from pilotage.report import draw_timeline
+        from pilotage.results import as_csv, timeline_rows, write_whole
+
+        write_whole(folder / "timeline.csv", as_csv(timeline_rows(policy, scenario, runs[0])))
+        draw_timeline(folder)
+    if as_json:
+        _print_json({"env": scenario.name, "seed": seed, **summary(policy, runs)})
+        return
+    Console().print(_table(compare(scenario, [(policy, runs)])))
+    if folder:
+        print(f"timeline: {folder / 'timeline.csv'}, figure: {folder / 'figures' / 'timeline.svg'}")
+
+
+@app.command()
+def evaluate(
+    env: Env,
+    policy: Policies,
+    seeds: Annotated[int, typer.Option(min=1, help="paired runs per policy")] = 10,
+    bound: Annotated[bool, typer.Option("--bound", help="compare with the clairvoyant bound")] = False,
+    hours: Hours = None,
+    data: Data = None,
+    out: Annotated[Path | None, typer.Option("--out", help="folder for evaluation.json and table.csv")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare policies on the same traffic, in dollars, with 95 % intervals."""
+    from pilotage.control.guard import Guard
+    from pilotage.control.learned import policy_from
+    from pilotage.engine.cluster import World
+    from pilotage.evaluate import compare
+    from pilotage.evaluate import simulate as run_policies
+
+    chosen = [(name, policy_from(name)) for name in policy]
+    for name in policy:
+        if policy.count(name) > 1:
+            raise SpecError(f"--policy {name!r} is given {policy.count(name)} times; give each policy once")
+    scenario = _scenario(env, data, hours)
+    folder = _writable(out) if out else None
+    worlds = [World(seed) for seed in range(seeds)]
+    results = []
+    with _progress(as_json) as step:
+        for name, one in chosen:
+            step(name)
+            results.append((name, run_policies(scenario, [one] * seeds, worlds, guard=Guard(), label=name)))
+        lower = schedule = None
+        if bound:
+            import numpy as np
+
+            from pilotage.agents.bound import bound as bracket
+
+            brackets = []
+            for world in worlds:
+                step(f"bound, seed {world.seed}")
+                brackets.append(bracket(scenario, world))
+            lower = np.array([b.lower_usd for b in brackets])
+            schedule = [b.schedule for b in brackets]
+    result = compare(scenario, results, lower, schedule)
+    if folder:
+        from pilotage.results import write_evaluation
+
+        write_evaluation(folder, [result])
+    if as_json:
+        _print_json(result)
+    else:
+        Console().print(_table(result))
+
+
+class _progress:  # noqa: N801  (used as a function)
+    """A spinner on stderr that says what is being done; silent with --json."""
+
+    def __init__(self, silent: bool) -> None:
+        self._status = None if silent else _screen.status("")
+
+    def __enter__(self) -> Callable[[str], None]:
+        if self._status is None:
+            return lambda _: None
+        self._status.start()
+        return self._status.update
+
+    def __exit__(self, *_: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+
+@app.command()
+def tune(
+    env: Env,
+    policy: Annotated[str, typer.Option("--policy", help="the policy whose declared parameters are searched")],
+    trials: Annotated[int, typer.Option(min=1)] = 40,
+    seeds: Annotated[int, typer.Option(min=1, help="runs per trial")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the search")] = 0,
+    storage: Annotated[str | None, typer.Option(help="Optuna storage URL; an existing study is resumed")] = None,
+    objective: Annotated[list[str] | None, typer.Option(help="usd, attainment; repeatable")] = None,
+    hours: Hours = None,
+    data: Data = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bayesian optimisation of a policy's declared parameters."""
+    from pilotage.agents.tune import tune as search
+    from pilotage.control.learned import policy_from
+    from pilotage.control.scaling import describe
+    from pilotage.engine.cluster import World
+
+    base = policy_from(policy)
+    scenario = _scenario(env, data, hours)
+    windows = [[World(1_000_000 + k) for k in range(seeds)]]  # apart from the seeds that `evaluate` uses
+    with _progress(as_json) as step:
+        study = search(
+            base,
+            scenario,
+            windows,
+            trials=trials,
+            seed=seed,
+            objectives=objective or ["usd"],
+            storage=storage,
+            progress=lambda n, best: step(f"trial {n}/{trials}, best {best:,.2f} $"),
+        )
+    rows = [
+        {"policy": describe(base.replace(**t.params)), **dict(zip(objective or ["usd"], t.values, strict=True))}
+        for t in study.best_trials
+    ]
+    if as_json:
+        _print_json({"env": scenario.name, "trials": len(study.trials), "best": rows})
+        return
+    for row in rows:
+        name = row.pop("policy")
+        print(", ".join(f"{key} {value:.4g}" for key, value in row.items()) + f"  --policy '{name}'")
+
+
+@app.command()
+def train(
+    env: Env,
+    algo: str = "ppo",
+    steps: Annotated[int, typer.Option(min=1)] = 400_000,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    base: Annotated[str, typer.Option(help="the predictive rule that is corrected")] = "predictive",
+    worlds: Annotated[int, typer.Option(min=1)] = 64,
+    out: Annotated[Path | None, typer.Option("--out", help="folder of the training (default: runs/ENV-ALGO)")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the folder's checkpoint")] = False,
+    hours: Hours = None,
+    data: Data = None,
+    as_json: AsJson = False,
+) -> None:
+    """Learn a policy with stable-baselines3."""
+    from pilotage.agents.train import Settings
+    from pilotage.agents.train import train as learn
+    from pilotage.control.learned import policy_from
+    from pilotage.control.scaling import Predictive
+    from pilotage.engine.cluster import World
+
+    rule = policy_from(base)
+    if not isinstance(rule, Predictive):
+        raise SpecError(f"--base {base!r}: must be a predictive policy, as `predictive` or `predictive:z=1`")
+    scenario = _scenario(env, data, hours)
+    folder = _writable(out or Path("runs") / f"{scenario.name}-{algo}")
+    with _progress(as_json) as step:
+        learn(
+            scenario,
+            rule,
+            [World(0)],
+            [[World(2_000_000 + k) for k in range(4)]],
+            Settings(algo=algo, steps=steps, seed=seed, worlds=worlds),
+            folder,
+            progress=lambda n, usd: step(f"{n:,}/{steps:,} steps, validation {usd:,.2f} $"),
+            resume=resume,
+        )
+    if as_json:
+        _print_json({"env": scenario.name, "policy": str(folder)})
+    else:
+        print(f"policy: --policy {folder}")
+
+
+@app.command()
+def study(
+    experiment: Annotated[Path, typer.Argument(help="an experiment file, as experiments/quickstart.toml")],
+    out: Annotated[Path | None, typer.Option("--out", help="results folder (default: results/EXPERIMENT)")] = None,
+    data: Data = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="a much reduced form, to try things out")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tune, train, compare and report, as one experiment file says; resumes what was interrupted."""
+    from pilotage.study import Experiment
+    from pilotage.study import study as run_study
+
+    plan = Experiment.load(experiment, quick=quick)
+    folder = _writable(out or Path("results") / experiment.stem)
+    with _progress(as_json) as step:
+        results = run_study(plan, experiment, folder, data=data, seed=seed, step=step, command=sys.argv[1:])
+    if as_json:
+        _print_json(results)
+        return
+    for result in results:
+        Console().print(_table(result))
+    print(f"report: {folder / 'report.html'}")
+
+
+@app.command()
+def report(results: Annotated[Path, typer.Argument(help="a results folder")]) -> None:
+    """Write one self-contained HTML page from a results folder."""
+    from pilotage.report import write_report
+
+    print(f"report: {write_report(results)}")

@@ -1,0 +1,136 @@
+"""Result files: what a run, a comparison or an experiment leaves on disk, and where it came from."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pilotage.control.policy import measure
+from pilotage.evaluate import Run, bill
+from pilotage.scenario import Scenario
+
+
+def write_evaluation(folder: Path, results: Sequence[dict[str, Any]]) -> None:
+    """evaluation.json, and the same flat as table.csv."""
+    kept = [{"group": result["env"]} | result for result in results]
+    write_whole(folder / "evaluation.json", json.dumps(kept, indent=1) + "\n")
+    rows = []
+    for result in kept:
+        for row in result["policies"]:
+            over = row["over_bound"] or {"mean": None, "low": None, "high": None}
+            rows.append(
+                {
+                    "group": result["group"],
+                    "policy": row["policy"],
+                    **{f"total_usd_{k}": v for k, v in row["total_usd"].items()},
+                    **{f"{k}_usd": v for k, v in row["usd"].items()},
+                    "slo_attainment": row["slo_attainment"],
+                    **{f"latency_{k}_ms": v for k, v in row["latency_ms"].items()},
+                    **{k: row[k] for k in ("requests", "dropped", "replica_hours", "node_hours", "accuracy")},
+                    **{f"over_bound_{k}": v for k, v in over.items()},
+                }
+            )
+    write_whole(folder / "table.csv", as_csv(rows))
+
+
+def provenance(
+    experiment: str, command: Sequence[str], started: datetime, durations_s: dict[str, float]
+) -> dict[str, Any]:
+    """Where a result comes from: command, commit, versions, machine, durations."""
+
+    def git(*arguments: str) -> str:
+        try:
+            return subprocess.run(  # noqa: S603
+                ["git", *arguments], capture_output=True, text=True, check=True, timeout=10  # noqa: S607
+            ).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return ""
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    packages = ("pilotage", "numpy", "numba", "gymnasium", "optuna", "stable-baselines3", "torch")
+    return {
+        "experiment": experiment,
+        "command": "pilotage " + " ".join(command),
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "versions": {name: _version(name) for name in packages},
+        "machine": {
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            "memory_gib": round(memory, 1),
+            "python": platform.python_version(),
+            "os": f"{platform.system()} {platform.release()}",
+        },
+        "durations_s": durations_s,
+        "started_at": started.isoformat(timespec="seconds"),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or sys.platform
+
+
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def timeline_rows(policy: str, scenario: Scenario, run: Run) -> list[dict[str, Any]]:
+    """A run's timeline, one row per tick: counts summed over services, latency of the slowest."""
+    assert run.timeline is not None
+    ticks = run.timeline
+    usd = bill(ticks, scenario).sum(axis=(1, 2))
+    arrival = measure(ticks)[:, :, 0].sum(axis=1)
+    with np.errstate(invalid="ignore"):
+        p95 = np.max(np.nan_to_num(ticks["latency_p95_s"], nan=0.0), axis=1)
+    return [
+        {
+            "policy": policy,
+            "hour": round((k + 1) * scenario.tick_s / 3600, 5),
+            "arrival_rate": round(float(arrival[k]), 3),
+            "replicas_ready": int(tick["ready"].sum()),
+            "replicas_starting": int(tick["starting"].sum()),
+            "latency_p95_s": round(float(p95[k]), 4),
+            "queue_length": int(tick["waiting"].sum()),
+            "late": int(tick["late"].sum()),
+            "dropped": int((tick["rejected"] + tick["timed_out"] + tick["abandoned"]).sum()),
+            "usd": round(float(usd[k]), 6),
+            "slo_s": min(service.slo_s for service in scenario.services),
+        }
+        for k, tick in enumerate(ticks)
+    ]
