@@ -19,8 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-
 from pilotage.control.guard import Guard
+
 from pilotage.control.learned import policy_from
 from pilotage.engine.cluster import Cluster, World
 from pilotage.evaluate import simulate
@@ -124,11 +124,27 @@ def against_simpy(scenario, rounds):
             server.batch_wait_ms / 1e3,
         )  # fmt: skip
         theirs.append(rate)
-    rows = [row("engine on the quickstart service", "requests/s", statistics.median(ours), "SimPy", statistics.median(theirs))]
+    rows = [
+        row(
+            "engine on the quickstart service",
+            "requests/s",
+            statistics.median(ours),
+            "SimPy",
+            statistics.median(theirs),
+        )
+    ]
     mine = quantiles_s(histogram, (0.5, 0.95, 0.99))
     for name, a, p in zip(("p50", "p95", "p99"), mine, (50, 95, 99), strict=True):
         peer = float(np.percentile(latencies, p, method="inverted_cdf"))
-        rows.append(row("engine on the quickstart service", f"latency {name} (ms)", 1e3 * float(a), "SimPy", 1e3 * peer))
+        rows.append(
+            row(
+                "engine on the quickstart service",
+                f"latency {name} (ms)",
+                1e3 * float(a),
+                "SimPy",
+                1e3 * peer,
+            )
+        )
     return rows
 
 
@@ -145,8 +161,9 @@ def row(benchmark, metric, ours, peer="", theirs=None):
 
 def training(steps):
     """PPO environment steps per second with 64 worlds, learning included, evaluation excluded."""
-    from pilotage.agents.train import Settings, train
     from pilotage.control.scaling import Predictive
+
+    from pilotage.agents.train import Settings, train
 
     times = []
     with tempfile.TemporaryDirectory() as folder:
@@ -170,7 +187,9 @@ c = Cluster(s, [World(1)]); o = c.no_orders()
 while c.totals["arrived"].sum() < {requests}: c.advance(o)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
-    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    return float(
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    )
 
 
 def main() -> None:
@@ -201,11 +220,31 @@ def main() -> None:
     quickstart = "engine on the quickstart service"
     errors = [abs(measured(quickstart, f"latency {p} (ms)", "ratio") - 1) for p in ("p50", "p95", "p99")]
     asked = [
-        ("engine, all features on, one core", ">= 5e6 requests/s", statistics.median(rates), statistics.median(rates) >= 5e6),
-        ("engine beside SimPy", ">= 50", measured(quickstart, "requests/s", "ratio"), measured(quickstart, "requests/s", "ratio") >= 50),
+        (
+            "engine, all features on, one core",
+            ">= 5e6 requests/s",
+            statistics.median(rates),
+            statistics.median(rates) >= 5e6,
+        ),
+        (
+            "engine beside SimPy",
+            ">= 50",
+            measured(quickstart, "requests/s", "ratio"),
+            measured(quickstart, "requests/s", "ratio") >= 50,
+        ),
         ("latency percentiles beside SimPy", "<= 0.02", max(errors), max(errors) <= 0.02),
-        ("PPO training, 64 worlds", ">= 5000 env steps/s", float(rows[-2]["ours"]), float(rows[-2]["ours"]) >= 5000),
-        ("peak memory of 10 M requests", "<= 1024 MiB", float(rows[-1]["ours"]), float(rows[-1]["ours"]) <= 1024),
+        (
+            "PPO training, 64 worlds",
+            ">= 5000 env steps/s",
+            float(rows[-2]["ours"]),
+            float(rows[-2]["ours"]) >= 5000,
+        ),
+        (
+            "peak memory of 10 M requests",
+            "<= 1024 MiB",
+            float(rows[-1]["ours"]),
+            float(rows[-1]["ours"]) <= 1024,
+        ),
     ]
     options.out.mkdir(parents=True, exist_ok=True)
     write_whole(options.out / "table.csv", as_csv(rows))
@@ -215,10 +254,16 @@ def main() -> None:
     ]
     write_whole(options.out / "acceptance.csv", as_csv(acceptance))
     facts = provenance("bench", sys.argv, started, {"bench": round(time.perf_counter() - began, 1)})
-    facts |= {"command": "make bench", "seeds": [options.seed], "peak_rss_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    facts |= {
+        "command": "make bench",
+        "seeds": [options.seed],
+        "peak_rss_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
     write_whole(options.out / "run.json", json.dumps(facts, indent=2) + "\n")
     for r in rows:
-        print(f"{r['benchmark']:40} {r['metric']:20} {r['ours']:>12}  {r['peer']:6} {r['theirs']:>12}  {r['ratio']:>8}")
+        print(
+            f"{r['benchmark']:40} {r['metric']:20} {r['ours']:>12}  {r['peer']:6} {r['theirs']:>12}  {r['ratio']:>8}"
+        )
     for r in acceptance:
         print(f"{'met    ' if r['met'] else 'NOT MET'} {r['line']}: {r['measured']} (asked {r['asked']})")
 

@@ -30,7 +30,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object and 
 Hours = Annotated[float | None, typer.Option("--hours", help="length of the run instead of the scenario's")]
 Policies = Annotated[
     list[str],
-    typer.Option("--policy", help="name, name:field=value,…, .toml file, or folder of a training; repeatable"),
+    typer.Option(
+        "--policy", help="name, name:field=value,…, .toml file, or folder of a training; repeatable"
+    ),
 ]
 
 
@@ -55,7 +57,8 @@ def main() -> NoReturn:
         if type(error).__module__.startswith(("click", "typer")):  # wrong usage
             context = getattr(error, "ctx", None)
             where = f" (try '{context.command_path} --help')" if context else ""
-            _fail(getattr(error, "format_message", lambda: str(error))() + where, 2)
+            message = error.format_message() if hasattr(error, "format_message") else str(error)
+            _fail(message + where, 2)
         raise
 
 
@@ -96,12 +99,16 @@ def _writable(folder: Path) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise SpecError(f"--out {folder}: cannot be written: {error.strerror}; give a writable folder") from None
+        raise SpecError(
+            f"--out {folder}: cannot be written: {error.strerror}; give a writable folder"
+        ) from None
     return folder
 
 
 def _table(result: dict[str, Any]) -> Table:
-    table = Table(title=f"{result['env']}: {result['hours']:g} h x {len(result['seeds'])} runs, dollars per run")
+    table = Table(
+        title=f"{result['env']}: {result['hours']:g} h x {len(result['seeds'])} runs, dollars per run"
+    )
     for name in ("policy", "total $", "95 %", "nodes", "late", "dropped", "attainment", "p95 ms", "x bound"):
         table.add_column(name, justify="left" if name == "policy" else "right")
     for row in result["policies"]:
@@ -198,7 +205,9 @@ def evaluate(
     bound: Annotated[bool, typer.Option("--bound", help="compare with the clairvoyant bound")] = False,
     hours: Hours = None,
     data: Data = None,
-    out: Annotated[Path | None, typer.Option("--out", help="folder for evaluation.json and table.csv")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="folder for evaluation.json and table.csv")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare policies on the same traffic, in dollars, with 95 % intervals."""
@@ -263,11 +272,15 @@ class _progress:  # noqa: N801  (used as a function)
 @app.command()
 def tune(
     env: Env,
-    policy: Annotated[str, typer.Option("--policy", help="the policy whose declared parameters are searched")],
+    policy: Annotated[
+        str, typer.Option("--policy", help="the policy whose declared parameters are searched")
+    ],
     trials: Annotated[int, typer.Option(min=1)] = 40,
     seeds: Annotated[int, typer.Option(min=1, help="runs per trial")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="seed of the search")] = 0,
-    storage: Annotated[str | None, typer.Option(help="Optuna storage URL; an existing study is resumed")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Optuna storage URL; an existing study is resumed")
+    ] = None,
     objective: Annotated[list[str] | None, typer.Option(help="usd, attainment; repeatable")] = None,
     hours: Hours = None,
     data: Data = None,
@@ -294,7 +307,10 @@ def tune(
             progress=lambda n, best: step(f"trial {n}/{trials}, best {best:,.2f} $"),
         )
     rows = [
-        {"policy": describe(base.replace(**t.params)), **dict(zip(objective or ["usd"], t.values, strict=True))}
+        {
+            "policy": describe(base.replace(**t.params)),
+            **dict(zip(objective or ["usd"], t.values, strict=True)),
+        }
         for t in study.best_trials
     ]
     if as_json:
@@ -313,7 +329,9 @@ def train(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     base: Annotated[str, typer.Option(help="the predictive rule that is corrected")] = "predictive",
     worlds: Annotated[int, typer.Option(min=1)] = 64,
-    out: Annotated[Path | None, typer.Option("--out", help="folder of the training (default: runs/ENV-ALGO)")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="folder of the training (default: runs/ENV-ALGO)")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the folder's checkpoint")] = False,
     hours: Hours = None,
     data: Data = None,
@@ -351,7 +369,9 @@ def train(
 @app.command()
 def study(
     experiment: Annotated[Path, typer.Argument(help="an experiment file, as experiments/quickstart.toml")],
-    out: Annotated[Path | None, typer.Option("--out", help="results folder (default: results/EXPERIMENT)")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="results folder (default: results/EXPERIMENT)")
+    ] = None,
     data: Data = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="a much reduced form, to try things out")] = False,

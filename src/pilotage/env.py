@@ -106,15 +106,11 @@ class ServingVecEnv(VectorEnv):
     def _restart(self, indices: np.ndarray) -> None:
         picks = self.np_random.integers(0, len(self._windows), len(indices))
         seeds = self.np_random.integers(0, 2**32, len(indices))
-        fresh = [
-            self._windows[k]._replace(seed=int(seed)) for k, seed in zip(picks, seeds, strict=True)
-        ]
+        fresh = [self._windows[k]._replace(seed=int(seed)) for k, seed in zip(picks, seeds, strict=True)]
         services = len(self.scenario.services)
         if self._cluster is None:
             self._cluster = Cluster(self.scenario, fresh, threads=self._threads)
-            situations = [
-                self._cluster.situation(w, s) for w in range(self.worlds) for s in range(services)
-            ]
+            situations = [self._cluster.situation(w, s) for w in range(self.worlds) for s in range(services)]
             self._residual = Residual(situations, self._base, self._guard)
         else:
             self._cluster.restart(indices.tolist(), fresh)
@@ -141,7 +137,9 @@ class ServingVecEnv(VectorEnv):
         services = len(self.scenario.services)
         resting = ~cluster.active
         if resting.any() and self.autoreset_mode == AutoresetMode.DISABLED:
-            raise gymnasium.error.ResetNeeded(f"worlds {np.flatnonzero(resting).tolist()} have ended; reset them")
+            raise gymnasium.error.ResetNeeded(
+                f"worlds {np.flatnonzero(resting).tolist()} have ended; reset them"
+            )
         orders = cluster.no_orders()
         flat = orders.reshape(-1)
         order, release, batch = self._residual.decide(np.asarray(actions, np.float64), self._values)
@@ -180,9 +178,7 @@ class ServingEnv(gymnasium.Env):
     def __init__(self, scenario: str | Scenario, *, render_mode: None = None, **options: Any) -> None:
         scenario = _as_scenario(scenario)
         services = len(scenario.services)
-        self._worlds = ServingVecEnv(
-            scenario, services, autoreset_mode=AutoresetMode.DISABLED, **options
-        )
+        self._worlds = ServingVecEnv(scenario, services, autoreset_mode=AutoresetMode.DISABLED, **options)
         self.scenario = scenario
         self.render_mode = render_mode
         self.observation_space = spaces.Box(
@@ -202,7 +198,13 @@ class ServingEnv(gymnasium.Env):
         observations, rewards, _, truncations, info = self._worlds.step(
             np.asarray(action).reshape(self._worlds.num_envs, len(ACTIONS))
         )
-        return observations.reshape(-1), float(rewards.sum()), False, bool(truncations[0]), {"usd": info["usd"]}
+        return (
+            observations.reshape(-1),
+            float(rewards.sum()),
+            False,
+            bool(truncations[0]),
+            {"usd": info["usd"]},
+        )
 
 
 def register() -> None:

@@ -39,7 +39,9 @@ class Scenario(Spec, frozen=True, kw_only=True):
         ):
             for name in names:
                 if names.count(name) > 1:
-                    raise SpecError(f"{what} name {name!r} is used {names.count(name)} times; names must differ")
+                    raise SpecError(
+                        f"{what} name {name!r} is used {names.count(name)} times; names must differ"
+                    )
         pools = [p.name for p in self.pools]
         for service in self.services:
             for name in service.pools:
@@ -100,16 +102,22 @@ def load(env: str | Path, data: str | Path | None = None) -> Scenario:
         stem = str(env).removeprefix("pilotage/").removesuffix("-v0")
         path = folder() / f"{stem}.toml"
         if stem not in shipped():
-            raise SpecError(f"environment {stem!r} does not exist; {closest(stem, shipped())}; or give a .toml file")
+            raise SpecError(
+                f"environment {stem!r} does not exist; {closest(stem, shipped())}; or give a .toml file"
+            )
     try:
         raw: Any = msgspec.toml.decode(path.read_bytes())
     except OSError as error:
-        raise SpecError(f"{path}: cannot be read: {error.strerror}; give the path of a scenario file") from None
+        raise SpecError(
+            f"{path}: cannot be read: {error.strerror}; give the path of a scenario file"
+        ) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: not valid TOML: {error}") from None
     for key in ("name", "data"):
         if key in raw:
-            raise SpecError(f"{path}: {key!r} is not a key of a scenario file; the file's name and --data set it")
+            raise SpecError(
+                f"{path}: {key!r} is not a key of a scenario file; the file's name and --data set it"
+            )
     scenario = decode(raw, Scenario, str(path))
     traces = data_folder(data)
     return scenario.replace(name=path.stem, data=str(traces) if traces else None)

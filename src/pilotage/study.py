@@ -96,7 +96,9 @@ class Experiment(Spec, frozen=True, kw_only=True):
         try:
             raw = msgspec.toml.decode(path.read_bytes())
         except OSError as error:
-            raise SpecError(f"{path}: cannot be read: {error.strerror}; give the path of an experiment") from None
+            raise SpecError(
+                f"{path}: cannot be read: {error.strerror}; give the path of an experiment"
+            ) from None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise SpecError(f"{path}: not valid TOML: {error}") from None
         plan = decode(raw, Experiment, str(path))
@@ -181,7 +183,9 @@ def study(
         "scenario_sha256": scenario.digest(),
         "experiment_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "seeds": [seed],
-        "policies": {name: describe(policy) for name, policy in contenders if not isinstance(policy, Learned)},
+        "policies": {
+            name: describe(policy) for name, policy in contenders if not isinstance(policy, Learned)
+        },
     }
     write_whole(folder / "run.json", json.dumps(run, indent=2) + "\n")
     step("report")
@@ -206,7 +210,9 @@ def _tuning(
     for name in plan.tune.policies:
         policy = policy_from(name)
         trials = plan.tune.trials
-        key = _key("tune", scenario.digest(), describe(policy), trials, groups["train"], groups["validate"], seed)
+        key = _key(
+            "tune", scenario.digest(), describe(policy), trials, groups["train"], groups["validate"], seed
+        )
         kept = work / f"{key}.json"
         if not kept.is_file():
             found = tune(
@@ -216,7 +222,9 @@ def _tuning(
                 trials=trials,
                 seed=seed,
                 storage=f"sqlite:///{work / key}.db",
-                progress=lambda n, best, name=name: step(f"tuning {name}: trial {n}/{trials}, best {best:,.2f} $"),
+                progress=lambda n, best, of=f"tuning {name}: trial": step(
+                    f"{of} {n}/{trials}, best {best:,.2f} $"
+                ),
             )
             best = choose(policy, found, scenario, groups["validate"] or groups["train"])
             values = [t.values[0] for t in found.trials if t.values]
@@ -258,7 +266,9 @@ def _training(
             groups["validate"],
             settings,
             training,
-            progress=lambda n, usd: step(f"learning: {n:,}/{settings.steps:,} steps, validation {usd:,.2f} $"),
+            progress=lambda n, usd: step(
+                f"learning: {n:,}/{settings.steps:,} steps, validation {usd:,.2f} $"
+            ),
             resume=True,
         )
         complete.touch()
@@ -284,9 +294,7 @@ def _evaluation(
         mine: list[tuple[str, list[Run]]] = []
         for name, policy in contenders:
             step(f"{group.name}: {name}")
-            mine.append(
-                (name, simulate(scenario, [policy] * len(worlds), worlds, guard=Guard(), label=name))
-            )
+            mine.append((name, simulate(scenario, [policy] * len(worlds), worlds, guard=Guard(), label=name)))
             runs[name] += mine[-1][1]
         lower, schedule = None, None
         if plan.bound:
@@ -302,14 +310,20 @@ def _evaluation(
     if len(plan.groups) > 1:
         together = [*runs.items(), *([("clairvoyant schedule", schedules)] if plan.bound else [])]
         lower = np.array(lowers) if plan.bound else None
-        results.append({"group": "all"} | compare(scenario, together, lower, schedules if plan.bound else None))
+        results.append(
+            {"group": "all"} | compare(scenario, together, lower, schedules if plan.bound else None)
+        )
     return results, _timeline(scenario, contenders, tests[0][0])
 
 
 def _timeline(scenario: Scenario, contenders: Sequence[tuple[str, Policy]], world: World) -> str:
     """One window in full, as CSV with one row per policy and tick, summed over services."""
     runs = simulate(
-        scenario, [policy for _, policy in contenders], [world] * len(contenders), guard=Guard(), keep_timeline=True
+        scenario,
+        [policy for _, policy in contenders],
+        [world] * len(contenders),
+        guard=Guard(),
+        keep_timeline=True,
     )
     rows: list[dict[str, Any]] = []
     for (name, _), run in zip(contenders, runs, strict=True):

@@ -94,9 +94,13 @@ EVALUATION = {
 }
 
 
-def pilotage(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def pilotage(
+    *arguments: str, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if k != "PILOTAGE_DATA"} | environment
-    return subprocess.run([*PILOTAGE, *arguments], capture_output=True, text=True, cwd=cwd, env=env, timeout=300)
+    return subprocess.run(
+        [*PILOTAGE, *arguments], capture_output=True, text=True, cwd=cwd, env=env, timeout=300
+    )
 
 
 def refused(*arguments: str, cwd: Path | None = None, **environment: str) -> str:
@@ -117,7 +121,18 @@ def scenario(tmp_path: Path) -> Path:
 
 
 def test_evaluate_prints_the_agreed_json_and_the_same_bytes_twice(scenario: Path) -> None:
-    command = ("evaluate", str(scenario), "--policy", "hpa", "--policy", "predictive", "--seeds", "3", "--bound", "--json")
+    command = (
+        "evaluate",
+        str(scenario),
+        "--policy",
+        "hpa",
+        "--policy",
+        "predictive",
+        "--seeds",
+        "3",
+        "--bound",
+        "--json",
+    )
     first, second = (json.loads(pilotage(*command).stdout) for _ in range(2))
     jsonschema.validate(first, EVALUATION)
     assert [row["policy"] for row in first["policies"]] == ["hpa", "predictive"]
@@ -209,7 +224,9 @@ def test_a_wrong_policy_is_refused(scenario: Path, policy: str, says: str) -> No
 def test_a_wrong_environment_option_or_folder_is_refused(scenario: Path, tmp_path: Path) -> None:
     assert "did you mean 'quickstart'" in refused("simulate", "quikstart", "--policy", "hpa")
     assert "--data" in refused("simulate", "azure-chat", "--policy", "hpa")
-    assert "not a directory" in refused("simulate", "azure-chat", "--policy", "hpa", "--data", str(tmp_path / "no"))
+    assert "not a directory" in refused(
+        "simulate", "azure-chat", "--policy", "hpa", "--data", str(tmp_path / "no")
+    )
     assert "PILOTAGE_DATA" in refused("simulate", "azure-chat", "--policy", "hpa", PILOTAGE_DATA="/nowhere")
     assert "--hours" in refused("simulate", str(scenario), "--policy", "hpa", "--hours", "-3")
     assert "seeds" in refused("evaluate", str(scenario), "--policy", "hpa", "--seeds", "0")
@@ -232,7 +249,9 @@ def test_a_wrong_environment_option_or_folder_is_refused(scenario: Path, tmp_pat
 )
 def test_a_wrong_trace_is_refused(scenario: Path, tmp_path: Path, rows: str, says: str) -> None:
     (tmp_path / "trace.csv").write_text(rows)
-    scenario.write_text(SCENARIO.replace('{kind = "poisson", rate_rps = 20.0}', '{kind = "trace", path = "trace.csv"}'))
+    scenario.write_text(
+        SCENARIO.replace('{kind = "poisson", rate_rps = 20.0}', '{kind = "trace", path = "trace.csv"}')
+    )
     message = refused("simulate", str(scenario), "--policy", "hpa", "--data", str(tmp_path))
     assert says in message.lower()
 
@@ -253,11 +272,15 @@ trials = {trials}
 """
 
 
-def test_a_study_that_was_interrupted_resumes_and_leaves_nothing_half_written(scenario: Path, tmp_path: Path) -> None:
+def test_a_study_that_was_interrupted_resumes_and_leaves_nothing_half_written(
+    scenario: Path, tmp_path: Path
+) -> None:
     experiment, out = tmp_path / "resume.toml", tmp_path / "out"
     experiment.write_text(STUDY.format(env=scenario, trials=40))
     command = ("study", str(experiment), "--out", str(out))
-    process = subprocess.Popen([*PILOTAGE, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*PILOTAGE, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     storage = None
     for _ in range(1200):
         storage = next(iter(out.glob("work/tune-*.db")), None)

@@ -38,14 +38,14 @@ raise costs, and are left out or (network time) shorten the objective.
 bought at the best price per speed in fractions of a replica: level x is charged at the lower end of its cell and
 served at the upper end, without start-up cost.
 
-**The schedule.** The same programme with work inflated by several factors, rounded to replicas ordered ahead by
-the start-up time, gives schedules that know the future; each is run in the engine, and the cheapest is reported.
+**The schedule.** The same programme with more work or a tighter objective, replicas ordered ahead by the start-up
+time, gives schedules that know the future; each is run in the engine, and the cheapest is reported.
 It is achievable, so the true optimum lies between the two.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -58,7 +58,8 @@ from pilotage.world.servers import log_normal_table
 from pilotage.world.services import Service
 
 _CELL = 0.25  # fraction of a replica, where several pools are mixed
-_INFLATIONS = (1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5)
+# (work multiplied by, objective multiplied by) of the schedules that are tried
+_CANDIDATES = ((1.3, 1), (1.4, 1), (1.5, 1), (1.65, 1), (1.85, 1), (2.2, 1), (3.0, 1), (1.4, 0.5), (1.5, 0.5))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +89,11 @@ def bound(scenario: Scenario, world: World) -> Bound:
     """Brackets the least possible cost of one run. Takes seconds for a day of one service."""
     cluster = Cluster(scenario, [world])
     problems = [_problem(cluster, s) for s in range(len(scenario.services))]
-    lower = sum(_solve(scenario, p, p.work_s, strict=True)[0] + p.floor_usd for p in problems)
+    lower = sum(_solve(scenario, p)[0] + p.floor_usd for p in problems)
     schedules = []
-    for inflation in _INFLATIONS:
-        counts = [_solve(scenario, p, p.work_s * inflation, strict=False)[1] for p in problems]
+    for work, objective in _CANDIDATES:
+        harder = [replace(p, work_s=p.work_s * work, objective_s=p.objective_s * objective) for p in problems]
+        counts = [_solve(scenario, p)[1] for p in harder]
         schedules.append(
             [
                 Schedule(targets=tuple(_ahead(scenario, service, c)))
@@ -121,7 +123,8 @@ def _problem(cluster: Cluster, s: int) -> _Problem:
     slots = server.batches_in_flight
     tick_usd = [pool.price_usd_per_hour / 3600 * scenario.tick_s for pool in pools]
     start_up_s = min(
-        pool.boot_s * log_normal_table(pool.boot_cv)[0] + variant.load_s * log_normal_table(variant.load_cv)[0]
+        pool.boot_s * log_normal_table(pool.boot_cv)[0]
+        + variant.load_s * log_normal_table(variant.load_cv)[0]
         for pool in pools
     )
     spread = 1 if start_up_s >= objective_s else 1 + int(np.ceil(objective_s / scenario.tick_s))
@@ -154,10 +157,9 @@ def _problem(cluster: Cluster, s: int) -> _Problem:
     )
 
 
-def _solve(
-    scenario: Scenario, problem: _Problem, work_s: np.ndarray, *, strict: bool
-) -> tuple[float, np.ndarray]:
+def _solve(scenario: Scenario, problem: _Problem) -> tuple[float, np.ndarray]:
     """The least cost over all sequences of capacity levels, and the sequence (shape: ticks)."""
+    work_s = problem.work_s
     edges = np.arange(scenario.ticks + 1) * scenario.tick_s
     busiest = np.histogram(problem.arrival_s, edges, weights=work_s)[0].max(initial=0.0)
     # more speed than twice the busiest tick's work, on top of its worst second, cannot pay
@@ -173,7 +175,7 @@ def _solve(
         problem.arrival_s, work_s, problem.objective_s, edges, float(edges[-1]), levels, most
     )
     cost = usd + problem.miss_usd * missed
-    if top < len(problem.levels_speed) and strict:
+    if top < len(problem.levels_speed):
         # levels above the top are no cheaper than the top one without its missed requests
         cost[:, -1] = usd[-1]
     n = np.arange(top)

@@ -25,11 +25,15 @@ def space(policy: Policy) -> dict[str, optuna.distributions.BaseDistribution]:
     out: dict[str, optuna.distributions.BaseDistribution] = {}
     for name, bounds in tunable(type(policy)).items():
         if bounds.integer:
-            out[name] = optuna.distributions.IntDistribution(int(bounds.low), int(bounds.high), log=bounds.log)
+            out[name] = optuna.distributions.IntDistribution(
+                int(bounds.low), int(bounds.high), log=bounds.log
+            )
         else:
             out[name] = optuna.distributions.FloatDistribution(bounds.low, bounds.high, log=bounds.log)
     if not out:
-        raise SpecError(f"policy {describe(policy)!r} declares no bounded parameters; there is nothing to tune")
+        raise SpecError(
+            f"policy {describe(policy)!r} declares no bounded parameters; there is nothing to tune"
+        )
     return out
 
 
@@ -71,7 +75,9 @@ def tune(
     distributions = space(policy)
     study = optuna.create_study(
         directions=[OBJECTIVES[name] for name in objectives],
-        sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=min(10, trials // 3 + 1)),
+        sampler=optuna.samplers.TPESampler(
+            seed=seed, multivariate=True, n_startup_trials=min(10, trials // 3 + 1)
+        ),
         storage=storage,
         study_name=study_name or f"{scenario.name}/{describe(policy)}",
         load_if_exists=True,

@@ -20,7 +20,7 @@ import numpy as np
 from pilotage.control.forecast import LoadTracker
 from pilotage.control.guard import Guard
 from pilotage.control.policy import INDEX, Controller, Decision, Observation, Policy, Situation
-from pilotage.control.scaling import Predictive
+from pilotage.control.scaling import Predictive, parse
 from pilotage.world.spec import Spec, SpecError, decode
 
 # what the three outputs do, each in [-1, 1]:
@@ -71,37 +71,181 @@ class Residual:
     into orders that have passed the guard. Measurements have shape (rows, len(FEATURES)).
     """
 
-    def __init__(self, situations: Sequence[Situation], base: Predictive, guard: Guard | None = None) -> None:
-        self.base, self.guard = base, guard or Guard()
+    def __init__(self, situations: Sequence[Situation], base: Predictive, guard: Guard) -> None:
+        self.base, self.guard = base, guard
         n = len(situations)
         self._tick_s = situations[0].tick_s
-        self._longest = int(np.ceil(PATIENCE * max(base.scale_down_delay_s, self._tick_s) / self._tick_s)) + 1
-        self._wanted = np.zeros((self._longest, n))
+        longest = int(np.ceil(PATIENCE * base.scale_down_delay_s / self._tick_s)) + 1
+        self._wanted = np.zeros((longest, n))  # ring of past targets, for the scale-down delay
+        self._clock = 0
         self._capacity = np.array([s.capacity_rps() for s in situations])
         self._slo_s = np.array([s.service.slo_s for s in situations])
         self._max_batch = np.array([s.service.server.max_batch for s in situations])
-        limits = [self.guard.limits(s) for s in situations]
-        self._limits = np.array(limits)
+        self.limits = np.array([guard.limits(s) for s in situations])
         self.tracker: LoadTracker = base.tracker(situations)
-        self._clock = 0
-        self._need = base.need(self.tracker)
+        self._need = base.need(self.tracker, self._capacity)
 
     def restart(self, row: int, situation: Situation) -> None:
         """Forgets a row's run; a new one begins."""
         self.tracker.reset(row, situation.history_rps)
         self._wanted[:, row] = 0
-        self._need[row] = self.base.need(self.tracker)[row]
+        self._need[row] = self.base.need(self.tracker, self._capacity)[row]
 
     def update(self, values: np.ndarray) -> None:
         """Takes in the measurements of the tick that has passed."""
         self.tracker.update(values[:, INDEX["arrival_rate"]], values[:, INDEX["arrival_peak"]])
-        self._need = self.base.need(self.tracker)
-        self._clock += 1
+        self._need = self.base.need(self.tracker, self._capacity)
 
     def view(self, now_s: np.ndarray, values: np.ndarray) -> np.ndarray:
         """What the network sees, float32 of shape (rows, len(OBSERVATIONS)). Changes nothing."""
-        raise NotImplementedError
+        known = np.nan_to_num(values, nan=0.0)
+        seen = {name: known[:, k] for name, k in INDEX.items()}
+        t, need, capacity = self.tracker, self._need, self._capacity
+        ordered = seen["replicas_ready"] + seen["replicas_starting"] + seen["replicas_pending"]
+        scale = np.log1p(need)
+
+        def relative(load_rps: np.ndarray) -> np.ndarray:
+            return np.log1p(load_rps / capacity) - scale
+
+        served_rps = np.maximum(seen["replicas_ready"], 1) * capacity
+        latency = np.where(
+            seen["latency_p95"] > 0, np.log(np.maximum(seen["latency_p95"], 1e-6) / self._slo_s), 0
+        )
+        missed = np.where(np.isnan(values[:, INDEX["attainment"]]), 0.0, 1 - seen["attainment"])
+        hour = 2 * np.pi * (now_s % 86400) / 86400
+        columns = {
+            "need": scale,
+            "replicas": np.log1p(ordered) - scale,
+            "ready": np.log1p(seen["replicas_ready"]) - scale,
+            "starting_share": (ordered - seen["replicas_ready"]) / np.maximum(ordered, 1),
+            "draining_share": seen["replicas_draining"] / np.maximum(ordered, 1),
+            "load": relative(t.rate),
+            "load_peak": relative(t.peak),
+            "load_fast": relative(t.fast),
+            "load_slow": relative(t.slow),
+            "peak_1min": relative(t.highest(60)),
+            "peak_5min": relative(t.highest(300)),
+            "peak_30min": relative(t.highest(1800)),
+            "lag_30min": relative(t.lag(1800)),
+            "lag_60min": relative(t.lag(3600)),
+            "lag_90min": relative(t.lag(5400)),
+            "lag_120min": relative(t.lag(7200)),
+            "lag_day": relative(t.lag(86400)),
+            "forecast": relative(t.forecast),
+            "forecast_error": np.log1p(t.forecast_error / np.maximum(t.slow, 0.01 * capacity)),
+            "queue": np.log1p(seen["queue_length"] / (served_rps * self._slo_s)),
+            "utilization": seen["utilization"],
+            "latency": latency,
+            "missed": np.sqrt(missed),
+            "batch": seen["batch_size"] / self._max_batch,
+            "hold": np.log1p(np.maximum(self._wanted.max(axis=0) - need, 0)),
+            "rounding": np.ceil(need) - need,
+            "hour_sin": np.sin(hour),
+            "hour_cos": np.cos(hour),
+        }
+        return np.clip(np.stack([columns[name] for name in OBSERVATIONS], axis=1), -20, 20).astype(np.float32)
 
     def decide(self, actions: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Replicas to order, replicas to release and the batch limit, each of shape (rows,)."""
-        raise NotImplementedError
+        """Replicas to order, replicas to release and the batch limit, int64 of shape (rows,) each."""
+        headroom, batch, patience = np.clip(np.nan_to_num(actions), -1, 1).T
+        wanted = np.ceil(np.maximum(self._need * (1 + HEADROOM * headroom) + headroom, 0) - 1e-9)
+        self._wanted[self._clock % len(self._wanted)] = wanted
+        age = (self._clock - np.arange(len(self._wanted))) % len(self._wanted)
+        self._clock += 1
+        keep = self.base.scale_down_delay_s * PATIENCE**patience / self._tick_s
+        target = np.where(age[:, None] <= keep, self._wanted, 0).max(axis=0)
+        seen = np.nan_to_num(values, nan=0.0)
+        current = sum(seen[:, INDEX[n]] for n in ("replicas_ready", "replicas_starting", "replicas_pending"))
+        order, release = self.guard.clamp(
+            np.maximum(target - current, 0), np.maximum(current - target, 0), current, self.limits
+        )
+        limit = np.maximum(1, np.round(self._max_batch * 2.0 ** (3 * np.minimum(batch, 0))))
+        return order.astype(np.int64), release.astype(np.int64), limit.astype(np.int64)
+
+
+class Network(Spec, frozen=True, kw_only=True):
+    """A tanh network with its input normalisation: clip((x - mean) / scale), dense layers, linear outputs."""
+
+    mean: tuple[float, ...]
+    scale: tuple[float, ...]
+    clip: float
+    weights: tuple[tuple[tuple[float, ...], ...], ...]
+    biases: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        sizes = [len(self.mean)]
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            if len(weight) != len(bias) or any(len(row) != sizes[-1] for row in weight):
+                raise SpecError(
+                    f"a layer of {len(weight)} rows does not fit {sizes[-1]} inputs, {len(bias)} biases"
+                )
+            sizes.append(len(bias))
+        if sizes[0] != len(OBSERVATIONS) or len(self.scale) != sizes[0] or sizes[-1] != len(ACTIONS):
+            raise SpecError(
+                f"the network maps {sizes[0]} inputs to {sizes[-1]} outputs; "
+                f"valid: {len(OBSERVATIONS)} to {len(ACTIONS)}"
+            )
+
+
+class Learned(Policy, frozen=True, kw_only=True, tag="learned"):
+    """A network's correction of a rule. A training folder holds it as `policy.json`."""
+
+    base: Predictive
+    network: Network
+
+    def begin(self, situation: Situation) -> Controller:
+        return _Learned(self, situation)
+
+    def save(self, folder: Path) -> None:
+        """Writes `policy.json`, whole or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / "policy.json.part"
+        part.write_bytes(msgspec.json.encode(self))
+        part.replace(folder / "policy.json")
+
+    @staticmethod
+    def load(folder: Path) -> Learned:
+        path = folder / "policy.json"
+        try:
+            raw = json.loads(path.read_text())
+        except OSError as error:
+            raise SpecError(
+                f"{path}: cannot be read: {error.strerror}; give the folder of a training"
+            ) from None
+        except ValueError as error:
+            raise SpecError(f"{path}: not valid JSON: {error}") from None
+        return decode(raw, Learned, str(path))
+
+
+class _Learned:
+    def __init__(self, policy: Learned, situation: Situation) -> None:
+        net = policy.network
+        self._residual = Residual([situation], policy.base, Guard())
+        self._mean, self._scale, self._clip = np.array(net.mean), np.array(net.scale), net.clip
+        self._layers = [
+            (np.array(weight).T.copy(), np.array(bias))
+            for weight, bias in zip(net.weights, net.biases, strict=True)
+        ]
+        self._first = True
+
+    def decide(self, seen: Observation) -> Decision:
+        values = seen.values[None, :]
+        if not self._first:  # the first observation is older than the run; the history has it
+            self._residual.update(values)
+        self._first = False
+        x = self._residual.view(np.array([seen.now_s]), values)
+        x = np.clip((x - self._mean) / self._scale, -self._clip, self._clip)
+        for weight, bias in self._layers[:-1]:
+            x = np.tanh(x @ weight + bias)
+        weight, bias = self._layers[-1]
+        order, release, limit = self._residual.decide(x @ weight + bias, values)
+        return Decision(
+            order=int(order[0]), release=int(release[0]), max_batch=int(limit[0]), reason="learned"
+        )
+
+
+def policy_from(text: str) -> Policy:
+    """The policy that a command-line argument names: a name, a name with parameters, a file, or a training."""
+    if (Path(text) / "policy.json").is_file():
+        return Learned.load(Path(text))
+    return parse(text)

@@ -32,7 +32,9 @@ class Feature:
 
 
 def _share(numerator: Any, denominator: Any) -> np.ndarray:
-    return np.divide(numerator, denominator, out=np.full(np.shape(denominator), np.nan), where=denominator > 0)
+    return np.divide(
+        numerator, denominator, out=np.full(np.shape(denominator), np.nan), where=denominator > 0
+    )
 
 
 FEATURES: Final = (
@@ -187,6 +189,10 @@ class Observation:
     def __getitem__(self, name: str) -> float:
         return float(self.values[INDEX[name]])
 
+    def age(self, name: str) -> float:
+        """How old a value is, in seconds."""
+        return float(self.age_s[INDEX[name]])
+
     @property
     def replicas(self) -> int:
         """Replicas that are ordered and not released: pending, starting and ready. NaN counts as none."""
@@ -212,9 +218,7 @@ class Decision:
     ) -> Decision:
         """A plain target count, mapped as Kubernetes maps it: the difference to what is ordered already."""
         change = target - seen.replicas
-        return Decision(
-            order=max(0, change), release=max(0, -change), max_batch=max_batch, reason=reason
-        )
+        return Decision(order=max(0, change), release=max(0, -change), max_batch=max_batch, reason=reason)
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,8 +62,9 @@ class Cluster:
     """`len(worlds)` independent worlds of one scenario, in structured arrays of one row per world and service.
 
     The batch face is `advance(orders)`: one control tick of all worlds in one compiled call. The face of a
-    live cluster is `read()`, `apply(decisions)`, `wait()`, with the services of all worlds in a row. A world may be put back to
-    the start of another run with `restart`; one that is not `active` stands still. With `threads` above 1 the worlds are shared out over cores.
+    live cluster is `read()`, `apply(decisions)`, `wait()`, with the services of all worlds in a row. A world may
+    be put back to the start of another run with `restart`; one that is not `active` stands still. With
+    `threads` above 1 the worlds are shared out over cores.
     """
 
     def __init__(
@@ -192,7 +193,7 @@ class Cluster:
             self.ticks[w] = self._blank[0]
             self.totals[w] = np.zeros((), TICK)
             self.histograms[w] = 0
-            for s, service in enumerate(scenario.services):
+            for s in range(services):
                 r = w * services + s
                 for name, seed in self.seeds(w, s).items():
                     self.params[r][name] = seed
@@ -299,7 +300,9 @@ class Cluster:
         horizon_s = scenario.ticks * scenario.tick_s
         services = self.shape[1]
         for w in np.flatnonzero(self.active & (self._known_s < self.clock_s + scenario.tick_s)):
-            known = min(self._known_s[w] + self._read_ahead_s, max(horizon_s, self.clock_s[w] + scenario.tick_s))
+            known = min(
+                self._known_s[w] + self._read_ahead_s, max(horizon_s, self.clock_s[w] + scenario.tick_s)
+            )
             for r in range(w * services, (w + 1) * services):
                 fresh = self._sources[r].until(self._start_s[w] + known) - self._start_s[w]
                 lo, hi = self.rows["arrival_lo"][r], self.rows["arrival_hi"][r]

@@ -571,9 +571,9 @@ def youngest(replicas, pools, state, now):
     best, ordinal = -1, -1
     for k in range(replicas.shape[0]):
         r = replicas[k]
-        if r["state"] == state and r["ordinal"] > ordinal:
-            if now - r["ordered_s"] >= pools[r["pool"]]["min_lifetime_s"]:
-                best, ordinal = k, r["ordinal"]
+        old_enough = now - r["ordered_s"] >= pools[r["pool"]]["min_lifetime_s"]
+        if r["state"] == state and old_enough and r["ordinal"] > ordinal:
+            best, ordinal = k, r["ordinal"]
     return best
 
 
@@ -617,6 +617,15 @@ def release(row, param, tick, replicas, pools, used, ready, idle, count, now, un
 
 
 @compiled
+def first_free(allowed, pools, used):
+    """The first of the allowed pools that has a free node, or -1."""
+    for p in allowed:
+        if p >= 0 and used[p] < pools[p]["max_nodes"]:
+            return p
+    return -1
+
+
+@compiled
 def place(row, param, replicas, pools, used, allowed, boots, loads, now):
     """Gives one pending replica a node; returns whether one was free."""
     p = -1
@@ -624,10 +633,7 @@ def place(row, param, replicas, pools, used, allowed, boots, loads, now):
         if used[row["pool"]] < pools[row["pool"]]["max_nodes"]:
             p = row["pool"]
     else:
-        for j in range(allowed.shape[0]):
-            if allowed[j] >= 0 and used[allowed[j]] < pools[allowed[j]]["max_nodes"]:
-                p = allowed[j]
-                break
+        p = first_free(allowed, pools, used)
     if p < 0:
         return False
     for k in range(replicas.shape[0]):
@@ -682,11 +688,7 @@ def begin(lo, hi, rows, params, replicas, slots, ready, idle, used, pools, allow
                 replicas[k]["state"] = GONE
                 replicas[k]["timer"] = 0
             for k in range(param["initial"]):
-                p = -1
-                for j in range(allowed.shape[1]):
-                    if p < 0 and allowed[s, j] >= 0:
-                        if used[w, allowed[s, j]] < pools[allowed[s, j]]["max_nodes"]:
-                            p = allowed[s, j]
+                p = first_free(allowed[s], pools, used[w])
                 if p < 0:
                     row["pending"] += param["initial"] - k
                     break
@@ -815,7 +817,20 @@ def advance(
             my_heap = heap[param["event_lo"] : param["event_hi"]]
             mine_q = requests[row["request_lo"] : row["request_hi"]]
             refresh(
-                row, param, tick, mine_q, my_heap, mine, my_slots, my_idle, pools, used[w], laws, noises, t0, until
+                row,
+                param,
+                tick,
+                mine_q,
+                my_heap,
+                mine,
+                my_slots,
+                my_idle,
+                pools,
+                used[w],
+                laws,
+                noises,
+                t0,
+                until,
             )
             for k in range(mine.shape[0]):
                 if mine[k]["state"] == STARTING and mine[k]["ready_s"] < until:

@@ -120,7 +120,14 @@ REPLICA: Final = np.dtype(
 )
 
 REQUEST: Final = np.dtype(
-    [("time_s", "f8"), ("deadline_s", "f8"), ("demand", "f8"), ("number", "i8"), ("next", "i4"), ("batch", "i4")],
+    [
+        ("time_s", "f8"),
+        ("deadline_s", "f8"),
+        ("demand", "f8"),
+        ("number", "i8"),
+        ("next", "i4"),
+        ("batch", "i4"),
+    ],
     align=True,
 )
 SLOT: Final = np.dtype([("head", "i8"), ("size", "i8"), ("replica", "i8")], align=True)

@@ -78,8 +78,13 @@ def missed_table(arrival_s, work_s, slo_s, edges_s, horizon_s, speeds, most):
         hi = np.searchsorted(arrival_s, min(edges_s[k + 1], horizon_s - slo_s))
         if hi <= lo:
             continue
+        work, largest = np.sum(work_s[lo:hi]), np.max(work_s[lo:hi])
         for j in range(speeds.shape[0] - 1, -1, -1):
-            if speeds[j] <= 0:
+            # all that is not missed fits into the interval and one objective more
+            excess = work - speeds[j] * (edges_s[k + 1] - edges_s[k] + slo_s)
+            if excess > (most + 1) * largest:
+                out[k, j] = most + 1
+            elif speeds[j] <= 0:
                 out[k, j] = min(hi - lo, most + 1)
             elif j + 1 < speeds.shape[0] and out[k, j + 1] > most:
                 out[k, j] = most + 1

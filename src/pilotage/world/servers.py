@@ -12,7 +12,6 @@ from msgspec import Meta
 
 from pilotage.world.spec import Name, NonNegative, Positive, PositiveCount, Probability, Spec, SpecError
 
-
 # A distribution is drawn through a table of its quantiles: TABLE_CELLS equal steps of probability, of which
 # the last is divided into TABLE_CELLS once more, so that the tail is resolved to 1 in TABLE_CELLS**2.
 TABLE_CELLS: Final = 512

@@ -40,10 +40,13 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 T = TypeVar("T")
 
 
-def decode(raw: Any, kind: type[T], where: str) -> T:
-    """`raw` (from TOML or JSON) as a `kind`, or a SpecError that says where, what, and what would be valid."""
+def decode(raw: Any, kind: type[T], where: str, *, strict: bool = True) -> T:
+    """`raw` (from TOML or JSON) as a `kind`, or a SpecError that says where, what, and what would be valid.
+
+    Not `strict`: text is taken as a number where a number is wanted.
+    """
     try:
-        return msgspec.convert(raw, kind)
+        return msgspec.convert(raw, kind, strict=strict)
     except msgspec.ValidationError as error:
         raise SpecError(f"{where}: {_explain(str(error), raw, kind)}") from None
 
@@ -57,10 +60,14 @@ def closest(wrong: str, known: Iterable[str]) -> str:
 
 def _explain(message: str, raw: Any, kind: Any) -> str:
     """Adds candidates to msgspec's messages about unknown fields, tags and choices."""
-    match = re.search(r"(?:unknown field `(?P<field>[^`]*)`|Invalid (?:enum )?value '(?P<value>[^']*)')", message)
+    match = re.search(
+        r"(?:unknown field `(?P<field>[^`]*)`|Invalid (?:enum )?value '(?P<value>[^']*)')", message
+    )
     if not match:
         return message
-    steps = re.findall(r"\.([\w-]+)|\[(\d+|\.\.\.)\]", (re.search(r"at `\$([^`]*)`", message) or [None, ""])[1])
+    steps = re.findall(
+        r"\.([\w-]+)|\[(\d+|\.\.\.)\]", (re.search(r"at `\$([^`]*)`", message) or [None, ""])[1]
+    )
     known = _known_at(msgspec.inspect.type_info(kind), raw, [name or index for name, index in steps])
     wrong = match["field"] if match["field"] is not None else match["value"]
     return f"{message}; {closest(wrong, known)}" if known else message

@@ -1,0 +1,252 @@
+"""Kubernetes' Horizontal Pod Autoscaler v2, faithfully.
+
+Origin: kubernetes/kubernetes `pkg/controller/podautoscaler/{replica_calculator,horizontal}.go`. The calculator
+(what one metric proposes) and the limits (stabilisation, rates, bounds) are functions of plain values, which the
+upstream test cases exercise; `Hpa` feeds them from observations. Utilisation and usage are in milli-units and
+truncated as upstream truncates them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from pilotage.control.policy import Controller, Decision, Observation, Policy, Situation
+from pilotage.world.spec import Count, NonNegative, Positive, PositiveCount, Spec
+
+State = Literal["ready", "unready", "ignored"]
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """A pod as the calculator sees it: its sample (None: missing) and request in milli-units, and its group."""
+
+    usage: int | None
+    request: int = 1000
+    state: State = "ready"
+
+
+class NoMetricsError(Exception):
+    """No pod has a usable sample; nothing is scaled."""
+
+
+def within(ratio: float, tolerance_up: float, tolerance_down: float) -> bool:
+    return 1 - tolerance_down <= ratio <= 1 + tolerance_up
+
+
+def from_pods(
+    current: int,
+    pods: Sequence[Pod],
+    target: int,
+    *,
+    utilization: bool,
+    tolerance_up: float = 0.1,
+    tolerance_down: float = 0.1,
+) -> int:
+    """Proposal of a resource (`utilization`: target in per cent) or pods metric (target in milli-units)."""
+    groups = [p for p in pods if p.state != "ignored"]
+    ready = [p for p in groups if p.state == "ready" and p.usage is not None]
+    unready = [p for p in groups if p.state == "unready"]
+    missing = [p for p in groups if p.state == "ready" and p.usage is None]
+
+    def ratio(sampled: Sequence[tuple[int, int]]) -> float:
+        if not sampled:
+            raise NoMetricsError
+        usage = sum(u for u, _ in sampled)
+        if utilization:
+            return math.trunc(100 * usage / sum(r for _, r in sampled)) / target
+        return math.trunc(usage / len(sampled)) / target
+
+    samples = [(p.usage, p.request) for p in ready if p.usage is not None]
+    q = ratio(samples)
+    if not missing and not (unready and q > 1):
+        return current if within(q, tolerance_up, tolerance_down) else math.ceil(q * len(ready))
+    if q < 1:  # assume the worst of the missing: that they are busy
+        for p in missing:
+            samples.append((p.request * max(100, target) // 100 if utilization else target, p.request))
+    elif q > 1:  # or idle, and likewise of those that have not started
+        samples += [(0, p.request) for p in [*missing, *unready]]
+    again = ratio(samples)
+    if within(again, tolerance_up, tolerance_down) or (q < 1) != (again < 1) or (q > 1) != (again > 1):
+        return current
+    wanted = math.ceil(again * len(samples))
+    return current if (again < 1 and wanted > current) or (again > 1 and wanted < current) else wanted
+
+
+def from_value(
+    current: int, value: float, target: float, ready: int, *, tolerance_up: float = 0.1, tolerance_down: float = 0.1
+) -> int:
+    """Proposal of an object or external metric with a `Value` target."""
+    ratio = value / target
+    if current == 0:
+        return math.ceil(ratio)
+    return current if within(ratio, tolerance_up, tolerance_down) else math.ceil(ratio * ready)
+
+
+def from_average(
+    current: int, total: float, target: float, *, tolerance_up: float = 0.1, tolerance_down: float = 0.1
+) -> int:
+    """Proposal of an object or external metric with an `AverageValue` target; readiness plays no part."""
+    ratio = total / (target * current) if current else math.inf
+    return current if within(ratio, tolerance_up, tolerance_down) else math.ceil(total / target)
+
+
+class Rate(Spec, frozen=True, kw_only=True):
+    """A behaviour policy: at most `value` pods, or per cent of them, within `period_s`."""
+
+    type: Literal["pods", "percent"]
+    value: PositiveCount
+    period_s: Positive
+
+
+class Behavior(Spec, frozen=True, kw_only=True):
+    """Rates and stabilisation of one direction."""
+
+    rates: tuple[Rate, ...]
+    select: Literal["max", "min", "disabled"] = "max"
+
+
+UP = Behavior(rates=(Rate(type="pods", value=4, period_s=15), Rate(type="percent", value=100, period_s=15)))
+DOWN = Behavior(rates=(Rate(type="percent", value=100, period_s=15),))
+
+
+@dataclass(slots=True)
+class History:
+    """What an autoscaler remembers: raw recommendations and scale events, each as (time_s, count)."""
+
+    recommendations: deque[tuple[float, int]] = field(default_factory=deque)
+    ups: deque[tuple[float, int]] = field(default_factory=deque)
+    downs: deque[tuple[float, int]] = field(default_factory=deque)
+
+    def stabilised(self, now_s: float, raw: int, current: int, up_s: float, down_s: float) -> int:
+        """The recommendation between the lowest of the up window and the highest of the down window."""
+        longest = max(up_s, down_s)
+        while self.recommendations and self.recommendations[0][0] < now_s - longest:
+            self.recommendations.popleft()
+        up = min([raw, *(n for t, n in self.recommendations if t > now_s - up_s)])
+        down = max([raw, *(n for t, n in self.recommendations if t > now_s - down_s)])
+        self.recommendations.append((now_s, raw))
+        return min(max(current, up), down) if up <= down else max(min(current, down), up)
+
+    def changed(self, events: deque[tuple[float, int]], now_s: float, period_s: float) -> int:
+        return sum(n for t, n in events if t > now_s - period_s)
+
+    def up_limit(self, now_s: float, current: int, behavior: Behavior) -> int:
+        """The highest count that the up rates allow."""
+        if behavior.select == "disabled":
+            return current
+        limits = []
+        for rate in behavior.rates:
+            start = (
+                current
+                - self.changed(self.ups, now_s, rate.period_s)
+                + self.changed(self.downs, now_s, rate.period_s)
+            )
+            grown = start + rate.value if rate.type == "pods" else math.ceil(start * (1 + rate.value / 100))
+            limits.append(grown)
+        return max(current, max(limits) if behavior.select == "max" else min(limits))
+
+    def down_limit(self, now_s: float, current: int, behavior: Behavior) -> int:
+        """The lowest count that the down rates allow."""
+        if behavior.select == "disabled":
+            return current
+        limits = []
+        for rate in behavior.rates:
+            start = (
+                current
+                - self.changed(self.ups, now_s, rate.period_s)
+                + self.changed(self.downs, now_s, rate.period_s)
+            )
+            left = start - rate.value if rate.type == "pods" else math.trunc(start * (1 - rate.value / 100))
+            limits.append(left)
+        return min(current, min(limits) if behavior.select == "max" else max(limits))
+
+    def record(self, now_s: float, change: int, longest_s: float) -> None:
+        """Remembers a change that was made, for as long as a rate may ask for it."""
+        events = self.ups if change > 0 else self.downs
+        if change:
+            events.append((now_s, abs(change)))
+        for kept in (self.ups, self.downs):
+            while kept and kept[0][0] <= now_s - longest_s:
+                kept.popleft()
+
+
+class Hpa(Policy, frozen=True, kw_only=True, tag="hpa"):
+    """HPA v2 with upstream's defaults, on utilisation, or on a per-replica average of another feature."""
+
+    target_utilization: Annotated[float, Meta(ge=0.2, le=0.95)] = 0.8
+    metric: Literal["utilization", "concurrency", "arrival_rate"] = "utilization"
+    target_average: Positive = 10.0
+    tolerance_up: Annotated[float, Meta(ge=0, le=0.5)] = 0.1
+    tolerance_down: Annotated[float, Meta(ge=0, le=0.5)] = 0.1
+    stabilization_up_s: Annotated[float, Meta(ge=0, le=600)] = 0.0
+    stabilization_down_s: Annotated[float, Meta(ge=0, le=1800)] = 300.0
+    up: Behavior = UP
+    down: Behavior = DOWN
+    sync_period_s: NonNegative = 15.0
+    min_replicas: Count | None = None
+    max_replicas: PositiveCount | None = None
+
+    def begin(self, situation: Situation) -> Controller:
+        return _Hpa(self, situation)
+
+
+class _Hpa:
+    def __init__(self, policy: Hpa, situation: Situation) -> None:
+        service = situation.service
+        self._policy = policy
+        self._low = service.min_replicas if policy.min_replicas is None else policy.min_replicas
+        self._high = service.max_replicas if policy.max_replicas is None else policy.max_replicas
+        self._history = History()
+        self._synced_s = -math.inf
+        self._longest_s = max(r.period_s for r in (*policy.up.rates, *policy.down.rates))
+
+    def decide(self, seen: Observation) -> Decision:
+        p, now_s, current = self._policy, seen.now_s, seen.replicas
+        if now_s - self._synced_s < p.sync_period_s - 1e-6:
+            return Decision(reason="between syncs")
+        self._synced_s = now_s
+        if current == 0 and self._low > 0:
+            return Decision(reason="disabled: scaled to zero by hand")
+        if not self._low <= current <= self._high:
+            target = min(max(current, self._low), self._high)
+            self._history.record(now_s, target - current, self._longest_s)
+            return Decision.towards(target, seen, reason="outside its bounds")
+        try:
+            raw = self._proposal(seen, current)
+        except NoMetricsError:
+            return Decision(reason="no metrics")
+        stable = self._history.stabilised(now_s, raw, current, p.stabilization_up_s, p.stabilization_down_s)
+        if stable > current:
+            target = min(stable, self._history.up_limit(now_s, current, p.up))
+        else:
+            target = max(stable, self._history.down_limit(now_s, current, p.down))
+        target = min(max(target, self._low), self._high)
+        self._history.record(now_s, target - current, self._longest_s)
+        return Decision.towards(target, seen, reason=f"{p.metric} proposes {raw}")
+
+    def _proposal(self, seen: Observation, current: int) -> int:
+        p = self._policy
+        value = seen[p.metric]
+        if math.isnan(value):
+            raise NoMetricsError
+        if p.metric != "utilization":
+            return from_average(
+                current, value, p.target_average, tolerance_up=p.tolerance_up, tolerance_down=p.tolerance_down
+            )
+        ready = int(seen["replicas_ready"])
+        pods = [Pod(usage=round(1000 * value))] * ready
+        pods += [Pod(usage=None, state="unready")] * (current - ready)
+        return from_pods(
+            current,
+            pods,
+            round(100 * p.target_utilization),
+            utilization=True,
+            tolerance_up=p.tolerance_up,
+            tolerance_down=p.tolerance_down,
+        )

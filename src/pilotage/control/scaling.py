@@ -1,0 +1,216 @@
+"""Scaling policies: how many replicas a service should have.
+
+Each is a frozen specification; numeric fields with both a lower and an upper bound are what Bayesian
+optimisation searches (`tunable`), on a logarithmic scale where the annotation says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from pilotage.control.forecast import LoadTracker
+from pilotage.control.hpa import Hpa
+from pilotage.control.policy import Controller, Decision, Observation, Policy, Situation
+from pilotage.control.queueing import staffing as erlang_staffing
+from pilotage.world.spec import Count, SpecError, closest, decode
+
+_LOG = {"log": True}
+ScaleDownDelay = Annotated[float, Meta(ge=15, le=3600, extra=_LOG)]
+
+
+class Static(Policy, frozen=True, kw_only=True, tag="static"):
+    """Always the same number of replicas."""
+
+    replicas: Annotated[int, Meta(ge=0, le=200)] = 4
+
+    def begin(self, situation: Situation) -> Controller:
+        return _Targets([self.replicas])
+
+
+class Schedule(Policy, frozen=True, kw_only=True, tag="schedule"):
+    """Target k at tick k, the last one for good: how a plan that was made elsewhere is carried out."""
+
+    targets: Annotated[tuple[Count, ...], Meta(min_length=1)]
+
+    def begin(self, situation: Situation) -> Controller:
+        return _Targets(self.targets)
+
+
+class _Targets:
+    def __init__(self, targets: Sequence[int]) -> None:
+        self._targets, self._tick = targets, -1
+
+    def decide(self, seen: Observation) -> Decision:
+        self._tick += 1
+        return Decision.towards(self._targets[min(self._tick, len(self._targets) - 1)], seen, reason="schedule")
+
+
+class Staffing(Policy, frozen=True, kw_only=True, tag="staffing"):
+    """Staffing for the load that is there: R replicas at full batches, and a margin.
+
+    `square-root`: ceil(R + beta sqrt(R)) (Halfin & Whitt 1981). `erlang-c`: the least count at which at most
+    `delay_probability` of the requests wait. R is the highest mean rate of the last `window_s` over capacity.
+    Scaling down waits until the target has been lower for `scale_down_delay_s`.
+    """
+
+    rule: Annotated[str, Meta(pattern="^(square-root|erlang-c)$")] = "square-root"
+    beta: Annotated[float, Meta(ge=0, le=5)] = 1.5
+    delay_probability: Annotated[float, Meta(gt=0, lt=1)] = 0.05
+    window_s: Annotated[float, Meta(ge=15, le=1800, extra=_LOG)] = 120.0
+    scale_down_delay_s: ScaleDownDelay = 300.0
+
+    def begin(self, situation: Situation) -> Controller:
+        return _Staffing(self, situation)
+
+
+class _Staffing:
+    def __init__(self, policy: Staffing, situation: Situation) -> None:
+        self._policy = policy
+        self._capacity = situation.capacity_rps()
+        self._loads: deque[float] = deque(maxlen=max(1, round(policy.window_s / situation.tick_s)))
+        self._held: deque[int] = deque(maxlen=max(1, round(policy.scale_down_delay_s / situation.tick_s)))
+
+    def decide(self, seen: Observation) -> Decision:
+        rate = seen["arrival_rate"]
+        if not math.isnan(rate):
+            self._loads.append(rate / self._capacity)
+        if not self._loads:
+            return Decision(reason="no load known yet")
+        load = max(self._loads)
+        if self._policy.rule == "square-root":
+            target = math.ceil(load + self._policy.beta * math.sqrt(load) - 1e-9)
+        else:
+            target = erlang_staffing(load, self._policy.delay_probability)
+        self._held.append(target)
+        return Decision.towards(max(self._held), seen, reason=f"load {load:.2f} replicas")
+
+
+class Predictive(Policy, frozen=True, kw_only=True, tag="predictive"):
+    """Forecast the load at the end of the start-up delay, and staff for it now.
+
+    The need is `R + beta sqrt(R) + margin`, where R is the larger of the present level and the forecast one
+    start-up delay (and `lead_margin_s`) ahead, plus `z` times the forecast's error, in replicas at full
+    batches. Scaling down waits until the need has been lower for `scale_down_delay_s`. The forecast is
+    `forecast.LoadTracker`'s.
+    """
+
+    beta: Annotated[float, Meta(ge=0, le=3)] = 0.8
+    z: Annotated[float, Meta(ge=0, le=4)] = 1.0
+    margin: Annotated[float, Meta(ge=0, le=2)] = 0.0
+    peak_weight: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    level_s: Annotated[float, Meta(ge=15, le=600, extra=_LOG)] = 60.0
+    trend_s: Annotated[float, Meta(ge=60, le=3600, extra=_LOG)] = 600.0
+    damping: Annotated[float, Meta(ge=0, le=0.99)] = 0.9
+    seasonal_weight: Annotated[float, Meta(ge=0, le=1)] = 0.5
+    lead_margin_s: Annotated[float, Meta(ge=0, le=300)] = 15.0
+    scale_down_delay_s: ScaleDownDelay = 300.0
+
+    def begin(self, situation: Situation) -> Controller:
+        return _Predictive(self, situation)
+
+    def tracker(self, situations: Sequence[Situation]) -> LoadTracker:
+        """A load tracker with one row per situation, as this policy wants it."""
+        return LoadTracker(
+            situations[0].tick_s,
+            np.array([s.start_up_s + self.lead_margin_s for s in situations]),
+            [s.history_rps for s in situations],
+            level_s=self.level_s,
+            trend_s=self.trend_s,
+            damping=self.damping,
+            seasonal_weight=self.seasonal_weight,
+            error_s=1800.0,
+        )
+
+    def need(self, tracker: LoadTracker, capacity_rps: np.ndarray) -> np.ndarray:
+        """Replicas that the tracked load needs, before rounding; shape (rows,)."""
+        load = np.maximum(tracker.fast, tracker.forecast)
+        load = load + self.peak_weight * np.maximum(tracker.highest(300.0) - load, 0.0)
+        load = (load + self.z * tracker.forecast_error) / capacity_rps
+        return load + self.beta * np.sqrt(load) + self.margin
+
+
+class _Predictive:
+    def __init__(self, policy: Predictive, situation: Situation) -> None:
+        self._policy = policy
+        self._capacity = np.array([situation.capacity_rps()])
+        self._tracker = policy.tracker([situation])
+        self._held: deque[int] = deque(maxlen=int(policy.scale_down_delay_s / situation.tick_s) + 1)
+        self._first = True
+
+    def decide(self, seen: Observation) -> Decision:
+        if not self._first:  # the first observation is older than the run; the history has it
+            rate, peak = np.array([seen["arrival_rate"]]), np.array([seen["arrival_peak"]])
+            self._tracker.update(rate, peak)
+        self._first = False
+        need = float(self._policy.need(self._tracker, self._capacity)[0])
+        self._held.append(math.ceil(max(need, 0.0) - 1e-9))
+        return Decision.towards(max(self._held), seen, reason=f"forecast needs {need:.2f} replicas")
+
+
+Scaling = Static | Schedule | Hpa | Staffing | Predictive
+_BY_NAME: dict[str, type[Policy]] = {t.__struct_config__.tag: t for t in Scaling.__args__}
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The range of a tunable parameter."""
+
+    low: float
+    high: float
+    log: bool
+    integer: bool
+
+
+def tunable(policy: type[Policy]) -> dict[str, Bounds]:
+    """The numeric fields of a policy that declare a lower and an upper bound."""
+    out: dict[str, Bounds] = {}
+    for name, hint in get_type_hints(policy, include_extras=True).items():
+        for meta in getattr(hint, "__metadata__", ()):
+            low = meta.ge if meta.ge is not None else meta.gt
+            high = meta.le if meta.le is not None else meta.lt
+            if low is None or high is None or hint.__origin__ not in (int, float):
+                continue
+            inside = 1e-6 * (high - low)  # open ends
+            low, high = low + inside * (meta.ge is None), high - inside * (meta.le is None)
+            out[name] = Bounds(low, high, bool((meta.extra or {}).get("log")), hint.__origin__ is int)
+    return out
+
+
+def parse(text: str) -> Policy:
+    """`hpa`, `hpa:target_utilization=0.6,min_replicas=2`, or the path of a TOML file with a `kind`."""
+    if text.endswith(".toml"):
+        path = Path(text)
+        try:
+            raw: Any = msgspec.toml.decode(path.read_bytes())
+        except OSError as error:
+            raise SpecError(f"policy {text!r}: cannot be read: {error.strerror}; give a TOML file") from None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise SpecError(f"policy {text!r}: not valid TOML: {error}") from None
+        return decode(raw, Scaling, text)  # type: ignore[arg-type]
+    name, _, rest = text.partition(":")
+    if name not in _BY_NAME:
+        raise SpecError(f"policy {name!r} does not exist; {closest(name, _BY_NAME)}; or a .toml file or a folder")
+    fields: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise SpecError(f"policy {text!r}: {part!r} is not of the form field=value")
+        fields[key.strip()] = value.strip()
+    return decode(fields, _BY_NAME[name], f"policy {text!r}", strict=False)
+
+
+def describe(policy: Policy) -> str:
+    """The policy as a command-line argument: its name and the fields that differ from their defaults."""
+    fields = msgspec.structs.asdict(policy)
+    default = {f.name: f.default for f in msgspec.structs.fields(policy)}
+    parts = [f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in fields.items() if v != default[k]]
+    return str(policy.__struct_config__.tag) + (":" + ",".join(parts) if parts else "")

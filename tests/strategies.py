@@ -1,0 +1,198 @@
+"""What the engine's property tests draw: small scenarios that still have everything, traffic, and orders."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from hypothesis import strategies as st
+
+from pilotage.engine.cluster import Cluster, World
+from pilotage.engine.layout import ORDER
+from pilotage.scenario import Scenario
+from pilotage.world.arrivals import Poisson
+from pilotage.world.pools import Pool
+from pilotage.world.servers import Affine, BatchServer, Constant, Exponential, LogNormal, Table, Variant
+from pilotage.world.services import Economics, Service
+
+POOLS = ("cpu", "gpu", "spot")
+
+
+class Times:
+    """Traffic that is a list of times, for `World.traffic`: what a test says, and nothing drawn."""
+
+    def __init__(self, times) -> None:
+        self.times, self.given = np.asarray(times, dtype=np.float64), 0
+
+    def begin(self, streams, begin_s, end_s, data) -> Times:
+        return Times(self.times)
+
+    def until(self, end_s) -> np.ndarray:
+        first, self.given = self.given, int(np.searchsorted(self.times, end_s))
+        return self.times[first : self.given]
+
+
+class Case(NamedTuple):
+    """A scenario, its request times [world][service], its orders [tick, world, service], and seeds of worlds."""
+
+    scenario: Scenario
+    times: list[list[list[float]]]
+    orders: np.ndarray
+    seeds: list[int]
+
+    def cluster(self, **options) -> Cluster:
+        worlds = [
+            World(seed, traffic=tuple(map(Times, times)))
+            for seed, times in zip(self.seeds, self.times, strict=True)
+        ]
+        return Cluster(self.scenario, worlds, **options)
+
+
+def scenario(services, pools, tick_s=1.0, ticks=8) -> Scenario:
+    """A scenario that lasts a number of ticks."""
+    return Scenario(
+        title="test",
+        tick_s=tick_s,
+        horizon_h=ticks * tick_s / 3600,
+        pools=tuple(pools),
+        services=tuple(services),
+    )
+
+
+def service(
+    name="a", pools=("cpu",), law=None, laws=None, accuracy=1.0, load_s=0.0, load_cv=0.0, **fields
+) -> Service:
+    """A service with one variant, whose latency law is `law` on all pools, or `laws` pool by pool."""
+    law = law or Affine(base_ms=0.0, per_item_ms=100.0)
+    latency = laws or dict.fromkeys(pools, law)
+    variant = Variant(name="v", latency=latency, accuracy=accuracy, load_s=load_s, load_cv=load_cv)
+    fields = {"slo_ms": 500.0, "traffic": Poisson(rate_rps=1.0)} | fields
+    return Service(name=name, pools=tuple(pools), variants=(variant,), **fields)
+
+
+def one_of(*values):
+    return st.sampled_from(values)
+
+
+@st.composite
+def laws(draw, max_batch):
+    """A latency law; round numbers among them, so that events coincide."""
+    noise_cv = draw(one_of(0.0, 0.0, 0.5))
+    if draw(st.booleans()):
+        base_ms = draw(one_of(0.0, 125.0, 300.0))
+        return Affine(base_ms=base_ms, per_item_ms=draw(one_of(62.5, 110.0, 250.0)), noise_cv=noise_cv)
+    times = draw(st.lists(one_of(125.0, 250.0, 333.0, 500.0), min_size=max_batch, max_size=max_batch))
+    return Table(batch_ms=tuple(times), noise_cv=noise_cv)
+
+
+@st.composite
+def pools(draw):
+    return [
+        Pool(
+            name=name,
+            price_usd_per_hour=draw(one_of(0.0, 1.2, 3.6)),
+            boot_s=draw(one_of(0.0, 0.5, 1.7)),
+            boot_cv=draw(one_of(0.0, 0.4)),
+            max_nodes=draw(st.integers(1, 5)),
+            min_lifetime_s=draw(one_of(0.0, 0.0, 1.0, 3.0)),
+            billing_granularity_s=draw(one_of(0.0, 1.0, 2.5)),
+            billing_minimum_s=draw(one_of(0.0, 0.0, 3.0)),
+            network_ms=draw(one_of(0.0, 20.0, 125.0)),
+        )
+        for name in POOLS[: draw(st.integers(1, 3))]
+    ]
+
+
+@st.composite
+def servers(draw):
+    max_batch = draw(one_of(1, 2, 3, 5))
+    return BatchServer(
+        max_batch=max_batch,
+        batch_wait_ms=draw(one_of(0.0, 125.0, 250.0, 400.0)),
+        former=draw(one_of("late-binding", "closed")),
+        routing=draw(one_of("central", "round-robin", "least-outstanding", "power-of-two")),
+        batches_in_flight=draw(st.integers(1, 3)),
+        queue_limit=draw(one_of(None, None, 1, 2, 4)),
+        request_timeout_s=draw(one_of(None, None, 0.25, 0.6, 2.0)),
+        patience_s=draw(one_of(None, None, 0.3, 1.5)),
+    )
+
+
+@st.composite
+def services(draw, name, pool_names):
+    server = draw(servers())
+    mine = draw(st.permutations(pool_names))[: draw(st.integers(1, len(pool_names)))]
+    return service(
+        name,
+        mine,
+        laws={pool: draw(laws(server.max_batch)) for pool in mine},
+        accuracy=draw(one_of(1.0, 0.9)),
+        load_s=draw(one_of(0.0, 0.25, 1.0)),
+        load_cv=draw(one_of(0.0, 0.4)),
+        slo_ms=draw(one_of(200.0, 500.0, 1000.0)),
+        server=server,
+        economics=Economics(late_usd=0.01, dropped_usd=0.02, error_usd=0.03),
+        demand=draw(one_of(Constant(), LogNormal(cv=1.0), Exponential())),
+        initial_replicas=draw(st.integers(0, 4)),
+    )
+
+
+@st.composite
+def scenarios(draw, max_ticks=12, max_services=3) -> Scenario:
+    """Any scenario of up to three pools and services and `max_ticks` ticks."""
+    the_pools = draw(pools())
+    names = [pool.name for pool in the_pools]
+    count = draw(st.integers(1, max_services))
+    return scenario(
+        [draw(services(name, names)) for name in ("a", "b", "c")[:count]],
+        the_pools,
+        tick_s=draw(one_of(0.25, 0.5, 1.0, 1.1)),
+        ticks=draw(st.integers(2, max_ticks)),
+    )
+
+
+@st.composite
+def times(draw, horizon_s) -> list[float]:
+    """Request times in [0, horizon_s), ascending: anywhere, in bursts, or on a grid where events coincide."""
+    grid = draw(one_of(0.0, 0.0, 0.0625, 0.125))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    count = draw(st.integers(0, draw(one_of(8, 40, 40, 160))))
+    spread = draw(one_of(1.0, 1.0, 0.2))
+    at = np.sort(rng.uniform(0, spread, count)) * horizon_s
+    return (np.floor(at / grid) * grid if grid else at).tolist()
+
+
+@st.composite
+def orders(draw, the_scenario: Scenario, worlds=1) -> np.ndarray:
+    """Orders [tick, world, service]: mostly nothing; sometimes any of order, release, batch limit, pool."""
+    shape = (the_scenario.ticks, worlds, len(the_scenario.services))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    busy = draw(one_of(0.0, 0.2, 0.6))
+    out = np.zeros(shape, ORDER)
+    for field, low, high, nothing in (
+        ("order", 1, 4, 0),
+        ("release", 1, 3, 0),
+        ("max_batch", 1, 7, 0),
+        ("pool", 0, 3, -1),
+    ):
+        acts = rng.random(shape) < (busy if field == "release" else busy / 2)
+        out[field] = np.where(acts, rng.integers(low, high, shape), nothing)
+    names = [pool.name for pool in the_scenario.pools]
+    for s, one in enumerate(the_scenario.services):  # a decision names a pool in which the service may run
+        mine = np.array([names.index(pool) for pool in one.pools])
+        named = out["pool"][..., s]
+        out["pool"][..., s] = np.where(named >= 0, mine[named % len(mine)], -1)
+    return out
+
+
+@st.composite
+def cases(draw, worlds=2, **limits) -> Case:
+    """A scenario with traffic and orders for some worlds."""
+    the_scenario = draw(scenarios(**limits))
+    horizon_s = the_scenario.ticks * the_scenario.tick_s
+    return Case(
+        the_scenario,
+        [[draw(times(horizon_s)) for _ in the_scenario.services] for _ in range(worlds)],
+        draw(orders(the_scenario, worlds)),
+        [draw(st.integers(0, 2**31)) for _ in range(worlds)],
+    )

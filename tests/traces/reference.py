@@ -1,0 +1,483 @@
+"""The reference simulator: what `pilotage.engine` says it does, written again in plain Python.
+
+Slow, small and separate on purpose. It shares with the engine only the specifications of `pilotage.world` and
+their tables; it keeps a log of requests, batches and replicas, and every counter is worked out from that log
+afterwards, where the engine keeps running sums.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+from pilotage.world.servers import log_normal_table
+
+COMPLETION, READINESS, ARRIVAL, TIMER = range(4)  # the order of events at one instant
+_MASK = (1 << 64) - 1
+
+
+def draw(seed: int, number: int) -> int:
+    """The number-th output of SplitMix64 started at `seed`."""
+    z = (seed + 0x9E3779B97F4A7C15 * (number + 1)) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def uniform(seed: int, number: int) -> float:
+    return (draw(seed, number) >> 11) * 2.0**-53
+
+
+def quantile(table: list[float], u: float) -> float:
+    """Half the table spans all of [0, 1] but the last cell, the other half spans the last cell."""
+    cells = len(table) // 2
+    k, x = divmod(u * cells, 1.0)
+    if k == cells - 1:
+        j, x = divmod(x * cells, 1.0)
+        k += j
+    return table[int(k)] + (table[int(k) + 1] - table[int(k)]) * x
+
+
+def bucket(latency_s: float) -> int:
+    """64 equal buckets to each octave, from 2**-14 s up; 34 octaves."""
+    mantissa, exponent = math.frexp(max(latency_s, 2.0**-14))
+    return min((exponent + 13) * 64 + int((2 * mantissa - 1) * 64), 34 * 64 - 1)
+
+
+def bucket_midpoint_s(b: int) -> float:
+    return 2.0 ** (b // 64 - 14) * (1 + (b % 64 + 0.5) / 64)
+
+
+@dataclass(eq=False)
+class Request:
+    number: int
+    arrival: float
+    deadline: float
+    death: str  # how it dies if it does: timed_out or abandoned
+    demand: float
+    outcome: str = "waiting"  # then executing, and served, rejected, timed_out or abandoned
+    left: float = math.inf
+    latency: float = math.nan
+    replica: int = -1
+
+
+@dataclass(eq=False)
+class Queue:
+    number: int
+    open: deque[Request] = field(default_factory=deque)  # all that wait, or the batch that is still open
+    closed: deque[deque[Request]] = field(default_factory=deque)
+    opened: float = math.nan
+
+    @property
+    def waiting(self) -> int:
+        return len(self.open) + sum(map(len, self.closed))
+
+
+@dataclass(eq=False)
+class Replica:
+    index: int  # its place among the service's replica slots; a later replica may take it again
+    ordinal: int
+    pool: str
+    ordered: float
+    ready: float
+    queue: Queue
+    running: list[list[Request] | None]
+    state: str = "starting"  # then ready, draining, gone
+    gone: float = math.inf
+
+    @property
+    def outstanding(self) -> int:
+        return self.queue.waiting + sum(len(batch) for batch in self.running if batch)
+
+    @property
+    def done(self) -> bool:
+        return self.state == "draining" and not self.outstanding
+
+
+class ServiceRun:
+    """One service of one world."""
+
+    def __init__(self, world: Reference, service, arrivals: list[float], seeds: dict[str, int]) -> None:
+        self.world, self.service, self.server, self.seeds = world, service, service.server, seeds
+        self.wait_s = self.server.batch_wait_ms / 1e3
+        self.central = self.server.routing == "central"
+        variant = service.variants[0]
+        self.laws = {
+            p: [a.tolist() for a in variant.latency[p].batch_times_s(self.server.max_batch)]
+            for p in service.pools
+        }
+        self.noises = {p: log_normal_table(variant.latency[p].noise_cv).tolist() for p in service.pools}
+        self.loads = log_normal_table(variant.load_cv).tolist()
+        self.demands = service.demand.table().tolist()
+        self.max_batch, self.pool, self.pending, self.turn = self.server.max_batch, None, 0, 0
+        self.heap = [(t, ARRIVAL, k) for k, t in enumerate(arrivals)]
+        heapq.heapify(self.heap)
+        self.queue = Queue(0)  # the central queue, or the door
+        self.timers: set[int] = set()  # numbers of queues that have a timer running
+        self.requests: list[Request] = []
+        self.replicas: list[Replica] = []  # all there ever were
+        self.batches: list[tuple[float, float, int]] = []  # start, end, size
+        self.holds: dict[int, Replica] = {}  # the last replica of every replica slot
+        self.line: list[Replica] = []  # ready ones, longest ready first
+        self.idle: deque[tuple[Replica, int]] = deque()  # central routing: idle slots, longest idle first
+        self.books = (0.0, 0.0, 0.0)
+        nodes = sum(world.pools[p].max_nodes for p in service.pools)
+        self.room = min(nodes, 2 * service.max_replicas + 8)
+
+    def begin(self) -> None:
+        """The initial replicas are ready at the start, as far as there are nodes."""
+        self.pending = min(self.service.initial_replicas, self.room)
+        while self.place(0.0, ready=True):
+            pass
+
+    # --- replicas ------------------------------------------------------------------------------------
+    def place(self, now: float, ready: bool = False) -> bool:
+        """Gives one pending replica a node, if there is one."""
+        choice = [self.pool] if self.pool else self.service.pools
+        pool = next((p for p in choice if self.world.used(p) < self.world.pools[p].max_nodes), None)
+        taken = {r.index for r in self.replicas if r.state != "gone"}
+        index = next((k for k in range(self.room) if k not in taken), None)
+        if not self.pending or pool is None or index is None:
+            return False
+        self.pending -= 1
+        ordinal, seed = len(self.replicas), self.seeds["seed_start"]
+        boot_s = self.world.pools[pool].boot_s * quantile(self.world.boots[pool], uniform(seed, 2 * ordinal))
+        load_s = self.service.variants[0].load_s * quantile(self.loads, uniform(seed, 2 * ordinal + 1))
+        due = now if ready else now + boot_s + load_s
+        slots = [None] * self.server.batches_in_flight
+        replica = Replica(index, ordinal, pool, now, due, Queue(index + 1), slots)
+        self.replicas.append(replica)
+        self.holds[index] = replica
+        if ready:
+            self.serve(replica)
+        else:
+            heapq.heappush(self.heap, (due, READINESS, index))
+        return True
+
+    def serve(self, replica: Replica) -> None:
+        replica.state = "ready"
+        self.line.append(replica)
+        if self.central:
+            self.idle.extend((replica, j) for j in range(len(replica.running)))
+
+    def release(self, count: int, now: float) -> None:
+        gone = min(count, self.pending)
+        self.pending -= gone
+        for state in ("starting", "ready"):
+            for r in reversed(self.replicas):
+                old_enough = now - r.ordered >= self.world.pools[r.pool].min_lifetime_s
+                if gone < count and r.state == state and old_enough:
+                    gone += 1
+                    self.let_go(r, now)
+
+    def let_go(self, replica: Replica, now: float) -> None:
+        if replica.state == "starting":
+            replica.state, replica.gone, replica.ready = "gone", now, math.inf
+            return
+        replica.state = "draining"
+        self.line.remove(replica)
+        self.idle = deque(slot for slot in self.idle if slot[0] is not replica)
+        self.part(replica, now)
+
+    def part(self, replica: Replica, now: float) -> None:
+        if replica.done:
+            replica.state, replica.gone = "gone", now
+
+    # --- queues and batches --------------------------------------------------------------------------
+    def closing(self, queue: Queue) -> bool:
+        """Whether batches close in this queue: not at the door."""
+        return self.server.former == "closed" and (self.central or queue.number > 0)
+
+    def bury(self, request: Request, now: float) -> None:
+        request.outcome, request.left = request.death, now
+
+    def sweep(self, queue: Queue, now: float) -> None:
+        """Buries the dead at the head of the line; those in an open batch stay in it."""
+        if not self.closing(queue):
+            while queue.open and queue.open[0].deadline < now:
+                self.bury(queue.open.popleft(), now)
+        while queue.closed and queue.closed[0][0].deadline < now:
+            self.bury(queue.closed[0].popleft(), now)
+            if not queue.closed[0]:
+                queue.closed.popleft()
+
+    def enqueue(self, queue: Queue, request: Request, now: float) -> None:
+        if not queue.open:
+            queue.opened = now
+        queue.open.append(request)
+        self.form(queue, now)
+
+    def form(self, queue: Queue, now: float) -> None:
+        """Closes the open batch when it is due."""
+        if self.closing(queue) and queue.open:
+            if len(queue.open) >= self.max_batch or queue.opened + self.wait_s <= now:
+                queue.closed.append(queue.open)
+                queue.open = deque()
+            else:
+                self.wake(queue, queue.opened + self.wait_s)
+
+    def wake(self, queue: Queue, due: float) -> None:
+        """A queue has one timer at a time; if it comes too early, it is set again."""
+        if queue.number not in self.timers:
+            self.timers.add(queue.number)
+            heapq.heappush(self.heap, (due, TIMER, queue.number))
+
+    def take(self, queue: Queue, now: float) -> list[Request] | None:
+        """The living of the next batch that is due; None if none is due."""
+        batch: list[Request] = []
+        if self.closing(queue):
+            if not queue.closed:
+                return None
+            for request in queue.closed.popleft():
+                if request.deadline < now:
+                    self.bury(request, now)
+                else:
+                    batch.append(request)
+            return batch
+        self.sweep(queue, now)
+        if not queue.open:
+            return None
+        due = queue.open[0].arrival + self.wait_s
+        if len(queue.open) < self.max_batch and due > now:
+            self.wake(queue, due)
+            return None
+        while queue.open and len(batch) < self.max_batch:
+            request = queue.open.popleft()
+            if request.deadline < now:
+                self.bury(request, now)
+            else:
+                batch.append(request)
+        return batch
+
+    def dispatch(self, queue: Queue, replica: Replica | None, now: float) -> None:
+        """Gives due batches to free slots: of the replica, or of all if the queue is central."""
+        while self.idle if replica is None else None in replica.running:
+            batch = self.take(queue, now)
+            if batch is None:
+                return
+            if batch:
+                who, j = self.idle.popleft() if replica is None else (replica, replica.running.index(None))
+                fixed, variable = self.laws[who.pool]
+                n = len(batch)
+                seconds = fixed[n] + variable[n] * (sum(r.demand for r in batch) / n)
+                luck = uniform(self.seeds["seed_noise"], batch[0].number)
+                seconds *= quantile(self.noises[who.pool], luck)
+                who.running[j] = batch
+                for request in batch:
+                    request.outcome, request.replica = "executing", who.ordinal
+                self.batches.append((now, now + seconds, n))
+                number = who.index * len(who.running) + j
+                heapq.heappush(self.heap, (now + seconds, COMPLETION, number))
+
+    # --- events --------------------------------------------------------------------------------------
+    def arrive(self, number: int, now: float) -> None:
+        timeout = self.server.request_timeout_s or math.inf
+        patience = math.inf
+        if self.server.patience_s:
+            patience = -math.log1p(-uniform(self.seeds["seed_patience"], number)) * self.server.patience_s
+        death = "timed_out" if timeout <= patience else "abandoned"
+        demand = quantile(self.demands, uniform(self.seeds["seed_demand"], number))
+        request = Request(number, now, now + min(timeout, patience), death, demand)
+        self.requests.append(request)
+        if self.central:
+            self.join(self.queue, None, request, now)
+        elif self.line:
+            self.route(request, now)
+        else:
+            self.join(self.queue, None, request, now)
+
+    def join(self, queue: Queue, replica: Replica | None, request: Request, now: float) -> None:
+        if queue.waiting >= (self.server.queue_limit or math.inf):
+            request.outcome, request.left = "rejected", now
+            return
+        self.enqueue(queue, request, now)
+        if self.central or replica:
+            self.dispatch(queue, replica, now)
+
+    def route(self, request: Request, now: float) -> None:
+        m, line = len(self.line), self.line
+        if self.server.routing == "round-robin":
+            choice = line[self.turn % m]
+            self.turn += 1
+        elif self.server.routing == "least-outstanding":
+            choice = min(line, key=lambda r: r.outstanding)
+        else:
+            bits = draw(self.seeds["seed_route"], request.number)
+            i = (bits >> 32) * m >> 32
+            j = (bits & 0xFFFFFFFF) * (m - 1) >> 32  # among the others
+            others = line[:i] + line[i + 1 :]
+            choice = min([line[i], *others[j : j + 1]], key=lambda r: r.outstanding)
+        self.join(choice.queue, choice, request, now)
+
+    def complete(self, number: int, now: float) -> None:
+        index, j = divmod(number, self.server.batches_in_flight)
+        replica = self.holds[index]
+        for request in replica.running[j]:
+            request.outcome, request.left = "served", now
+            request.latency = now - request.arrival + self.world.pools[replica.pool].network_ms / 1e3
+        replica.running[j] = None
+        if self.central:
+            if replica.state == "ready":
+                self.idle.append((replica, j))
+                self.dispatch(self.queue, None, now)
+        else:
+            self.dispatch(replica.queue, replica, now)
+        self.part(replica, now)
+
+    def get_ready(self, index: int, now: float) -> None:
+        replica = self.holds[index]
+        if replica.state != "starting" or replica.ready != now:
+            return  # the one that was to be ready now has been released
+        self.serve(replica)
+        if self.central:
+            self.dispatch(self.queue, None, now)
+            return
+        self.sweep(self.queue, now)
+        while self.queue.open:
+            self.route(self.queue.open.popleft(), now)
+            self.sweep(self.queue, now)
+
+    def ring(self, number: int, now: float) -> None:
+        self.timers.discard(number)
+        replica = self.holds[number - 1] if number else None
+        queue = replica.queue if replica else self.queue
+        self.form(queue, now)
+        self.dispatch(queue, replica, now)
+        if replica:
+            self.part(replica, now)
+
+    def refresh(self, now: float) -> None:
+        """The end of a decision: sweeps, and batches that became due."""
+        self.sweep(self.queue, now)
+        if self.central:
+            self.form(self.queue, now)
+            self.dispatch(self.queue, None, now)
+            return
+        for _, replica in sorted(self.holds.items()):
+            if replica.state in ("ready", "draining"):
+                self.sweep(replica.queue, now)
+                self.form(replica.queue, now)
+                self.dispatch(replica.queue, replica, now)
+                self.part(replica, now)
+
+    def until(self, end: float) -> None:
+        act = {COMPLETION: self.complete, READINESS: self.get_ready, ARRIVAL: self.arrive, TIMER: self.ring}
+        while self.heap and self.heap[0][0] < end:
+            now, kind, number = heapq.heappop(self.heap)
+            act[kind](number, now)
+
+    # --- counters, from the log ----------------------------------------------------------------------
+    def count(self, t0: float, t1: float) -> dict[str, float]:
+        def within(t):
+            return t0 <= t < t1
+
+        def overlap(a, b):
+            return max(0.0, min(b, t1) - max(a, t0))
+
+        arrived = [r for r in self.requests if within(r.arrival)]
+        left = [r for r in self.requests if within(r.left)]
+        outcomes = Counter(r.outcome for r in left)
+        latencies = sorted(r.latency for r in left if r.outcome == "served")
+        states = Counter(r.state for r in self.replicas)
+        outcomes_now = Counter(r.outcome for r in self.requests)
+        started = [size for start, _, size in self.batches if within(start)]
+        books, before = self.bill(t1), self.books
+        self.books = books
+        p95 = math.nan
+        if latencies:
+            p95 = bucket_midpoint_s(bucket(latencies[math.ceil(0.95 * len(latencies)) - 1]))
+        return {
+            "seconds": self.world.scenario.tick_s,
+            "arrived": len(arrived),
+            "served": len(latencies),
+            "late": sum(x > self.service.slo_ms / 1e3 for x in latencies),
+            "rejected": outcomes["rejected"],
+            "timed_out": outcomes["timed_out"],
+            "abandoned": outcomes["abandoned"],
+            "overdue": 0,
+            "latency_s": sum(latencies),
+            "latency_p95_s": p95,
+            "peak_second": max(Counter(int(r.arrival - t0) for r in arrived).values(), default=0),
+            "waiting": outcomes_now["waiting"],
+            "executing": outcomes_now["executing"],
+            "inside_s": sum(overlap(r.arrival, r.left) for r in self.requests),
+            "busy_s": sum(overlap(start, end) for start, end, _ in self.batches),
+            "ready_s": sum(overlap(r.ready, r.gone) for r in self.replicas) * self.server.batches_in_flight,
+            "batches": len(started),
+            "batched": sum(started),
+            "ready": states["ready"],
+            "starting": states["starting"],
+            "pending": self.pending,
+            "draining": states["draining"],
+            "max_batch": self.max_batch,
+            "wrong": len(latencies) * (1 - self.service.variants[0].accuracy),
+            "node_usd": books[0] - before[0],
+            "node_s": books[1] - before[1],
+            "replica_s": books[2] - before[2],
+        }
+
+    def bill(self, now: float) -> tuple[float, float, float]:
+        """Dollars, billed seconds and lived seconds of all replicas up to now."""
+        usd = billed_s = lived_s = 0.0
+        for r in self.replicas:
+            pool, life = self.world.pools[r.pool], min(now, r.gone) - r.ordered
+            paid = max(life, pool.billing_minimum_s)
+            if pool.billing_granularity_s:
+                paid = math.ceil(paid / pool.billing_granularity_s) * pool.billing_granularity_s
+            usd += paid / 3600 * pool.price_usd_per_hour
+            billed_s += paid
+            lived_s += life
+        return usd, billed_s, lived_s
+
+    def finish(self, now: float) -> dict[str, int]:
+        """What the end of the run adds: the dead, and those that are overdue."""
+        dead = [r for r in self.requests if r.outcome == "waiting" and r.deadline < now]
+        for r in dead:
+            r.outcome = r.death
+        inside = [r for r in self.requests if r.outcome in ("waiting", "executing")]
+        deaths = Counter(r.death for r in dead)
+        overdue = sum(now - r.arrival > self.service.slo_ms / 1e3 for r in inside)
+        return {"timed_out": deaths["timed_out"], "abandoned": deaths["abandoned"], "overdue": overdue}
+
+    @property
+    def histogram(self) -> Counter[int]:
+        return Counter(bucket(r.latency) for r in self.requests if r.outcome == "served")
+
+
+class Reference:
+    """One world: services that share pools. Orders are (order, release, max_batch, pool index), as ORDER."""
+
+    def __init__(self, scenario, arrivals: list[list[float]], seeds: list[dict[str, int]]) -> None:
+        self.scenario, self.now = scenario, 0.0
+        self.pools = {pool.name: pool for pool in scenario.pools}
+        self.boots = {name: log_normal_table(pool.boot_cv).tolist() for name, pool in self.pools.items()}
+        self.runs: list[ServiceRun] = []
+        for service, times, seed in zip(scenario.services, arrivals, seeds, strict=True):
+            self.runs.append(ServiceRun(self, service, times, seed))
+            self.runs[-1].begin()
+
+    def used(self, pool: str) -> int:
+        """Nodes in use: those of services being set up count too."""
+        runs = self.runs
+        return sum(r.pool == pool and r.state != "gone" for run in runs for r in run.replicas)
+
+    def advance(self, orders: list[tuple[int, int, int, int]]) -> list[dict[str, float]]:
+        now, end = self.now, self.now + self.scenario.tick_s
+        for run, (order, release, max_batch, pool) in zip(self.runs, orders, strict=True):
+            run.pool = list(self.pools)[pool] if pool >= 0 else run.pool
+            run.release(release, now)
+            run.pending += order
+            run.max_batch = min(max_batch, run.server.max_batch) if max_batch else run.max_batch
+        while sum([run.place(now) for run in self.runs if run.pending]):
+            pass
+        for run in self.runs:
+            run.refresh(now)
+        for run in self.runs:
+            run.until(end)
+        self.now = end
+        return [run.count(now, end) for run in self.runs]
+
+    def finish(self) -> list[dict[str, int]]:
+        return [run.finish(self.now) for run in self.runs]
