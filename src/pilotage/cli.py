@@ -109,19 +109,19 @@ def _table(result: dict[str, Any]) -> Table:
     table = Table(
         title=f"{result['env']}: {result['hours']:g} h x {len(result['seeds'])} runs, dollars per run"
     )
-    for name in ("policy", "total $", "95 %", "nodes", "late", "dropped", "attainment", "p95 ms", "x bound"):
-        table.add_column(name, justify="left" if name == "policy" else "right")
+    for name in ("policy", "total $", "95 %", "nodes", "late", "lost", "in time", "p95 ms", "bound"):
+        table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     for row in result["policies"]:
         total, over = row["total_usd"], row["over_bound"]
         known = not math.isnan(total["low"])
         table.add_row(
             row["policy"],
             f"{total['mean']:,.2f}",
-            f"{total['low']:,.2f} – {total['high']:,.2f}" if known else "–",
+            f"{total['low']:,.2f}–{total['high']:,.2f}" if known else "–",
             *(f"{row['usd'][item]:,.2f}" for item in ("nodes", "late", "dropped")),
             f"{100 * row['slo_attainment']:.2f} %",
             f"{row['latency_ms']['p95']:,.0f}",
-            f"{over['mean']:.2f}" if over else "–",
+            f"{over['mean']:.2f} x" if over else "–",
         )
     if result["bound_usd"]:
         table.caption = (
@@ -287,6 +287,7 @@ def tune(
     as_json: AsJson = False,
 ) -> None:
     """Bayesian optimisation of a policy's declared parameters."""
+    from pilotage.agents.tune import candidate_of
     from pilotage.agents.tune import tune as search
     from pilotage.control.learned import policy_from
     from pilotage.control.scaling import describe
@@ -308,7 +309,7 @@ def tune(
         )
     rows = [
         {
-            "policy": describe(base.replace(**t.params)),
+            "policy": describe(candidate_of(base, t.params)),
             **dict(zip(objective or ["usd"], t.values, strict=True)),
         }
         for t in study.best_trials

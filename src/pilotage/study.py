@@ -31,7 +31,7 @@ from pilotage.evaluate import Run, compare, simulate
 from pilotage.results import as_csv, provenance, timeline_rows, write_evaluation, write_whole
 from pilotage.scenario import Scenario, load
 from pilotage.world.arrivals import Traffic
-from pilotage.world.spec import NonNegative, PositiveCount, Spec, SpecError, decode
+from pilotage.world.spec import NonNegative, Positive, PositiveCount, Spec, SpecError, decode
 
 Step = Callable[[str], None]
 
@@ -57,13 +57,17 @@ class Windows(Spec, frozen=True, kw_only=True):
 
 
 class Group(Spec, frozen=True, kw_only=True):
-    """One kind of traffic: where to learn, where to choose, where to judge. No `train`: unseen until the test."""
+    """One kind of traffic: where to learn, where to choose, where to judge. No `train`: unseen until the test.
+
+    `traffic` takes the place of the scenario's; `horizon_h` shortens the test windows of a short trace.
+    """
 
     name: str
     test: Windows
     train: Windows | None = None
     validate: Windows | None = None
     traffic: Traffic | None = None
+    horizon_h: Positive | None = None
 
 
 class Tuning(Spec, frozen=True, kw_only=True):
@@ -84,6 +88,8 @@ class Experiment(Spec, frozen=True, kw_only=True):
     title: str
     question: str
     env: str
+    horizon_h: Positive | None = None
+    history_h: NonNegative | None = None
     groups: Annotated[tuple[Group, ...], Meta(min_length=1)]
     policies: tuple[str, ...] = ("hpa",)
     tune: Tuning | None = None
@@ -143,6 +149,8 @@ def study(
     from pilotage.report import write_report
 
     scenario = load(plan.env, data)
+    changes = {"horizon_h": plan.horizon_h, "history_h": plan.history_h}
+    scenario = scenario.replace(**{name: value for name, value in changes.items() if value is not None})
     work = folder / "work"
     work.mkdir(parents=True, exist_ok=True)
     started, clock, durations = datetime.now(UTC), time.perf_counter(), {}
@@ -155,7 +163,7 @@ def study(
     base_seed = 1_000_000 * (1 + seed)
     groups = {
         use: [
-            windows.worlds(scenario, group.traffic, base_seed + 10_000 * k + offset)
+            windows.worlds(_of(scenario, group), group.traffic, base_seed + 10_000 * k + offset)
             for k, group in enumerate(plan.groups)
             if (windows := getattr(group, use)) is not None
         ]
@@ -193,6 +201,11 @@ def study(
     return results
 
 
+def _of(scenario: Scenario, group: Group) -> Scenario:
+    """The scenario as a group of traffic runs it."""
+    return scenario if group.horizon_h is None else scenario.replace(horizon_h=group.horizon_h)
+
+
 def _tuning(
     plan: Experiment,
     scenario: Scenario,
@@ -222,8 +235,8 @@ def _tuning(
                 trials=trials,
                 seed=seed,
                 storage=f"sqlite:///{work / key}.db",
-                progress=lambda n, best, of=f"tuning {name}: trial": step(
-                    f"{of} {n}/{trials}, best {best:,.2f} $"
+                progress=lambda n, best, name=name, of=trials: step(
+                    f"tuning {name}: trial {n}/{of}, best {best:,.2f} $"
                 ),
             )
             best = choose(policy, found, scenario, groups["validate"] or groups["train"])
@@ -291,29 +304,32 @@ def _evaluation(
     lowers: list[float] = []
     schedules: list[Run] = []
     for group, worlds in zip(plan.groups, tests, strict=True):
+        here = _of(scenario, group)
         mine: list[tuple[str, list[Run]]] = []
         for name, policy in contenders:
             step(f"{group.name}: {name}")
-            mine.append((name, simulate(scenario, [policy] * len(worlds), worlds, guard=Guard(), label=name)))
+            mine.append(
+                (name, simulate(here, [policy] * len(worlds), worlds, guard=Guard(), label=name, threads=2))
+            )
             runs[name] += mine[-1][1]
         lower, schedule = None, None
         if plan.bound:
             brackets = []
             for k, world in enumerate(worlds):
                 step(f"{group.name}: clairvoyant bound {k + 1}/{len(worlds)}")
-                brackets.append(bound(scenario, world))
+                brackets.append(bound(here, world))
             lower, schedule = np.array([b.lower_usd for b in brackets]), [b.schedule for b in brackets]
             lowers += lower.tolist()
             schedules += schedule
             mine.append(("clairvoyant schedule", schedule))
-        results.append({"group": group.name} | compare(scenario, mine, lower, schedule))
+        results.append({"group": group.name} | compare(here, mine, lower, schedule))
     if len(plan.groups) > 1:
         together = [*runs.items(), *([("clairvoyant schedule", schedules)] if plan.bound else [])]
         lower = np.array(lowers) if plan.bound else None
         results.append(
             {"group": "all"} | compare(scenario, together, lower, schedules if plan.bound else None)
         )
-    return results, _timeline(scenario, contenders, tests[0][0])
+    return results, _timeline(_of(scenario, plan.groups[0]), contenders, tests[0][0])
 
 
 def _timeline(scenario: Scenario, contenders: Sequence[tuple[str, Policy]], world: World) -> str:

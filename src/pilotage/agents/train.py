@@ -123,7 +123,7 @@ def train(
     inner = ServingVecEnv(
         scenario, settings.worlds * services, windows=windows, base=base, threads=os.cpu_count() or 1
     )
-    env = VecNormalize(SB3VecEnv(inner), gamma=settings.discount, clip_obs=10.0)
+    env = VecNormalize(SB3VecEnv(inner), gamma=settings.discount, clip_obs=10.0, clip_reward=50.0)
     batch = settings.rollout_ticks * env.num_envs
     model = PPO(
         "MlpPolicy",

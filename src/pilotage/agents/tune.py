@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -40,7 +41,16 @@ def space(policy: Policy) -> dict[str, optuna.distributions.BaseDistribution]:
 def run_groups(scenario: Scenario, groups: Sequence[Sequence[World]], policy: Policy) -> list[list[Run]]:
     """One policy over all windows of all groups, behind the guard; the runs come back by group."""
     worlds = [world for group in groups for world in group]
-    runs = iter(simulate(scenario, [policy] * len(worlds), worlds, guard=Guard(), label=describe(policy)))
+    runs = iter(
+        simulate(
+            scenario,
+            [policy] * len(worlds),
+            worlds,
+            guard=Guard(),
+            label=describe(policy),
+            threads=os.cpu_count() or 1,
+        )
+    )
     return [[next(runs) for _ in group] for group in groups]
 
 
@@ -88,11 +98,18 @@ def tune(
         study.enqueue_trial({k: v for k, v in start.items() if v is not None})
     for number in range(done, trials):
         trial = study.ask(distributions)
-        runs = run_groups(scenario, groups, policy.replace(**trial.params))
+        runs = run_groups(scenario, groups, candidate_of(policy, trial.params))
         study.tell(trial, [_value(name, runs) for name in objectives])
         if progress is not None:
             progress(number + 1, study.best_value if len(objectives) == 1 else float("nan"))
     return study
+
+
+def candidate_of(policy: Policy, parameters: dict[str, Any]) -> Policy:
+    """The policy with a trial's parameters, rounded to four digits so that its name says it exactly."""
+    rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in parameters.items()}
+    candidate: Policy = policy.replace(**rounded)
+    return candidate
 
 
 def _value(objective: str, runs: Sequence[Sequence[Run]]) -> float:
@@ -112,7 +129,7 @@ def choose(
     best = sorted(finished, key=lambda t: t.values[0], reverse=study.directions[0].name == "MAXIMIZE")
     candidates: list[Policy] = [policy]
     for trial in best:
-        candidate: Any = policy.replace(**trial.params)
+        candidate = candidate_of(policy, trial.params)
         if candidate not in candidates:
             candidates.append(candidate)
         if len(candidates) > FINALISTS:

@@ -36,7 +36,9 @@ class Guard(Spec, frozen=True, kw_only=True):
         low = service.min_replicas if self.min_replicas is None else self.min_replicas
         high = service.max_replicas if self.max_replicas is None else self.max_replicas
         if low > high:
-            raise SpecError(f"guard: min_replicas {low} exceeds max_replicas {high} of service {service.name!r}")
+            raise SpecError(
+                f"guard: min_replicas {low} exceeds max_replicas {high} of service {service.name!r}"
+            )
         return low, high
 
     def clamp(

@@ -79,7 +79,13 @@ def from_pods(
 
 
 def from_value(
-    current: int, value: float, target: float, ready: int, *, tolerance_up: float = 0.1, tolerance_down: float = 0.1
+    current: int,
+    value: float,
+    target: float,
+    ready: int,
+    *,
+    tolerance_up: float = 0.1,
+    tolerance_down: float = 0.1,
 ) -> int:
     """Proposal of an object or external metric with a `Value` target."""
     ratio = value / target

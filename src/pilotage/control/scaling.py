@@ -51,7 +51,9 @@ class _Targets:
 
     def decide(self, seen: Observation) -> Decision:
         self._tick += 1
-        return Decision.towards(self._targets[min(self._tick, len(self._targets) - 1)], seen, reason="schedule")
+        return Decision.towards(
+            self._targets[min(self._tick, len(self._targets) - 1)], seen, reason="schedule"
+        )
 
 
 class Staffing(Policy, frozen=True, kw_only=True, tag="staffing"):
@@ -103,9 +105,9 @@ class Predictive(Policy, frozen=True, kw_only=True, tag="predictive"):
     `forecast.LoadTracker`'s.
     """
 
-    beta: Annotated[float, Meta(ge=0, le=3)] = 0.8
-    z: Annotated[float, Meta(ge=0, le=4)] = 1.0
-    margin: Annotated[float, Meta(ge=0, le=2)] = 0.0
+    beta: Annotated[float, Meta(ge=0, le=2)] = 0.8
+    z: Annotated[float, Meta(ge=0, le=3)] = 1.0
+    margin: Annotated[float, Meta(ge=0, le=1)] = 0.0
     peak_weight: Annotated[float, Meta(ge=0, le=1)] = 0.0
     level_s: Annotated[float, Meta(ge=15, le=600, extra=_LOG)] = 60.0
     trend_s: Annotated[float, Meta(ge=60, le=3600, extra=_LOG)] = 600.0
@@ -198,7 +200,9 @@ def parse(text: str) -> Policy:
         return decode(raw, Scaling, text)  # type: ignore[arg-type]
     name, _, rest = text.partition(":")
     if name not in _BY_NAME:
-        raise SpecError(f"policy {name!r} does not exist; {closest(name, _BY_NAME)}; or a .toml file or a folder")
+        raise SpecError(
+            f"policy {name!r} does not exist; {closest(name, _BY_NAME)}; or a .toml file or a folder"
+        )
     fields: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
         key, equals, value = part.partition("=")
@@ -212,5 +216,5 @@ def describe(policy: Policy) -> str:
     """The policy as a command-line argument: its name and the fields that differ from their defaults."""
     fields = msgspec.structs.asdict(policy)
     default = {f.name: f.default for f in msgspec.structs.fields(policy)}
-    parts = [f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in fields.items() if v != default[k]]
+    parts = [f"{k}={v}" for k, v in fields.items() if v != default[k]]
     return str(policy.__struct_config__.tag) + (":" + ",".join(parts) if parts else "")

@@ -201,7 +201,8 @@ class Cluster:
                 source = self._open(w, s, begin_s)
                 bins = round((start_s - begin_s) / scenario.tick_s)
                 edges = start_s + scenario.tick_s * (np.arange(bins + 1) - bins)
-                self._history[r] = np.histogram(source.until(start_s), edges)[0] / scenario.tick_s
+                past = source.until(start_s)
+                self._history[r] = np.diff(np.searchsorted(past, edges)) / scenario.tick_s
                 self._sources[r] = source
             kernel.begin(
                 w, w + 1, self.rows, self.params, self.replicas, self.slots, self.ready, self.idle, self.used,
