@@ -90,7 +90,7 @@ class Cluster:
         self._arrival_capacity = np.full(w * s, 64)
         self._reserve_requests()
         self._arrivals = np.zeros(0)
-        self._arrival_offset = np.zeros(w * s, np.int64)
+        self._reserve_arrivals()
         self.ticks = np.zeros((w, s), TICK)
         self.totals = np.zeros((w, s), TICK)
         self.histograms = np.zeros((w, s, BUCKETS), np.int64)
