@@ -1,286 +1,132 @@
 """A results folder -> figures and one self-contained HTML page. Draws and words; computes no new result.
 
-`run.json` and `evaluation.json` must be there; every other file adds a section. A figure is drawn in two widths,
-for the desk (also kept in `figures/`) and for the phone. Figures use the colours of `INKS` only: in the page each
-becomes a CSS variable, so that they follow light and dark. Nothing in the page refers to the network.
+`run.json` and `evaluation.json` must be there (see `measurements`); every other file adds a section. The page is
+`report.html.j2` with everything inlined: it refers to no network, is complete without its script, and everything
+that a user may have named is escaped.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import io
-import json
-import math
 import os
 import re
 import tempfile
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import jinja2
-import matplotlib
-import msgspec
-import numpy as np
-import pandas as pd
 from markupsafe import Markup
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from pilotage.metrics import ITEMS
-from pilotage.world.spec import SpecError
+from pilotage import figures, measurements
+from pilotage.figures import Drawing, inline, looks
+from pilotage.measurements import (
+    TIMES,
+    Evaluation,
+    Interval,
+    ReportError,
+    Results,
+    Row,
+    attained,
+    brackets,
+    fixed,
+    latency,
+    money,
+    percent,
+    read,
+    read_table,
+)
 
-
-class ReportError(SpecError):
-    """A results folder that cannot be reported; the message names the file and what is wrong with it."""
-
-
-# --- what is read ------------------------------------------------------------------------------------------
-class Interval(msgspec.Struct, frozen=True):
-    """A mean with its 95 % interval; None is unknown."""
-
-    mean: float | None = None
-    low: float | None = None
-    high: float | None = None
-
-    @property
-    def verdict(self) -> str:
-        """What the interval of a saving lets one say."""
-        if self.low is None or self.high is None:
-            return "no interval"
-        return "cheaper" if self.low > 0 else "dearer" if self.high < 0 else "no clear difference"
-
-    def reversed(self) -> Interval:
-        """The saving of the baseline over the policy (percentile intervals keep under monotone maps)."""
-        mean, low, high = (None if v is None or v >= 1 else 1 - 1 / (1 - v) for v in msgspec.structs.astuple(self))
-        return Interval(mean, high, low)
+__all__ = ["ReportError", "draw_figures", "draw_timeline", "write_report"]
 
 
-class Row(msgspec.Struct, frozen=True):
-    """One policy's measurements."""
-
-    policy: str
-    total_usd: Interval
-    usd: dict[str, float]
-    slo_attainment: float
-    latency_ms: dict[str, float | None]
-    requests: int
-    dropped: int
-    replica_hours: float
-    node_hours: float
-    accuracy: float | None = None
-    over_bound: Interval | None = None
-    label: str = ""
-
-    @property
-    def name(self) -> str:
-        return self.label or self.policy
-
-    @property
-    def foresees(self) -> bool:
-        """It knows the future: a yardstick, not a contender."""
-        return "clairvoyant" in self.name.lower()
-
-    @property
-    def improved(self) -> bool:
-        """It was tuned or learned."""
-        return re.search(r"\b(tuned|learned|ppo|sac|td3|dqn|a2c)\b", self.policy.lower()) is not None
-
-    @property
-    def usd_mean(self) -> float:
-        return math.inf if self.total_usd.mean is None else self.total_usd.mean
+def draw_figures(folder: Path) -> list[Path]:
+    """Draws `figures/*.svg` of a results folder; returns their paths."""
+    return _write_figures(folder, _draw(read(folder)).all())
 
 
-class Pair(msgspec.Struct, frozen=True):
-    policy: str
-    baseline: str
-    saving: Interval
+def draw_timeline(folder: Path) -> Path:
+    """Draws `figures/timeline.svg` from `timeline.csv` alone."""
+    table = read_table(folder, "timeline")
+    if table.empty:
+        raise ReportError(f"{folder / 'timeline.csv'}: absent or empty; it holds one row per policy and tick")
+    drawing, _ = figures.timeline(table, {}, list(dict.fromkeys(table["policy"])))
+    return _write_figures(folder, [drawing])[0]
 
 
-class Bound(msgspec.Struct, frozen=True):
-    lower: float | None
-    schedule: float | None = None
+def write_report(folder: Path) -> Path:
+    """Draws the figures and writes `report.html`; returns its path."""
+    results = read(folder)
+    pictures = _draw(results)
+    _write_figures(folder, pictures.all())
+    page = folder / "report.html"
+    _write(page, _render(results, pictures))
+    return page
 
 
-class Evaluation(msgspec.Struct, frozen=True):
-    """Policies compared on the same windows of one kind of traffic."""
+# --- figures -----------------------------------------------------------------------------------------------
+class Pictures(NamedTuple):
+    groups: list[list[Drawing]]  # for each group of traffic: cost, and cost against attainment
+    timeline: Drawing | None
+    ticks: dict[str, Any] | None  # the numbers of the timeline
+    learning: list[Drawing]
 
-    policies: list[Row]
-    env: str = ""
-    group: str = ""
-    seeds: list[int] = []
-    hours: float = 0.0
-    versus: list[Pair] = []
-    bound_usd: Bound | None = None
-
-    @property
-    def name(self) -> str:
-        return self.group or self.env or "all"
-
-    @property
-    def ranked(self) -> list[Row]:
-        return sorted(self.policies, key=lambda row: (row.foresees, row.usd_mean))
-
-    def row(self, policy: str) -> Row | None:
-        return next((row for row in self.policies if row.policy == policy), None)
-
-    def saving(self, policy: str, baseline: str) -> Interval:
-        for pair in self.versus:
-            if (pair.policy, pair.baseline) == (policy, baseline):
-                return pair.saving
-            if (pair.policy, pair.baseline) == (baseline, policy):
-                return pair.saving.reversed()
-        return Interval()
+    def all(self) -> Iterator[Drawing]:
+        for group in self.groups:
+            yield from group
+        yield from [self.timeline] if self.timeline else []
+        yield from self.learning
 
 
-class Provenance(msgspec.Struct, frozen=True):
-    """run.json: where the result comes from."""
-
-    experiment: str = ""
-    title: str = ""
-    question: str = ""
-    command: str = ""
-    commit: str = ""
-    dirty: bool = False
-    scenario: str = ""
-    scenario_sha256: str = ""
-    experiment_sha256: str = ""
-    seeds: list[int] = []
-    versions: dict[str, str] = {}
-    machine: dict[str, Any] = {}
-    durations_s: dict[str, float] = {}
-    started_at: str = ""
-    policies: dict[str, str] = {}
+def _draw(results: Results) -> Pictures:
+    tables, look = results.tables, looks(results)
+    groups: list[list[Drawing]] = []
+    used = {""}
+    for k, group in enumerate(results.groups):
+        slug = re.sub(r"[^a-z0-9]+", "-", group.name.lower()).strip("-")[:40] if k else ""
+        tail = "" if not k else f"-{slug}" if slug not in used else f"-{slug}-{k}"
+        used.add(slug)
+        groups.append([figures.cost(group, f"cost{tail}"), figures.pareto(group, f"pareto{tail}", look)])
+    timeline, ticks = None, None
+    if "timeline" in tables:
+        first = [row.policy for row in (results.baseline, results.best) if row]
+        timeline, ticks = figures.timeline(tables["timeline"], look, first)
+    learning = [figures.learning(tables["learning_curve"])] if "learning_curve" in tables else []
+    learning += [figures.tuning(tables["trials"], look)] if "trials" in tables else []
+    return Pictures(groups, timeline, ticks, learning)
 
 
-class Results(NamedTuple):
-    run: Provenance
-    groups: list[Evaluation]  # what is pooled over all traffic comes first
-    tables: dict[str, pd.DataFrame]
-    baseline: Row
-    best: Row | None  # the cheapest tuned or learned policy over all traffic
+def _write_figures(folder: Path, drawings: Iterator[Drawing] | list[Drawing]) -> list[Path]:
+    paths = []
+    for drawing in drawings:
+        paths.append(folder / "figures" / f"{drawing.name}.svg")
+        paths[-1].parent.mkdir(exist_ok=True)
+        _write(paths[-1], drawing.desk)
+    return paths
 
 
-TABLES: Final = {
-    "timeline": "policy hour arrival_rate replicas_ready replicas_starting latency_p95_s queue_length usd slo_s",
-    "learning_curve": "steps validation_usd",
-    "trials": "policy trial usd best_usd",
-    "acceptance": "line asked measured low high met",
-}
-WORDS: Final = {"policy", "line", "asked", "met", "best"}  # columns that are not numbers
-_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]|[\ud800-\udfff]")  # what no SVG may hold
-
-
-def read(folder: Path) -> Results:
-    """All that a results folder holds."""
-    run = _json(folder / "run.json", Provenance)
-    groups: list[Evaluation] = _json(folder / "evaluation.json", list[Evaluation])
-    if not groups or not all(group.policies for group in groups):
-        raise ReportError(f"{folder / 'evaluation.json'}: no policies; run `pilotage evaluate` or `study` first")
-    pooled = next((group for group in groups if group.name == "all"), groups[-1])
-    groups = [pooled, *(group for group in groups if group is not pooled)]
-    contenders = [row for row in pooled.policies if not row.foresees] or pooled.policies
-    baseline = pooled.row("hpa") or contenders[0]
-    others = [row for row in contenders if row is not baseline]
-    best = min([row for row in others if row.improved] or others, key=lambda row: row.usd_mean, default=None)
-    tables = {name: _table(folder / f"{name}.csv", columns.split()) for name, columns in TABLES.items()}
-    return Results(run, groups, {k: v for k, v in tables.items() if len(v)}, baseline, best)
-
-
-def _json(path: Path, kind: Any) -> Any:
+def _write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
-        text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", path.read_text(encoding="utf-8"))
-        return msgspec.convert(json.loads(text, parse_constant=lambda _: None), kind)
-    except OSError as error:
-        raise ReportError(f"{path}: cannot be read: {error.strerror}; give a folder of `pilotage study`") from None
-    except (ValueError, RecursionError) as error:
-        raise ReportError(f"{path}: not as `pilotage study` writes it: {error}") from None
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        Path(part).chmod(0o644)
+        Path(part).replace(path)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
 
 
-def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """An optional CSV file; empty if it is absent or has no rows."""
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except FileNotFoundError:
-        return pd.DataFrame()
-    except (OSError, ValueError) as error:
-        raise ReportError(f"{path}: cannot be read: {error}") from None
-    if missing := [name for name in columns if name not in table]:
-        raise ReportError(f"{path}: lacks the columns {', '.join(missing)}")
-    for name in table.columns:
-        if name in WORDS:
-            table[name] = table[name].str.replace(_CONTROL, "\N{REPLACEMENT CHARACTER}", regex=True)
-        else:
-            table[name] = pd.to_numeric(table[name], errors="coerce")
-    return table
-
-
-# --- how numbers are written -------------------------------------------------------------------------------
-MINUS, NONE, THIN, TIMES = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{NARROW NO-BREAK SPACE}", "\N{MULTIPLICATION SIGN}"
-
-
-def _fixed(value: float | None, decimals: int) -> str:
-    if value is None or not math.isfinite(value):
-        return NONE
-    text = f"{value:,.{decimals}f}"
-    return text.replace("-", MINUS) if float(text.replace(",", "")) else text.lstrip("-")
-
-
-def _decimals(value: float | None) -> int:
-    """Of a dollar amount: whole dollars from 1000, cents from 1, and three digits below."""
-    size = abs(value or 0.0)
-    return 0 if size >= 1000 else 2 if size >= 1 or not size else min(6, 2 - math.floor(math.log10(size)))
-
-
-def money(value: float | None, like: float | None = None) -> str:
-    text = _fixed(value, _decimals(value if like is None else like))
-    return text if text == NONE else f"{MINUS}${text[1:]}" if text.startswith(MINUS) else f"${text}"
-
-
-def percent(value: float | None, decimals: int = 1) -> str:
-    return NONE if value is None else f"{_fixed(100 * value, decimals)}{THIN}%"
-
-
-def attained(value: float | None) -> str:
-    """A share, rounded down, with enough digits to tell it from all: 99.92 %, 99.9968 %."""
-    if value is None or value >= 1:
-        return NONE if value is None else f"100{THIN}%"
-    decimals = min(4, max(2, 1 - math.floor(math.log10(100 * (1 - value)))))
-    scaled = math.floor(value * 10 ** (decimals + 2) + 1e-6) / 10**decimals
-    return f"{scaled:.{decimals}f}{THIN}%"
-
-
-def latency(value_ms: float | None) -> str:
-    seconds = value_ms is not None and value_ms >= 10_000
-    return NONE if value_ms is None else f"{value_ms / 1e3:.1f} s" if seconds else f"{value_ms:,.0f} ms"
-
-
+# --- words -------------------------------------------------------------------------------------------------
 def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
-
-
-def ranges(seeds: Sequence[int]) -> str:
-    """1, 2, 3, 7 -> 1-3, 7."""
-    runs: list[list[int]] = []
-    for seed in sorted(seeds):
-        if runs and seed - runs[-1][-1] == 1:
-            runs[-1] = [runs[-1][0], seed]
-        else:
-            runs.append([seed])
-    return ", ".join(NONE.join(str(end) for end in run) for run in runs)
-
-
-def brackets(interval: Interval | None, write: Callable[[float], str]) -> str:
-    """[low, high], empty if unknown."""
-    if interval is None or interval.low is None or interval.high is None:
-        return ""
-    return f"[{write(interval.low)}, {write(interval.high)}]"
+    return (
+        f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+    )
 
 
 def per_window(hours: float) -> str:
@@ -288,35 +134,132 @@ def per_window(hours: float) -> str:
 
 
 def asked(text: str) -> tuple[str, Callable[[float], str]]:
-    """The wording of an acceptance line; what a study asks of a saving ("low >= 0.1") is in per cent."""
-    if found := re.fullmatch(r"(low|mean|high) >= (-?[\d.e-]+)", text):
-        end = {"low": "lower end of the saving's interval", "mean": "saving", "high": "upper end"}[found[1]]
-        return f"{end} at least {percent(float(found[2]), 0)}", percent
-    return text, lambda value: f"{value:.4g}"
+    """The wording of an acceptance line; what a study asks of a saving ("low >= 0.1") is a share of the cost."""
+    found = re.fullmatch(r"(low|mean|high) >= (-?\d+(?:\.\d+)?)", text)
+    if not found:
+        return text, lambda value: f"{value:.4g}"
+    end = {"low": "saving, lower end of its interval,", "mean": "saving", "high": "saving, upper end,"}[
+        found[1]
+    ]
+    return f"{end} at least {percent(float(found[2]), 0)}", percent
 
 
-def worse(group: Evaluation, policy: str) -> list[tuple[Row, str, list[str]]]:
-    """(rival, verdict on cost, what is worse) for each contender that `policy` does not beat in everything."""
-    mine, found = group.row(policy), []
-    for rival in group.ranked if mine else ():
-        if rival.foresees or rival.policy == policy:
-            continue
-        assert mine is not None
-        saving, notes = group.saving(policy, rival.policy), []
-        more = None if saving.mean is None else Interval(-saving.mean, -(saving.high or 0), -(saving.low or 0))
-        if more and more.mean is not None and more.mean > 0:
-            span = brackets(more, lambda v: _fixed(100 * v, 1)) if saving.low is not None else ""
-            notes.append(f"cost {percent(more.mean)} higher {span}".rstrip())
+class Verdict(NamedTuple):
+    """One policy against another in one group, in words."""
+
+    group: Evaluation
+    mine: Row
+    rival: Row
+    saving: Interval
+
+    @property
+    def kind(self) -> str:
+        return self.saving.verdict
+
+    @property
+    def usd(self) -> Interval:
+        """The relative saving in dollars of the rival's mean."""
+        bill = self.rival.total_usd.mean
+        scaled = (
+            None if v is None or bill is None else v * bill for v in (self.saving.low, self.saving.high)
+        )
+        mean = None if bill is None or self.mine.total_usd.mean is None else bill - self.mine.total_usd.mean
+        return Interval(mean, *scaled)
+
+    @property
+    def worse(self) -> list[str]:
+        """Everything measured in which the rival is better, as far as the written digits show it."""
+        mine, rival, notes = self.mine, self.rival, []
+        share = self.saving.mean
+        if share is not None and share < 0:
+            low, high = (None if v is None else -v for v in (self.saving.high, self.saving.low))
+            span = brackets(Interval(-share, low, high), lambda v: fixed(100 * v, 1))
+            notes.append(f"cost {percent(-share)} higher {span}".rstrip())
         sides: list[tuple[str, float, float, Callable[[float], str]]] = [
-            ("requests in time", -mine.slo_attainment, -rival.slo_attainment, lambda v: attained(-v))
+            ("requests in time", -mine.slo_attainment, -rival.slo_attainment, lambda v: attained(-v)),
+            ("p95", mine.latency_ms.get("p95") or 0.0, rival.latency_ms.get("p95") or 0.0, latency),
+            ("p99", mine.latency_ms.get("p99") or 0.0, rival.latency_ms.get("p99") or 0.0, latency),
+            ("dropped requests", mine.dropped, rival.dropped, lambda v: f"{v:,.0f}"),
+            ("node-hours", mine.node_hours, rival.node_hours, lambda v: f"{v:,.1f}"),
         ]
-        for k in ("p95", "p99"):
-            sides.append((k, mine.latency_ms.get(k) or 0.0, rival.latency_ms.get(k) or 0.0, latency))
-        sides.append(("dropped requests", mine.dropped, rival.dropped, lambda v: f"{v:,.0f}"))
-        sides.append(("node-hours", mine.node_hours, rival.node_hours, lambda v: f"{v:,.1f}"))
         notes += [
-            f"{what} {write(a)} against {write(b)}" for what, a, b, write in sides if a > b and write(a) != write(b)
+            f"{what} {put(a)} against {put(b)}" for what, a, b, put in sides if a > b and put(a) != put(b)
         ]
-        if notes:
-            found.append((rival, saving.verdict, notes))
-    return found
+        return notes
+
+
+def against(results: Results, group: Evaluation, rival: str) -> Verdict | None:
+    """The best policy against `rival` in `group`; None if the group lacks one of them."""
+    mine = group.row(results.best.policy) if results.best else None
+    other = group.row(rival)
+    return Verdict(group, mine, other, group.saving(mine.policy, rival)) if mine and other else None
+
+
+# --- the page ----------------------------------------------------------------------------------------------
+STRIP_WIDTH: Final = 120
+
+
+def _strip_scale(results: Results) -> Callable[[float], float]:
+    """From a saving to its place on a strip as wide as all of the report's savings, zero included."""
+    ends = [
+        end
+        for group in results.groups
+        for row in group.policies
+        if not row.foresees
+        for interval in [group.saving(row.policy, results.baseline.policy)]
+        for end in (interval.low, interval.high, interval.mean)
+        if end is not None
+    ]
+    low, high = max(-1.0, min([0.0, *ends])), max([0.02, *ends])
+    pad = 0.08 * (high - low)
+    return lambda v: round(STRIP_WIDTH * (max(v, low) - low + pad) / (high - low + 2 * pad), 2)
+
+
+def _script_hash(script: str) -> str:
+    """For the content security policy: this script and no other."""
+    return base64.b64encode(hashlib.sha256(str(script).encode()).digest()).decode()
+
+
+def _render(results: Results, pictures: Pictures) -> str:
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {
+        "money": money,
+        "percent": percent,
+        "attained": attained,
+        "latency": latency,
+        "fixed": fixed,
+        "duration": duration,
+        "per_window": per_window,
+        "asked": asked,
+        "ranges": measurements.ranges,
+        "script_hash": _script_hash,
+    }
+    template = environment.from_string(
+        files("pilotage").joinpath("report.html.j2").read_text(encoding="utf-8")
+    )
+    contenders = [row for row in results.groups[0].ranked if not row.foresees]
+    rivals = [row for row in contenders if not results.best or row.policy != results.best.policy]
+    rivals.sort(key=lambda row: row.policy != results.baseline.policy)
+    pairs = [against(results, group, row.policy) for group in results.groups for row in rivals]
+    return template.render(
+        run=results.run,
+        groups=results.groups,
+        pooled=results.groups[0],
+        baseline=results.baseline,
+        best=results.best,
+        choices=sum(row.improved for row in contenders),
+        headline=against(results, results.groups[0], results.baseline.policy),
+        by_group=[v for group in results.groups if (v := against(results, group, results.baseline.policy))],
+        worse=[(pair, pair.worse) for pair in pairs if pair and pair.worse],
+        compared=[pair for pair in pairs if pair],
+        acceptance=results.tables["acceptance"].to_dict("records") if "acceptance" in results.tables else [],
+        pictures=pictures,
+        show=lambda drawing, width: Markup(inline(getattr(drawing, width), f"{drawing.name}-{width}")),  # noqa: S704
+        brackets=brackets,
+        at=_strip_scale(results),
+        strip_width=STRIP_WIDTH,
+        ink=lambda policy: looks(results)[policy],
+        times=TIMES,
+    )

@@ -37,7 +37,9 @@ def test_no_sequence_of_decisions_costs_less_than_the_bound(case) -> None:
 @pytest.mark.parametrize("env", ["quickstart", "flash-crowd", "steady", "sparse"])
 def test_no_policy_costs_less_than_the_bound(env: str) -> None:
     scenario = load(env).replace(horizon_h=1.0)
-    policies = [policy_from(p) for p in ("static:replicas=1", "static:replicas=3", "hpa", "staffing", "predictive")]
+    policies = [
+        policy_from(p) for p in ("static:replicas=1", "static:replicas=3", "hpa", "staffing", "predictive")
+    ]
     world = World(5)
     bracket = bound(scenario, world)
     runs = simulate(scenario, policies, [world] * len(policies), guard=Guard())
@@ -48,13 +50,13 @@ def test_no_policy_costs_less_than_the_bound(env: str) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(
-    jobs=st.lists(
-        st.tuples(st.floats(0, 3), st.floats(0.05, 1.5)), min_size=1, max_size=8
-    ),
+    jobs=st.lists(st.tuples(st.floats(0, 3), st.floats(0.05, 1.5)), min_size=1, max_size=8),
     slo_s=st.floats(0.1, 2),
     speed=st.sampled_from([0.5, 1.0, 2.0]),
 )
-def test_the_least_number_of_missed_requests_is_the_one_found_by_trying_all_subsets(jobs, slo_s, speed) -> None:
+def test_the_least_number_of_missed_requests_is_the_one_found_by_trying_all_subsets(
+    jobs, slo_s, speed
+) -> None:
     jobs = sorted(jobs)
     arrival, work = (np.array(column) for column in zip(*jobs, strict=True))
 

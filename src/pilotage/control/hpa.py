@@ -121,6 +121,11 @@ UP = Behavior(rates=(Rate(type="pods", value=4, period_s=15), Rate(type="percent
 DOWN = Behavior(rates=(Rate(type="percent", value=100, period_s=15),))
 
 
+def up_limit_without_behavior(current: int) -> int:
+    """The most that one sync may ask for where no behaviour is set (autoscaling/v1)."""
+    return max(2 * current, 4)
+
+
 @dataclass(slots=True)
 class History:
     """What an autoscaler remembers: raw recommendations and scale events, each as (time_s, count)."""
@@ -137,7 +142,7 @@ class History:
         up = min([raw, *(n for t, n in self.recommendations if t > now_s - up_s)])
         down = max([raw, *(n for t, n in self.recommendations if t > now_s - down_s)])
         self.recommendations.append((now_s, raw))
-        return min(max(current, up), down) if up <= down else max(min(current, down), up)
+        return min(max(current, up), down)
 
     def changed(self, events: deque[tuple[float, int]], now_s: float, period_s: float) -> int:
         return sum(n for t, n in events if t > now_s - period_s)

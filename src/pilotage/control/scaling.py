@@ -30,7 +30,7 @@ ScaleDownDelay = Annotated[float, Meta(ge=15, le=3600, extra=_LOG)]
 class Static(Policy, frozen=True, kw_only=True, tag="static"):
     """Always the same number of replicas."""
 
-    replicas: Annotated[int, Meta(ge=0, le=200)] = 4
+    replicas: Annotated[int, Meta(ge=0, le=64)] = 4
 
     def begin(self, situation: Situation) -> Controller:
         return _Targets([self.replicas])

@@ -1,0 +1,253 @@
+"""Kubernetes' own test cases for the HPA, by the names of the upstream tests (replica_calculator and horizontal)."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import pytest
+
+from pilotage.control.hpa import (
+    DOWN,
+    UP,
+    Behavior,
+    History,
+    Hpa,
+    NoMetricsError,
+    Pod,
+    Rate,
+    from_average,
+    from_pods,
+    from_value,
+    up_limit_without_behavior,
+)
+from pilotage.control.policy import FEATURES, INDEX, Observation
+from pilotage.engine.cluster import Cluster, World
+from pilotage.scenario import load
+
+
+def cpu(*levels: int | None, requests: tuple[int, ...] = ()) -> list[Pod]:
+    """Ready pods with these levels (None: no sample) and requests, both in milli-cores."""
+    requests = requests or (1000,) * len(levels)
+    return [Pod(usage=u, request=r) for u, r in zip(levels, requests, strict=True)]
+
+
+def unready(*levels: int | None) -> list[Pod]:
+    return [Pod(usage=u, state="unready") for u in levels]
+
+
+def ignored(count: int) -> list[Pod]:
+    return [Pod(usage=500, state="ignored")] * count
+
+
+UNEVEN = {"requests": (900, 1000, 1100)}
+
+
+@pytest.mark.parametrize(
+    ("upstream", "current", "pods", "target", "tolerances", "expected"),
+    [
+        ("TestReplicaCalcScaleDown", 5, cpu(100, 300, 500, 250, 250), 50, {}, 3),
+        ("TestReplicaCalcScaleUpHotCpuLessScale", 3, unready(300) + cpu(500, 700), 30, {}, 4),
+        ("TestReplicaCalcScaleUpUnreadyNoScale", 3, unready(400, 700) + cpu(500), 30, {}, 3),
+        ("TestReplicaCalcScaleUpIgnoresFailedPods", 2, cpu(500, 700) + ignored(2), 30, {}, 4),
+        ("TestReplicaCalcScaleUpIgnoresDeletionPods", 2, cpu(500, 700) + ignored(2), 30, {}, 4),
+        ("TestReplicaCalcScaleDownIncludeUnreadyPods", 5, cpu(100, 300, 500) + unready(250, 250), 50, {}, 2),
+        (
+            "TestReplicaCalcScaleDownExcludeUnscheduledPods",
+            5,
+            cpu(100) + unready(None, None, None, None),
+            50,
+            {},
+            1,
+        ),
+        ("TestReplicaCalcTolerance", 3, cpu(1010, 1030, 1020, **UNEVEN), 100, {}, 3),
+        ("TestReplicaCalcSuperfluousMetrics", 4, cpu(4000, 9500, 3000, 7000), 100, {}, 24),
+        ("TestReplicaCalcMissingMetrics", 4, cpu(400, 95, None, None), 100, {}, 3),
+        ("TestReplicaCalcMissingMetricsNoChangeGt", 2, cpu(1900, None), 100, {}, 2),
+        ("TestReplicaCalcMissingMetricsNoChangeLt", 2, cpu(600, None), 100, {}, 2),
+        ("TestReplicaCalcMissingMetricsUnreadyChange", 3, unready(100) + cpu(450, None), 50, {}, 3),
+        ("TestReplicaCalcMissingMetricsUnreadyScaleUp", 3, unready(100) + cpu(2000, None), 50, {}, 4),
+        ("TestReplicaCalcMissingMetricsUnreadyScaleDown", 4, unready(100) + cpu(100, 100, None), 50, {}, 3),
+        (
+            "TestConfigurableTolerance (up 0.01)",
+            3,
+            cpu(1010, 1030, 1020, **UNEVEN),
+            100,
+            {"tolerance_up": 0.01},
+            4,
+        ),
+        ("TestConfigurableTolerance (down 0.9)", 3, cpu(300, 300, 300), 100, {"tolerance_down": 0.9}, 3),
+    ],
+)
+def test_resource_metrics(upstream, current, pods, target, tolerances, expected) -> None:
+    assert from_pods(current, pods, target, utilization=True, **tolerances) == expected
+
+
+def test_empty_metrics_scale_nothing() -> None:  # TestReplicaCalcEmptyMetrics
+    with pytest.raises(NoMetricsError):
+        from_pods(4, cpu(None, None, None, None), 100, utilization=True)
+
+
+@pytest.mark.parametrize(
+    ("upstream", "levels", "target", "expected"),
+    [
+        ("TestReplicaCalcScaleUpCM", (20_000, 10_000, 30_000), 15_000, 4),
+        ("TestReplicaCalcScaleUpCMUnreadyHotCpuNoLessScale", (50_000, 10_000, 30_000), 15_000, 6),
+    ],
+)
+def test_pods_metrics_ignore_readiness(upstream, levels, target, expected) -> None:
+    assert from_pods(3, cpu(*levels), target, utilization=False) == expected
+
+
+def test_object_and_external_metrics() -> None:
+    assert from_value(3, 50, 10, ready=1) == 5  # TestReplicaCalcScaleUpCMObjectIgnoresUnreadyPods
+    assert from_value(3, 8.6, 4.4, ready=1) == 2  # TestReplicaCalcScaleUpCMExternalIgnoresUnreadyPods
+    assert from_average(3, 8.6, 2.15) == 4  # TestReplicaCalcScaleUpPerPodCMExternal
+    assert from_average(3, 8.6, 2.9) == 3  # TestReplicaCalcTolerancePerPodCMExternal
+    assert from_average(5, 8.6, 2.867) == 3  # TestReplicaCalcScaleDownPerPodCMExternal
+    assert from_value(0, 7, 3, ready=0) == 3  # from zero: no tolerance
+
+
+@pytest.mark.parametrize(
+    ("history", "raw", "expected"),
+    [
+        ([], 5, 5),
+        ([(120, 4), (60, 5)], 3, 5),
+        ([(120, 1), (60, 2)], 3, 3),
+        ([(600, 10), (540, 9)], 3, 3),
+        ([(600, 10), (540, 9), (120, 5), (60, 4)], 3, 5),
+    ],
+)
+def test_normalize_desired_replicas(history, raw, expected) -> None:  # TestNormalizeDesiredReplicas
+    log = History(recommendations=deque((1000.0 - age, n) for age, n in history))
+    current = 1000  # so many running that what comes out is the highest of the window, as without behaviour
+    assert log.stabilised(1000.0, raw, current, up_s=0.0, down_s=300.0) == expected
+    assert log.recommendations[-1] == (1000.0, raw)
+    assert all(t >= 700.0 for t, _ in log.recommendations)
+
+
+def events(counts: tuple[int, ...], over_s: float = 120.0) -> deque[tuple[float, int]]:
+    """Scale events spread evenly over the last two minutes."""
+    return deque((1000.0 - over_s + over_s * (k + 0.5) / len(counts), n) for k, n in enumerate(counts))
+
+
+def rates(*what: tuple[str, int, float], select: str = "max") -> Behavior:
+    return Behavior(rates=tuple(Rate(type=t, value=v, period_s=p) for t, v, p in what), select=select)
+
+
+@pytest.mark.parametrize(
+    ("behavior", "current", "raw", "ups", "downs", "expected"),
+    [
+        (UP, 10, 50, (), (), 20),
+        (rates(("pods", 100, 60), ("percent", 100, 60)), 10, 500, (), (), 110),
+        (rates(("percent", 1, 60)), 3, 1000, (), (), 4),
+        (rates(("pods", 150, 120)), 100, 500, (1, 5, 9), (), 235),
+        (rates(("percent", 200, 120)), 100, 500, (1, 5, 9), (), 255),
+        (rates(("pods", 5, 120)), 100, 500, (1, 5, 9), (), 100),
+        (rates(("percent", 300, 300)), 6, 24, (4,), (2,), 16),
+    ],
+)
+def test_scaling_up_with_rules(behavior, current, raw, ups, downs, expected) -> None:  # TestScalingWithRules
+    log = History(ups=events(ups) if ups else deque(), downs=events(downs) if downs else deque())
+    assert min(raw, log.up_limit(1000.0, current, behavior)) == expected
+
+
+@pytest.mark.parametrize(
+    ("behavior", "current", "raw", "ups", "downs", "expected"),
+    [
+        (rates(("pods", 20, 60), ("percent", 1, 60)), 100, 2, (), (), 80),
+        (rates(("percent", 50, 120)), 100, 0, (), (2, 4, 6), 56),
+        (rates(("pods", 5, 120)), 100, 2, (), (1, 5, 9), 100),
+        (rates(("percent", 10, 120)), 100, 0, (), (10, 10, 10), 100),
+        (rates(("percent", 50, 180)), 10, 1, (2,), (4,), 6),
+        (DOWN, 10, 1, (), (), 1),
+    ],
+)
+def test_scaling_down_with_rules(
+    behavior, current, raw, ups, downs, expected
+) -> None:  # TestScalingWithRules
+    log = History(ups=events(ups) if ups else deque(), downs=events(downs) if downs else deque())
+    assert max(raw, log.down_limit(1000.0, current, behavior)) == expected
+
+
+def test_limits_select_the_smallest_change() -> None:
+    slowest = rates(("pods", 2, 60), ("percent", 50, 60), select="min")
+    assert History().up_limit(0.0, 1, slowest) == 2  # TestCalculateScaleUpLimitWithScalingRules
+    assert History().down_limit(0.0, 5, slowest) == 3  # TestCalculateScaleDownLimitWithBehaviors
+    assert History().up_limit(0.0, 5, rates(("pods", 9, 60), select="disabled")) == 5
+    assert History().down_limit(0.0, 5, rates(("pods", 4, 60), select="disabled")) == 5
+
+
+@pytest.mark.parametrize(("current", "raw", "high", "expected"), [(3, 1000, 2000, 6), (20, 1000, 10, 10)])
+def test_scaling_up_without_behavior(current, raw, high, expected) -> None:  # TestConvertDesiredReplicas…
+    assert min(raw, up_limit_without_behavior(current), high) == expected
+
+
+SCENARIO = load("quickstart")
+
+
+def decide(hpa: Hpa, **values: float):
+    """One decision of a fresh controller that sees these features."""
+    seen = np.full(len(FEATURES), np.nan)
+    for name, value in ({"replicas_starting": 0, "replicas_pending": 0} | values).items():
+        seen[INDEX[name]] = value
+    observation = Observation(0.0, seen, np.zeros(len(FEATURES)))
+    cluster = Cluster(SCENARIO, [World(0)])
+    decision = hpa.begin(cluster.situation(0, 0)).decide(observation)
+    return observation.replicas + decision.order - decision.release
+
+
+@pytest.mark.parametrize(
+    ("current", "low", "high", "expected"), [(10, 1, 5, 5), (2, 3, 24, 3), (0, 3, 24, 0)]
+)
+def test_replica_limits_bypass_metrics(current, low, high, expected) -> None:  # TestReplicaLimits
+    assert decide(Hpa(min_replicas=low, max_replicas=high), replicas_ready=current) == expected
+
+
+def test_zero_usage_scales_to_zero_where_that_is_allowed() -> None:  # TestReplicaLimits, scale to zero
+    assert decide(Hpa(min_replicas=0, stabilization_down_s=0.0), replicas_ready=3, utilization=0.0) == 0
+
+
+def test_the_policy_feeds_the_calculator_from_observations() -> None:
+    assert decide(Hpa(target_utilization=0.5), replicas_ready=4, utilization=1.0) == 8
+    assert decide(Hpa(target_utilization=0.5), replicas_ready=4, utilization=0.52) == 4
+    # replicas that start count as idle when scaling up: 4 * 100 % over 6 is 66 %, so ceil(1.32 * 6)
+    assert decide(Hpa(target_utilization=0.5), replicas_ready=4, replicas_starting=2, utilization=1.0) == 8
+    assert decide(Hpa(), replicas_ready=4) == 4  # no sample, no scaling
+    assert decide(Hpa(metric="concurrency", target_average=5.0), replicas_ready=2, concurrency=20.0) == 4
+
+
+def test_down_scaling_waits_for_the_highest_recommendation_of_the_window() -> None:
+    controller = Hpa(target_utilization=0.5).begin(Cluster(SCENARIO, [World(0)]).situation(0, 0))
+    targets = []
+    for tick in range(30):
+        seen = np.full(len(FEATURES), np.nan)
+        for name, value in {
+            "replicas_ready": 8, "replicas_starting": 0, "replicas_pending": 0,
+            "utilization": 0.5 if tick == 0 else 0.1,
+        }.items():  # fmt: skip
+            seen[INDEX[name]] = value
+        decision = controller.decide(Observation(15.0 * tick, seen, np.zeros(len(FEATURES))))
+        targets.append(8 - decision.release)
+    assert targets[:20] == [8] * 20  # 300 s after the last recommendation of 8
+    assert targets[21] == 2
+
+
+def test_between_syncs_nothing_happens() -> None:
+    controller = Hpa(sync_period_s=30.0, target_utilization=0.5).begin(
+        Cluster(SCENARIO, [World(0)]).situation(0, 0)
+    )
+    seen = np.full(len(FEATURES), np.nan)
+    for name, value in {
+        "replicas_ready": 4,
+        "replicas_starting": 0,
+        "replicas_pending": 0,
+        "utilization": 1.0,
+    }.items():
+        seen[INDEX[name]] = value
+    orders = [
+        controller.decide(Observation(t, seen, np.zeros(len(FEATURES)))).order for t in (0.0, 15.0, 30.0)
+    ]
+    assert orders[0] == 4
+    assert orders[1] == 0
+    assert orders[2] > 0

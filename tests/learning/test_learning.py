@@ -1,0 +1,125 @@
+"""Does training work at all? Problems whose optimum is known, and training that repeats itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pilotage.agents.tune import candidate_of, choose, run_groups, space, tune, typical_usd
+from pilotage.control.learned import ACTIONS, Learned
+from pilotage.control.scaling import Predictive, Static
+from pilotage.engine.cluster import World
+from pilotage.scenario import load
+from pilotage.world.arrivals import Poisson
+
+torch = pytest.importorskip("torch")
+train_module = pytest.importorskip("pilotage.agents.train")
+Settings, train, network = train_module.Settings, train_module.train, train_module.network
+
+STEADY = load("steady")
+# constant traffic without history effects: three replicas are the best static size by far
+FIXED = STEADY.replace(
+    horizon_h=0.25,
+    services=(STEADY.services[0].replace(traffic=Poisson(rate_rps=40.0), initial_replicas=3),),
+)
+# so generous a rule that the optimum is to undo it: an agent that learns must cut the headroom
+WASTEFUL = Predictive(beta=2.0, z=0.0, margin=1.0, seasonal_weight=0.0, scale_down_delay_s=15.0)
+
+
+def windows(first: int, count: int) -> list[World]:
+    return [World(first + k) for k in range(count)]
+
+
+def test_tuning_finds_the_best_static_size() -> None:
+    groups = [windows(10, 2)]
+    costs = {n: typical_usd(run_groups(FIXED, groups, Static(replicas=n))) for n in range(1, 9)}
+    best = min(costs, key=costs.__getitem__)
+    assert 1 < best < 8
+    study = tune(Static(replicas=20), FIXED, groups, trials=50, seed=1)
+    chosen = choose(Static(replicas=20), study, FIXED, [windows(50, 2)])
+    assert abs(chosen.replicas - best) <= 1
+    assert study.best_value <= 1.1 * costs[best]
+
+
+def test_tuning_repeats_itself_and_resumes(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    first = tune(Static(), FIXED, [windows(1, 1)], trials=6, seed=3)
+    second = tune(Static(), FIXED, [windows(1, 1)], trials=6, seed=3)
+    assert [t.params for t in first.trials] == [t.params for t in second.trials]
+    tune(Static(), FIXED, [windows(1, 1)], trials=2, seed=3, storage=storage)
+    resumed = tune(Static(), FIXED, [windows(1, 1)], trials=4, seed=3, storage=storage)
+    assert len(resumed.trials) == 4
+
+
+def test_tuning_has_several_objectives() -> None:
+    study = tune(Static(), FIXED, [windows(1, 1)], trials=8, seed=0, objectives=("usd", "attainment"))
+    assert len(study.best_trials) >= 1
+    assert all(0 <= t.values[1] <= 1 for t in study.trials)
+
+
+def test_the_search_space_is_what_the_fields_declare() -> None:
+    found = space(Predictive())
+    assert found["scale_down_delay_s"].log
+    assert (found["z"].low, found["z"].high) == (0, 3)
+    assert candidate_of(Predictive(), {"z": 0.123456}).z == 0.1235
+
+
+def test_ppo_learns_to_undo_a_wasteful_rule(tmp_path: Path) -> None:
+    groups = [windows(900, 3)]
+    before = typical_usd(run_groups(FIXED, groups, WASTEFUL))
+    settings = Settings(
+        steps=40_960, worlds=16, rollout_ticks=32, minibatches=4, evaluations=6, learning_rate=2e-3
+    )
+    learned = train(FIXED, WASTEFUL, windows(0, 1), [windows(500, 3)], settings, tmp_path)
+    after = typical_usd(run_groups(FIXED, groups, learned))
+    assert after < 0.95 * before  # the best static size costs less than half: there is room
+    curve = (tmp_path / "learning_curve.csv").read_text().splitlines()
+    assert curve[0] == "steps,validation_usd,base_usd,best"
+    assert len(curve) >= 6
+
+
+def test_training_repeats_itself_and_its_network_is_the_actor(tmp_path: Path) -> None:
+    settings = Settings(steps=1024, worlds=8, rollout_ticks=32, minibatches=2, evaluations=1, seed=4)
+    for name in ("a", "b"):
+        train(FIXED, Predictive(), windows(0, 1), [windows(5, 1)], settings, tmp_path / name)
+    assert (tmp_path / "a" / "policy.json").read_bytes() == (tmp_path / "b" / "policy.json").read_bytes()
+    assert (tmp_path / "a" / "learning_curve.csv").read_text() == (
+        tmp_path / "b" / "learning_curve.csv"
+    ).read_text()
+
+
+def test_the_exported_network_acts_as_the_sb3_policy() -> None:
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    from pilotage.env import ServingVecEnv
+
+    env = VecNormalize(train_module.SB3VecEnv(ServingVecEnv(FIXED, 4)))
+    model = PPO("MlpPolicy", env, n_steps=32, batch_size=64, device="cpu", seed=0,
+                policy_kwargs={"net_arch": {"pi": [64, 64], "vf": [64, 64]}})  # fmt: skip
+    model.learn(256)
+    exported = network(model, env)
+    observations = env.get_original_obs()
+    expected, _ = model.predict(env.normalize_obs(observations), deterministic=True)
+    controller = Learned(base=Predictive(), network=exported).network
+    x = np.clip((observations - np.array(controller.mean)) / np.array(controller.scale), -10, 10)
+    for k, (weight, bias) in enumerate(zip(controller.weights, controller.biases, strict=True)):
+        x = x @ np.array(weight).T + np.array(bias)
+        x = np.tanh(x) if k < len(controller.weights) - 1 else x
+    np.testing.assert_allclose(np.clip(x, -1, 1), expected, atol=1e-5)
+    assert expected.shape == (4, len(ACTIONS))
+
+
+def test_training_resumes_where_it_stopped(tmp_path: Path) -> None:
+    settings = Settings(steps=1024, worlds=8, rollout_ticks=32, minibatches=2, evaluations=2)
+    train(FIXED, Predictive(), windows(0, 1), [windows(5, 1)], settings, tmp_path)
+    longer = Settings(steps=2048, worlds=8, rollout_ticks=32, minibatches=2, evaluations=2)
+    train(FIXED, Predictive(), windows(0, 1), [windows(5, 1)], longer, tmp_path, resume=True)
+    steps = [
+        int(line.split(",")[0]) for line in (tmp_path / "learning_curve.csv").read_text().splitlines()[1:]
+    ]
+    assert steps[0] == 0
+    assert steps[-1] == 2048
+    assert steps == sorted(steps)
