@@ -19,11 +19,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-from pilotage.control.guard import Guard
 
+from pilotage.control.guard import Guard
 from pilotage.control.learned import policy_from
 from pilotage.engine.cluster import Cluster, World
-from pilotage.evaluate import simulate
+from pilotage.engine.run import simulate
 from pilotage.metrics import quantiles_s
 from pilotage.results import as_csv, provenance, write_whole
 from pilotage.scenario import load
@@ -161,9 +161,8 @@ def row(benchmark, metric, ours, peer="", theirs=None):
 
 def training(steps):
     """PPO environment steps per second with 64 worlds, learning included, evaluation excluded."""
-    from pilotage.control.scaling import Predictive
-
     from pilotage.agents.train import Settings, train
+    from pilotage.control.scaling import Predictive
 
     times = []
     with tempfile.TemporaryDirectory() as folder:

@@ -174,8 +174,8 @@ def simulate(
     from pilotage.control.guard import Guard
     from pilotage.control.learned import policy_from
     from pilotage.engine.cluster import World
+    from pilotage.engine.run import simulate as run_policies
     from pilotage.evaluate import compare, summary
-    from pilotage.evaluate import simulate as run_policies
 
     chosen = policy_from(policy)
     scenario = _scenario(env, data, hours)
@@ -214,8 +214,8 @@ def evaluate(
     from pilotage.control.guard import Guard
     from pilotage.control.learned import policy_from
     from pilotage.engine.cluster import World
+    from pilotage.engine.run import simulate as run_policies
     from pilotage.evaluate import compare
-    from pilotage.evaluate import simulate as run_policies
 
     chosen = [(name, policy_from(name)) for name in policy]
     for name in policy:

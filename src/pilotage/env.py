@@ -16,7 +16,7 @@ An episode is one run of the scenario. It is never terminated, only truncated at
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -29,7 +29,7 @@ from pilotage.control.learned import ACTIONS, OBSERVATIONS, Residual
 from pilotage.control.policy import measure
 from pilotage.control.scaling import Predictive
 from pilotage.engine.cluster import Cluster, World
-from pilotage.evaluate import bill
+from pilotage.engine.run import bill
 from pilotage.scenario import Scenario, load, shipped
 
 OBSERVATION_LIMIT = 20.0
@@ -54,7 +54,7 @@ class ServingVecEnv(VectorEnv):
     otherwise a run starts where the scenario says. `base` is the rule that a zero action follows.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
+    metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
 
     def __init__(
         self,
@@ -173,7 +173,7 @@ class ServingEnv(gymnasium.Env):
     Observations have shape (services * len(OBSERVATIONS),), actions (services * len(ACTIONS),), both float32.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  (as Gymnasium declares it)
 
     def __init__(self, scenario: str | Scenario, *, render_mode: None = None, **options: Any) -> None:
         scenario = _as_scenario(scenario)

@@ -42,6 +42,7 @@ INKS: Final = {
     "teal": "#009e73",
     "steady": "#6b747d",
 }
+VARIABLES: Final = {ink: name for name, ink in INKS.items()}
 ITEM_INKS: Final = dict(zip(ITEMS, ("slate", "amber", "red", "pink", "teal"), strict=True))
 STYLE: Final = {
     "svg.fonttype": "none",
@@ -146,12 +147,15 @@ def _in_tags(svg: str, change: Callable[[str], str]) -> str:
 
 def inline(svg: str, prefix: str) -> str:
     """The drawing as part of a page: unique ids, colours as CSS variables, no word of other addresses."""
-    variables = {ink: f"var(--{name})" for name, ink in INKS.items()}
 
     def change(tag: str) -> str:
         tag = re.sub(r'\b(id="|url\(#|href="#)', rf"\g<1>{prefix}-", tag.replace("xlink:", ""))
         tag = re.sub(r"font-family: [^;\"]*;? ?", "", tag)
-        return re.sub(r"(?<=: )#[0-9a-f]{6}", lambda ink: variables.get(ink[0], ink[0]), tag)
+        return re.sub(
+            r"(?<=: )#[0-9a-f]{6}",
+            lambda ink: f"var(--{VARIABLES[ink[0]]})" if ink[0] in VARIABLES else ink[0],
+            tag,
+        )
 
     body = svg[svg.index("<svg") :]
     box = re.search(r'viewBox="[^"]*"', body)
@@ -242,7 +246,7 @@ def pareto(group: Evaluation, name: str, looks: dict[str, Look]) -> Drawing:
             axes.axvline(lower, color=INKS["ink"], linewidth=1.2, linestyle=(0, (4, 2)))
         low, high = min(y for _, y in points), max(y for _, y in points)
         pad = max(0.12, 0.16 * (high - low))
-        axes.set(ylim=(low - pad, high + pad), title="in time \N{UPWARDS ARROW}, cost \N{RIGHTWARDS ARROW}")
+        axes.set(ylim=(low - pad, high + pad))
         axes.set_title("requests that met the objective")
         axes.set_xlabel("dollars per window (with 95 % interval)")
         axes.margins(x=0.12)

@@ -157,7 +157,7 @@ TABLES: Final = {
     "acceptance": "line asked measured low high met",
 }
 WORDS: Final = {"policy", "line", "asked", "met", "best"}  # columns that are not numbers
-_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]|[\ud800-\udfff]")  # what no SVG may hold
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # what no SVG may hold
 
 
 def read(folder: Path) -> Results:
@@ -180,14 +180,23 @@ def read(folder: Path) -> Results:
 
 def _json(path: Path, kind: Any) -> Any:
     try:
-        text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", path.read_text(encoding="utf-8"))
-        return msgspec.convert(json.loads(text, parse_constant=lambda _: None), kind)
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+        return msgspec.convert(_printable(found), kind)
     except OSError as error:
         raise ReportError(
             f"{path}: cannot be read: {error.strerror}; give a folder of `pilotage study`"
         ) from None
     except (ValueError, RecursionError) as error:
         raise ReportError(f"{path}: not as `pilotage study` writes it: {error}") from None
+
+
+def _printable(value: Any) -> Any:
+    """JSON without the characters that no SVG may hold."""
+    if isinstance(value, dict):
+        return {_printable(k): _printable(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_printable(v) for v in value]
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", value) if isinstance(value, str) else value
 
 
 def read_table(folder: Path, name: str) -> pd.DataFrame:
@@ -238,16 +247,15 @@ def money(value: float | None, like: float | None = None) -> str:
 
 
 def percent(value: float | None, decimals: int = 1) -> str:
-    return NONE if value is None else f"{fixed(100 * value, decimals)}{THIN}%"
+    return NONE if value is None or not math.isfinite(value) else f"{fixed(100 * value, decimals)}{THIN}%"
 
 
 def attained(value: float | None) -> str:
-    """A share, rounded down, with enough digits to tell it from all: 99.92 %, 99.9968 %."""
+    """A share with enough digits to tell it from all: 99.92 %, 99.997 %. Only all of them are 100 %."""
     if value is None or value >= 1:
         return NONE if value is None else f"100{THIN}%"
-    decimals = min(4, max(2, 1 - math.floor(math.log10(100 * (1 - value)))))
-    scaled = math.floor(value * 10 ** (decimals + 2) + 1e-6) / 10**decimals
-    return f"{scaled:.{decimals}f}{THIN}%"
+    decimals = min(4, max(2, -math.floor(math.log10(100 * (1 - value)))))
+    return f"{min(100 * value, 99.9999):.{decimals}f}{THIN}%"
 
 
 def latency(value_ms: float | None) -> str:

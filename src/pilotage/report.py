@@ -23,6 +23,7 @@ from markupsafe import Markup
 from pilotage import figures, measurements
 from pilotage.figures import Drawing, inline, looks
 from pilotage.measurements import (
+    NONE,
     TIMES,
     Evaluation,
     Interval,
@@ -137,7 +138,7 @@ def asked(text: str) -> tuple[str, Callable[[float], str]]:
     """The wording of an acceptance line; what a study asks of a saving ("low >= 0.1") is a share of the cost."""
     found = re.fullmatch(r"(low|mean|high) >= (-?\d+(?:\.\d+)?)", text)
     if not found:
-        return text, lambda value: f"{value:.4g}"
+        return text, lambda value: f"{value:.4g}" if value == value else NONE
     end = {"low": "saving, lower end of its interval,", "mean": "saving", "high": "saving, upper end,"}[
         found[1]
     ]
@@ -260,6 +261,7 @@ def _render(results: Results, pictures: Pictures) -> str:
         brackets=brackets,
         at=_strip_scale(results),
         strip_width=STRIP_WIDTH,
-        ink=lambda policy: looks(results)[policy],
+        ink={policy: figures.VARIABLES[look.ink] for policy, look in looks(results).items()}.__getitem__,
+        percent=percent,
         times=TIMES,
     )

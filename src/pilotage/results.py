@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pilotage.control.policy import measure
-from pilotage.evaluate import Run, bill
+from pilotage.engine.run import Run, bill
 from pilotage.scenario import Scenario
 
 

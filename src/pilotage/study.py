@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +28,8 @@ from pilotage.control.learned import Learned, policy_from
 from pilotage.control.policy import Policy
 from pilotage.control.scaling import Predictive, describe
 from pilotage.engine.cluster import World
-from pilotage.evaluate import Run, compare, simulate
+from pilotage.engine.run import Run, simulate
+from pilotage.evaluate import compare
 from pilotage.results import as_csv, provenance, timeline_rows, write_evaluation, write_whole
 from pilotage.scenario import Scenario, load
 from pilotage.world.arrivals import Traffic
@@ -174,7 +176,8 @@ def study(
     contenders += [(f"{name} tuned", policy) for name, policy in tuned.items()]
     lap("tune")
     if plan.train:
-        base = tuned.get("predictive", Predictive())
+        base = tuned.get("predictive")
+        base = base if isinstance(base, Predictive) else Predictive()
         contenders.append(("ppo", _training(plan, scenario, base, groups, work, folder, seed, step)))
         lap("train")
     results, timeline = _evaluation(plan, scenario, contenders, groups["test"], work, step)
@@ -235,9 +238,7 @@ def _tuning(
                 trials=trials,
                 seed=seed,
                 storage=f"sqlite:///{work / key}.db",
-                progress=lambda n, best, name=name, of=trials: step(
-                    f"tuning {name}: trial {n}/{of}, best {best:,.2f} $"
-                ),
+                progress=partial(_say_trial, step, name, trials),
             )
             best = choose(policy, found, scenario, groups["validate"] or groups["train"])
             values = [t.values[0] for t in found.trials if t.values]
@@ -251,6 +252,10 @@ def _tuning(
         ]
     write_whole(folder / "trials.csv", as_csv(rows))
     return tuned
+
+
+def _say_trial(step: Step, name: str, trials: int, number: int, best_usd: float) -> None:
+    step(f"tuning {name}: trial {number}/{trials}, best {best_usd:,.2f} $")
 
 
 def _training(

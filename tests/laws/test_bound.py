@@ -14,7 +14,7 @@ from pilotage.control.guard import Guard
 from pilotage.control.learned import policy_from
 from pilotage.engine.cluster import World
 from pilotage.engine.relaxation import least_missed
-from pilotage.evaluate import bill, simulate
+from pilotage.engine.run import bill, simulate
 from pilotage.scenario import load
 from tests.strategies import Times, cases
 

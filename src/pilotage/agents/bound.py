@@ -52,7 +52,7 @@ import numpy as np
 from pilotage.control.scaling import Schedule
 from pilotage.engine.cluster import Cluster, World
 from pilotage.engine.relaxation import demands_of, least_work, missed_table
-from pilotage.evaluate import Run, simulate
+from pilotage.engine.run import Run, simulate
 from pilotage.scenario import Scenario
 from pilotage.world.servers import log_normal_table
 from pilotage.world.services import Service

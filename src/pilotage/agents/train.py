@@ -43,7 +43,7 @@ class SB3VecEnv(VecEnv):
     def reset(self) -> VecEnvObs:
         observations, _ = self.inner.reset(seed=self._seed)
         self._seed = None
-        self.reset_infos = [{} for _ in range(self.num_envs)]
+        self.reset_infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         return observations
 
     def step_async(self, actions: np.ndarray) -> None:

@@ -13,7 +13,8 @@ from pilotage.control.guard import Guard
 from pilotage.control.policy import Policy
 from pilotage.control.scaling import describe, tunable
 from pilotage.engine.cluster import World
-from pilotage.evaluate import Run, simulate, summary
+from pilotage.engine.run import Run, simulate
+from pilotage.metrics import attainment
 from pilotage.scenario import Scenario
 from pilotage.world.spec import SpecError
 
@@ -115,7 +116,13 @@ def candidate_of(policy: Policy, parameters: dict[str, Any]) -> Policy:
 def _value(objective: str, runs: Sequence[Sequence[Run]]) -> float:
     if objective == "usd":
         return typical_usd(runs)
-    return float(summary("", [run for group in runs for run in group])["slo_attainment"])
+    totals = [run.totals for group in runs for run in group]
+
+    def count(*names: str) -> float:
+        return float(sum(total[name].sum() for total in totals for name in names))
+
+    finished = count("served", "rejected", "timed_out", "abandoned", "overdue")
+    return attainment(count("served") - count("late"), finished)
 
 
 def choose(

@@ -17,7 +17,7 @@ from pilotage.world.pools import Pool
 from pilotage.world.services import Service
 from pilotage.world.spec import Spec
 
-Counters = Mapping[str, Any]  # the engine's counters of one tick; a structured array serves
+Counters = Mapping[str, Any] | np.ndarray  # the engine's counters of one tick, by name
 
 
 @dataclass(frozen=True, slots=True)

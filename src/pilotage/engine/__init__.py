@@ -53,7 +53,8 @@ import pilotage.metrics
 
 # Numba looks only at the outermost function's file when it decides whether compiled code is stale. A cache
 # folder named after all sources that end up in the kernels cannot serve code from before an edit.
-_sources = [*sorted(Path(__file__).parent.glob("*.py")), Path(pilotage.metrics.__file__)]
+_kernels = [Path(__file__).with_name(f"{name}.py") for name in ("kernel", "layout", "relaxation")]
+_sources = [*_kernels, Path(pilotage.metrics.__file__)]
 _digest = hashlib.sha256(b"\0".join(p.read_bytes() for p in _sources) + numba.__version__.encode())
 numba.config.CACHE_DIR = str(
     Path(platformdirs.user_cache_dir("pilotage")) / "kernels" / _digest.hexdigest()[:16]

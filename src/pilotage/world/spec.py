@@ -65,9 +65,8 @@ def _explain(message: str, raw: Any, kind: Any) -> str:
     )
     if not match:
         return message
-    steps = re.findall(
-        r"\.([\w-]+)|\[(\d+|\.\.\.)\]", (re.search(r"at `\$([^`]*)`", message) or [None, ""])[1]
-    )
+    place = re.search(r"at `\$([^`]*)`", message)
+    steps = re.findall(r"\.([\w-]+)|\[(\d+|\.\.\.)\]", place[1] if place else "")
     known = _known_at(msgspec.inspect.type_info(kind), raw, [name or index for name, index in steps])
     wrong = match["field"] if match["field"] is not None else match["value"]
     return f"{message}; {closest(wrong, known)}" if known else message
@@ -82,10 +81,9 @@ def _known_at(info: Any, raw: Any, steps: list[str]) -> list[str]:
         tag = raw.get(structs[0].tag_field) if structs and isinstance(raw, dict) else None
         if structs and steps == [structs[0].tag_field]:
             return [str(t.tag) for t in structs]
-        chosen = [t for t in structs if t.tag == tag] or [
-            t for t in info.types if not isinstance(t, msgspec.inspect.NoneType)
-        ]
-        return _known_at(chosen[0], raw, steps)
+        others = [t for t in info.types if not isinstance(t, msgspec.inspect.NoneType)]
+        chosen = next((t for t in structs if t.tag == tag), others[0])
+        return _known_at(chosen, raw, steps)
     if isinstance(info, msgspec.inspect.LiteralType):
         return [str(v) for v in info.values]
     if isinstance(info, msgspec.inspect.StructType):
