@@ -129,7 +129,7 @@ def services(draw, name, pool_names):
         accuracy=draw(one_of(1.0, 0.9)),
         load_s=draw(one_of(0.0, 0.25, 1.0)),
         load_cv=draw(one_of(0.0, 0.4)),
-        slo_ms=draw(one_of(200.0, 500.0, 1000.0)),
+        slo_ms=draw(one_of(187.5, 250.0, 1000.0)),
         server=server,
         economics=Economics(late_usd=0.01, dropped_usd=0.02, error_usd=0.03),
         demand=draw(one_of(Constant(), LogNormal(cv=1.0), Exponential())),
@@ -146,7 +146,7 @@ def scenarios(draw, max_ticks=12, max_services=3) -> Scenario:
     return scenario(
         [draw(services(name, names)) for name in ("a", "b", "c")[:count]],
         the_pools,
-        tick_s=draw(one_of(0.25, 0.5, 1.0, 1.1)),
+        tick_s=draw(one_of(0.1, 0.25, 0.5, 1.0, 1.1)),
         ticks=draw(st.integers(2, max_ticks)),
     )
 

@@ -100,7 +100,7 @@ class Drawing(NamedTuple):
 def looks(results: Results) -> dict[str, Look]:
     """The baseline grey, the best policy blue, the others in turn; never told apart by colour alone."""
     best = results.best.policy if results.best else None
-    inks = [INKS[name] for name in ("green", "purple", "orange", "sky", "red")]
+    inks = [INKS[name] for name in ("green", "purple", "orange", "red", "sky")]
     dashes = [(0, (5, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (2, 1)), (0, (8, 2, 2, 2)), (0, (1, 1))]
     found, k = {}, 0
     for name, foresees in {row.policy: row.foresees for g in results.groups for row in g.policies}.items():
@@ -197,7 +197,8 @@ def cost(group: Evaluation, name: str) -> Drawing:
                 axes.plot([low, high], [k, k], color=INKS["ink"], linewidth=1, marker="|", markersize=5)
             label = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
             axes.annotate(money(row.total_usd.mean), (max(left, high or 0), k), **label)
-            axes.text(0, k - 0.3, short(row.name, 40), va="bottom", fontsize=9, color=INKS["ink"])
+            box = {"facecolor": INKS["paper"], "edgecolor": "none", "pad": 0.8}
+            axes.text(0, k - 0.3, short(row.name, 40), va="bottom", fontsize=9, bbox=box)
         if lower is not None:
             axes.axvline(lower, color=INKS["ink"], linewidth=1.2, linestyle=(0, (4, 2)))
         axes.set(
@@ -255,12 +256,18 @@ def pareto(group: Evaluation, name: str, looks: dict[str, Look]) -> Drawing:
         shown = [a for a in ATTAINMENTS if low - pad <= nines(a) <= high + pad]
         shown = shown[:: math.ceil(len(shown) / 7)] or [rows[0].slo_attainment]
         axes.set_yticks([nines(a) for a in shown], [attained(a) for a in shown])
-        _place(figure, axes, [(x, y, short(row.name)) for row, (x, y) in zip(rows, points, strict=True)])
+        _place(figure, axes, rows)
         return figure
 
     return draw(name, alt, HALF_IN, paint)
 
 
+# where a name may stand beside its point, in points, the likeliest first
+SIDES: Final = (
+    *((9, -3, "left"), (-9, -3, "right"), (0, 8, "center"), (0, -15, "center")),
+    *((9, 8, "left"), (-9, 8, "right"), (9, -15, "left"), (-9, -15, "right")),
+    *((0, 20, "center"), (0, -27, "center"), (9, 20, "left"), (9, -27, "left")),
+)
 ATTAINMENTS: Final = (
     *(0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999),
     *(0.99995, 0.99998, 1.0),
@@ -281,21 +288,22 @@ def front_of(rows: Sequence[Row]) -> list[Row]:
     return front or list(rows[:1])
 
 
-def _place(figure: Figure, axes: Axes, labels: Sequence[tuple[float, float, str]]) -> None:
-    """Writes a name beside each point where it covers the least of points and other names."""
+def _place(figure: Figure, axes: Axes, rows: Sequence[Row]) -> None:
+    """Writes a name beside each point where it covers the least of points, intervals and other names."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    frame = axes.get_window_extent()
-    taken = [
-        (x - 6, y - 6, x + 6, y + 6) for x, y in (axes.transData.transform(label[:2]) for label in labels)
-    ]
-    sides = ((9, -3, "left"), (-9, -3, "right"), (0, 9, "center"), (0, -16, "center"), (9, 9, "left"))
-    sides += ((-9, 9, "right"), (9, -16, "left"), (-9, -16, "right"), (0, 22, "center"), (0, -29, "center"))
-    for x, y, name in labels:
-        tries = []
-        for dx, dy, ha in sides:
+    frame, taken = axes.get_window_extent(), []
+    for row in rows:
+        ends = [v for v in (row.total_usd.low, row.usd_mean, row.total_usd.high) if v is not None]
+        (a, y), (x, _), (b, _) = axes.transData.transform(
+            [(v, nines(row.slo_attainment)) for v in (ends[0], row.usd_mean, ends[-1])]
+        )
+        taken += [(a, y - 2, b, y + 2), (x - 6, y - 6, x + 6, y + 6)]
+    for row in rows:
+        at, tries = (row.usd_mean, nines(row.slo_attainment)), []
+        for dx, dy, ha in SIDES:
             style = {"xytext": (dx, dy), "textcoords": "offset points", "ha": ha, "fontsize": 9}
-            text = axes.annotate(name, (x, y), annotation_clip=False, **style)
+            text = axes.annotate(short(row.name), at, annotation_clip=False, **style)
             text.set_in_layout(False)
             a, b, c, d = text.get_window_extent(canvas.get_renderer()).extents
             over = sum(max(0, min(c, r) - max(a, p)) * max(0, min(d, s) - max(b, q)) for p, q, r, s in taken)
@@ -303,7 +311,7 @@ def _place(figure: Figure, axes: Axes, labels: Sequence[tuple[float, float, str]
             text.remove()
             tries.append((over + 40 * out, len(tries), style, (a, b, c, d)))
         _, _, style, box = min(tries, key=lambda one: one[:2])
-        axes.annotate(name, (x, y), annotation_clip=False, **style).set_in_layout(False)
+        axes.annotate(short(row.name), at, annotation_clip=False, **style).set_in_layout(False)
         taken.append(box)
 
 
@@ -359,20 +367,14 @@ def timeline(
         else:
             delays.set_ylim(0, 1.08 * per * max(worst, slo_s))
         delays.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.4g}"))
-        delays.axhline(per * slo_s, color=INKS["red"], linewidth=1.2, linestyle=(0, (4, 2)))
-        note = {
-            "xytext": (-2, 3),
-            "textcoords": "offset points",
-            "ha": "right",
-            "fontsize": 9,
-            "color": INKS["red"],
-        }
+        delays.axhline(per * slo_s, color=INKS["ink"], linewidth=1, linestyle=(0, (4, 2)))
+        note = {"xytext": (-2, 3), "textcoords": "offset points", "ha": "right", "fontsize": 9}
         delays.annotate("objective", (traffic["hour"].max(), per * slo_s), **note)
         bills.set_title("Dollars spent so far")
         bills.set_ylim(bottom=0)
         bills.set_xlabel("hours into the window")
         bills.set_xlim(0, traffic["hour"].max())
-        bills.xaxis.set_major_locator(MaxNLocator(8 if width > PHONE_IN else 4, steps=[1, 2, 3, 4, 6, 10]))
+        bills.xaxis.set_major_locator(MaxNLocator(8 if width > PHONE_IN else 4, steps=[1, 2, 3, 5, 6, 10]))
         for axes in (arrivals, replicas, bills):
             axes.yaxis.set_major_locator(MaxNLocator(4, integer=axes is replicas))
         _legend(figure, keys, width)
@@ -482,5 +484,6 @@ def _beyond(count: int) -> str:
 
 
 def _legend(figure: Figure, keys: Sequence[Any], width: float) -> None:
-    columns = 1 if width <= PHONE_IN and len(keys) < 4 else 2 if width <= PHONE_IN else 3
+    longest = max(len(key.get_label()) for key in keys)
+    columns = max(1, int(72 * width / (5.2 * longest + 48)))  # in points
     figure.legend(handles=keys, loc="outside upper left", ncols=columns, fontsize=9, columnspacing=1.4)

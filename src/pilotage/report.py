@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 from markupsafe import Markup
@@ -145,6 +145,11 @@ def asked(text: str) -> tuple[str, Callable[[float], str]]:
     return f"{end} at least {percent(float(found[2]), 0)}", percent
 
 
+def _span(share: Interval) -> str:
+    """The interval of a share, in per cent."""
+    return brackets(share, lambda value: fixed(100 * value, 1))
+
+
 class Verdict(NamedTuple):
     """One policy against another in one group, in words."""
 
@@ -174,8 +179,7 @@ class Verdict(NamedTuple):
         share = self.saving.mean
         if share is not None and share < 0:
             low, high = (None if v is None else -v for v in (self.saving.high, self.saving.low))
-            span = brackets(Interval(-share, low, high), lambda v: fixed(100 * v, 1))
-            notes.append(f"cost {percent(-share)} higher {span}".rstrip())
+            notes.append(f"cost {percent(-share)} higher {_span(Interval(-share, low, high))}".rstrip())
         sides: list[tuple[str, float, float, Callable[[float], str]]] = [
             ("requests in time", -mine.slo_attainment, -rival.slo_attainment, lambda v: attained(-v)),
             ("p95", mine.latency_ms.get("p95") or 0.0, rival.latency_ms.get("p95") or 0.0, latency),
@@ -197,11 +201,8 @@ def against(results: Results, group: Evaluation, rival: str) -> Verdict | None:
 
 
 # --- the page ----------------------------------------------------------------------------------------------
-STRIP_WIDTH: Final = 120
-
-
 def _strip_scale(results: Results) -> Callable[[float], float]:
-    """From a saving to its place on a strip as wide as all of the report's savings, zero included."""
+    """From a saving to its place, in per cent, on a strip as wide as all the report's savings and zero."""
     ends = [
         end
         for group in results.groups
@@ -213,7 +214,7 @@ def _strip_scale(results: Results) -> Callable[[float], float]:
     ]
     low, high = max(-1.0, min([0.0, *ends])), max([0.02, *ends])
     pad = 0.08 * (high - low)
-    return lambda v: round(STRIP_WIDTH * (max(v, low) - low + pad) / (high - low + 2 * pad), 2)
+    return lambda v: round(100 * (max(v, low) - low + pad) / (high - low + 2 * pad), 2)
 
 
 def _script_hash(script: str) -> str:
@@ -258,10 +259,8 @@ def _render(results: Results, pictures: Pictures) -> str:
         acceptance=results.tables["acceptance"].to_dict("records") if "acceptance" in results.tables else [],
         pictures=pictures,
         show=lambda drawing, width: Markup(inline(getattr(drawing, width), f"{drawing.name}-{width}")),  # noqa: S704
-        brackets=brackets,
+        span=_span,
         at=_strip_scale(results),
-        strip_width=STRIP_WIDTH,
         ink={policy: figures.VARIABLES[look.ink] for policy, look in looks(results).items()}.__getitem__,
-        percent=percent,
         times=TIMES,
     )

@@ -136,8 +136,8 @@ def test_nothing_is_served_before_it_arrives_or_by_what_is_not_ready(case: Case)
 
 
 # --- 3: work conservation and capacity ---------------------------------------------------------------------
-@laws
-@given(cases())
+@settings(max_examples=400, deadline=None)
+@given(cases(max_services=2))
 def test_no_slot_idles_while_a_batch_is_due(case: Case) -> None:
     cluster = case.cluster()
     for now in case.orders:
@@ -378,7 +378,8 @@ def test_policies_meet_the_same_requests(the_scenario, data: st.DataObject) -> N
     by_itself = Cluster(alone, [World(seeds[0])])
     assert by_itself.arrivals(0, 0).tobytes() == cluster.arrivals(0, last).tobytes()
     assert by_itself.seeds(0, 0) == cluster.seeds(0, last)
-    assert not set(cluster.seeds(0, last).values()) & set(cluster.seeds(1, last).values())
+    streams = [seed for w in range(2) for s in range(last + 1) for seed in cluster.seeds(w, s).values()]
+    assert len(set(streams)) == len(streams)
 
 
 # --- 6: Little's law on the sample path --------------------------------------------------------------------

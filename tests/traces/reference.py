@@ -60,7 +60,7 @@ class Request:
     outcome: str = "waiting"  # then executing, and served, rejected, timed_out or abandoned
     left: float = math.inf
     latency: float = math.nan
-    replica: int = -1
+    replica: int = -1  # ordinal of the one that serves it
 
 
 @dataclass(eq=False)
@@ -77,13 +77,13 @@ class Queue:
 
 @dataclass(eq=False)
 class Replica:
-    index: int  # its place among the service's replica slots; a later replica may take it again
+    index: int  # its place among the service's replicas; a later one may take it again
     ordinal: int
     pool: str
     ordered: float
     ready: float
     queue: Queue
-    running: list[list[Request] | None]
+    running: list[list[Request] | None]  # by execution slot
     state: str = "starting"  # then ready, draining, gone
     gone: float = math.inf
 
@@ -91,66 +91,58 @@ class Replica:
     def outstanding(self) -> int:
         return self.queue.waiting + sum(len(batch) for batch in self.running if batch)
 
-    @property
-    def done(self) -> bool:
-        return self.state == "draining" and not self.outstanding
-
 
 class ServiceRun:
     """One service of one world."""
 
     def __init__(self, world: Reference, service, arrivals: list[float], seeds: dict[str, int]) -> None:
         self.world, self.service, self.server, self.seeds = world, service, service.server, seeds
-        self.wait_s = self.server.batch_wait_ms / 1e3
         self.central = self.server.routing == "central"
-        variant = service.variants[0]
-        self.laws = {
-            p: [a.tolist() for a in variant.latency[p].batch_times_s(self.server.max_batch)]
-            for p in service.pools
-        }
-        self.noises = {p: log_normal_table(variant.latency[p].noise_cv).tolist() for p in service.pools}
-        self.loads = log_normal_table(variant.load_cv).tolist()
+        self.wait_s = self.server.batch_wait_ms / 1e3
+        self.variant = service.variants[0]
+        laws, most = self.variant.latency, self.server.max_batch
+        self.laws = {p: [x.tolist() for x in laws[p].batch_times_s(most)] for p in service.pools}
+        self.noises = {p: log_normal_table(laws[p].noise_cv).tolist() for p in service.pools}
+        self.loads = log_normal_table(self.variant.load_cv).tolist()
         self.demands = service.demand.table().tolist()
-        self.max_batch, self.pool, self.pending, self.turn = self.server.max_batch, None, 0, 0
+        self.max_batch, self.pool, self.pending, self.turn = most, None, 0, 0
         self.heap = [(t, ARRIVAL, k) for k, t in enumerate(arrivals)]
-        heapq.heapify(self.heap)
         self.queue = Queue(0)  # the central queue, or the door
         self.timers: set[int] = set()  # numbers of queues that have a timer running
         self.requests: list[Request] = []
-        self.replicas: list[Replica] = []  # all there ever were
         self.batches: list[tuple[float, float, int]] = []  # start, end, size
-        self.holds: dict[int, Replica] = {}  # the last replica of every replica slot
+        self.replicas: list[Replica] = []  # all there ever were
+        self.holds: dict[int, Replica] = {}  # the latest replica of every place
         self.line: list[Replica] = []  # ready ones, longest ready first
         self.idle: deque[tuple[Replica, int]] = deque()  # central routing: idle slots, longest idle first
         self.books = (0.0, 0.0, 0.0)
-        nodes = sum(world.pools[p].max_nodes for p in service.pools)
-        self.room = min(nodes, 2 * service.max_replicas + 8)
+        self.room = min(sum(world.pools[p].max_nodes for p in service.pools), 2 * service.max_replicas + 8)
 
     def begin(self) -> None:
         """The initial replicas are ready at the start, as far as there are nodes."""
         self.pending = min(self.service.initial_replicas, self.room)
-        while self.place(0.0, ready=True):
+        while self.pending and self.place(0.0, at_once=True):
             pass
 
     # --- replicas ------------------------------------------------------------------------------------
-    def place(self, now: float, ready: bool = False) -> bool:
+    def place(self, now: float, at_once: bool = False) -> bool:
         """Gives one pending replica a node, if there is one."""
+        pools, ordinal, seed = self.world.pools, len(self.replicas), self.seeds["seed_start"]
         choice = [self.pool] if self.pool else self.service.pools
-        pool = next((p for p in choice if self.world.used(p) < self.world.pools[p].max_nodes), None)
+        pool = next((p for p in choice if self.world.used(p) < pools[p].max_nodes), None)
         taken = {r.index for r in self.replicas if r.state != "gone"}
         index = next((k for k in range(self.room) if k not in taken), None)
-        if not self.pending or pool is None or index is None:
+        if pool is None or index is None:
             return False
-        self.pending -= 1
-        ordinal, seed = len(self.replicas), self.seeds["seed_start"]
-        boot_s = self.world.pools[pool].boot_s * quantile(self.world.boots[pool], uniform(seed, 2 * ordinal))
-        load_s = self.service.variants[0].load_s * quantile(self.loads, uniform(seed, 2 * ordinal + 1))
-        due = now if ready else now + boot_s + load_s
+        boot_s = pools[pool].boot_s * quantile(self.world.boots[pool], uniform(seed, 2 * ordinal))
+        load_s = self.variant.load_s * quantile(self.loads, uniform(seed, 2 * ordinal + 1))
+        due = now if at_once else now + boot_s + load_s
         slots = [None] * self.server.batches_in_flight
         replica = Replica(index, ordinal, pool, now, due, Queue(index + 1), slots)
+        self.pending -= 1
         self.replicas.append(replica)
         self.holds[index] = replica
-        if ready:
+        if at_once:
             self.serve(replica)
         else:
             heapq.heappush(self.heap, (due, READINESS, index))
@@ -163,26 +155,24 @@ class ServiceRun:
             self.idle.extend((replica, j) for j in range(len(replica.running)))
 
     def release(self, count: int, now: float) -> None:
-        gone = min(count, self.pending)
-        self.pending -= gone
+        taken = min(count, self.pending)
+        self.pending -= taken
         for state in ("starting", "ready"):
             for r in reversed(self.replicas):
                 old_enough = now - r.ordered >= self.world.pools[r.pool].min_lifetime_s
-                if gone < count and r.state == state and old_enough:
-                    gone += 1
-                    self.let_go(r, now)
-
-    def let_go(self, replica: Replica, now: float) -> None:
-        if replica.state == "starting":
-            replica.state, replica.gone, replica.ready = "gone", now, math.inf
-            return
-        replica.state = "draining"
-        self.line.remove(replica)
-        self.idle = deque(slot for slot in self.idle if slot[0] is not replica)
-        self.part(replica, now)
+                if taken < count and r.state == state and old_enough:
+                    taken += 1
+                    r.state = "draining"
+                    if state == "starting":
+                        r.ready = math.inf  # it will never be
+                    else:
+                        self.line.remove(r)
+                        self.idle = deque(slot for slot in self.idle if slot[0] is not r)
+                    self.part(r, now)
 
     def part(self, replica: Replica, now: float) -> None:
-        if replica.done:
+        """A draining replica goes when it has nothing left to do."""
+        if replica.state == "draining" and not replica.outstanding:
             replica.state, replica.gone = "gone", now
 
     # --- queues and batches --------------------------------------------------------------------------
@@ -190,33 +180,29 @@ class ServiceRun:
         """Whether batches close in this queue: not at the door."""
         return self.server.former == "closed" and (self.central or queue.number > 0)
 
-    def bury(self, request: Request, now: float) -> None:
-        request.outcome, request.left = request.death, now
+    def sweep(self, line: deque[Request], now: float) -> None:
+        """Buries the dead at the head of a line."""
+        while line and line[0].deadline < now:
+            dead = line.popleft()
+            dead.outcome, dead.left = dead.death, now
 
-    def sweep(self, queue: Queue, now: float) -> None:
-        """Buries the dead at the head of the line; those in an open batch stay in it."""
-        if not self.closing(queue):
-            while queue.open and queue.open[0].deadline < now:
-                self.bury(queue.open.popleft(), now)
-        while queue.closed and queue.closed[0][0].deadline < now:
-            self.bury(queue.closed[0].popleft(), now)
-            if not queue.closed[0]:
-                queue.closed.popleft()
-
-    def enqueue(self, queue: Queue, request: Request, now: float) -> None:
-        if not queue.open:
-            queue.opened = now
-        queue.open.append(request)
-        self.form(queue, now)
+    def sweep_all(self, queue: Queue, now: float) -> None:
+        """Sweeps all that wait, batch by batch; the dead in an open batch stay in it."""
+        for batch in queue.closed if self.closing(queue) else [queue.open]:
+            self.sweep(batch, now)
+            if batch:
+                break
+        queue.closed = deque(batch for batch in queue.closed if batch)
 
     def form(self, queue: Queue, now: float) -> None:
         """Closes the open batch when it is due."""
         if self.closing(queue) and queue.open:
-            if len(queue.open) >= self.max_batch or queue.opened + self.wait_s <= now:
+            due = queue.opened + self.wait_s
+            if len(queue.open) >= self.max_batch or due <= now:
                 queue.closed.append(queue.open)
                 queue.open = deque()
             else:
-                self.wake(queue, queue.opened + self.wait_s)
+                self.wake(queue, due)
 
     def wake(self, queue: Queue, due: float) -> None:
         """A queue has one timer at a time; if it comes too early, it is set again."""
@@ -226,29 +212,22 @@ class ServiceRun:
 
     def take(self, queue: Queue, now: float) -> list[Request] | None:
         """The living of the next batch that is due; None if none is due."""
-        batch: list[Request] = []
         if self.closing(queue):
-            if not queue.closed:
+            line, most = (queue.closed.popleft(), math.inf) if queue.closed else (deque(), 0)
+        else:
+            line, most = queue.open, self.max_batch
+            self.sweep(line, now)
+            if line and len(line) < most and line[0].arrival + self.wait_s > now:
+                self.wake(queue, line[0].arrival + self.wait_s)
                 return None
-            for request in queue.closed.popleft():
-                if request.deadline < now:
-                    self.bury(request, now)
-                else:
-                    batch.append(request)
-            return batch
-        self.sweep(queue, now)
-        if not queue.open:
+        if not line:
             return None
-        due = queue.open[0].arrival + self.wait_s
-        if len(queue.open) < self.max_batch and due > now:
-            self.wake(queue, due)
-            return None
-        while queue.open and len(batch) < self.max_batch:
-            request = queue.open.popleft()
-            if request.deadline < now:
-                self.bury(request, now)
-            else:
-                batch.append(request)
+        batch: list[Request] = []
+        self.sweep(line, now)
+        while line and len(batch) < most:
+            batch.append(line.popleft())
+            if len(batch) < most:
+                self.sweep(line, now)
         return batch
 
     def dispatch(self, queue: Queue, replica: Replica | None, now: float) -> None:
@@ -260,56 +239,46 @@ class ServiceRun:
             if batch:
                 who, j = self.idle.popleft() if replica is None else (replica, replica.running.index(None))
                 fixed, variable = self.laws[who.pool]
-                n = len(batch)
+                n, luck = len(batch), uniform(self.seeds["seed_noise"], batch[0].number)
                 seconds = fixed[n] + variable[n] * (sum(r.demand for r in batch) / n)
-                luck = uniform(self.seeds["seed_noise"], batch[0].number)
-                seconds *= quantile(self.noises[who.pool], luck)
+                end = now + seconds * quantile(self.noises[who.pool], luck)
                 who.running[j] = batch
                 for request in batch:
                     request.outcome, request.replica = "executing", who.ordinal
-                self.batches.append((now, now + seconds, n))
-                number = who.index * len(who.running) + j
-                heapq.heappush(self.heap, (now + seconds, COMPLETION, number))
+                self.batches.append((now, end, n))
+                heapq.heappush(self.heap, (end, COMPLETION, who.index * len(who.running) + j))
+
+    def route(self, request: Request, now: float) -> None:
+        """Sends a request to the central queue, to a replica, or to the door if none is ready."""
+        line, m, replica = self.line, len(self.line), None
+        if m and self.server.routing == "round-robin":
+            replica = line[self.turn % m]
+            self.turn += 1
+        elif m and self.server.routing == "least-outstanding":
+            replica = min(line, key=lambda r: r.outstanding)
+        elif m and self.server.routing == "power-of-two":
+            bits = draw(self.seeds["seed_route"], request.number)
+            i, j = (bits >> 32) * m >> 32, (bits & 0xFFFFFFFF) * (m - 1) >> 32  # j among the others
+            replica = min([line[i], *(line[:i] + line[i + 1 :])[j : j + 1]], key=lambda r: r.outstanding)
+        queue = replica.queue if replica else self.queue
+        if queue.waiting >= (self.server.queue_limit or math.inf):
+            request.outcome, request.left = "rejected", now
+            return
+        queue.opened = queue.opened if queue.open else now
+        queue.open.append(request)
+        self.form(queue, now)
+        if self.central or replica:
+            self.dispatch(queue, replica, now)
 
     # --- events --------------------------------------------------------------------------------------
     def arrive(self, number: int, now: float) -> None:
-        timeout = self.server.request_timeout_s or math.inf
-        patience = math.inf
+        timeout, patience = self.server.request_timeout_s or math.inf, math.inf
         if self.server.patience_s:
             patience = -math.log1p(-uniform(self.seeds["seed_patience"], number)) * self.server.patience_s
         death = "timed_out" if timeout <= patience else "abandoned"
         demand = quantile(self.demands, uniform(self.seeds["seed_demand"], number))
-        request = Request(number, now, now + min(timeout, patience), death, demand)
-        self.requests.append(request)
-        if self.central:
-            self.join(self.queue, None, request, now)
-        elif self.line:
-            self.route(request, now)
-        else:
-            self.join(self.queue, None, request, now)
-
-    def join(self, queue: Queue, replica: Replica | None, request: Request, now: float) -> None:
-        if queue.waiting >= (self.server.queue_limit or math.inf):
-            request.outcome, request.left = "rejected", now
-            return
-        self.enqueue(queue, request, now)
-        if self.central or replica:
-            self.dispatch(queue, replica, now)
-
-    def route(self, request: Request, now: float) -> None:
-        m, line = len(self.line), self.line
-        if self.server.routing == "round-robin":
-            choice = line[self.turn % m]
-            self.turn += 1
-        elif self.server.routing == "least-outstanding":
-            choice = min(line, key=lambda r: r.outstanding)
-        else:
-            bits = draw(self.seeds["seed_route"], request.number)
-            i = (bits >> 32) * m >> 32
-            j = (bits & 0xFFFFFFFF) * (m - 1) >> 32  # among the others
-            others = line[:i] + line[i + 1 :]
-            choice = min([line[i], *others[j : j + 1]], key=lambda r: r.outstanding)
-        self.join(choice.queue, choice, request, now)
+        self.requests.append(Request(number, now, now + min(timeout, patience), death, demand))
+        self.route(self.requests[-1], now)
 
     def complete(self, number: int, now: float) -> None:
         index, j = divmod(number, self.server.batches_in_flight)
@@ -318,12 +287,11 @@ class ServiceRun:
             request.outcome, request.left = "served", now
             request.latency = now - request.arrival + self.world.pools[replica.pool].network_ms / 1e3
         replica.running[j] = None
-        if self.central:
-            if replica.state == "ready":
-                self.idle.append((replica, j))
-                self.dispatch(self.queue, None, now)
-        else:
+        if not self.central:
             self.dispatch(replica.queue, replica, now)
+        elif replica.state == "ready":
+            self.idle.append((replica, j))
+            self.dispatch(self.queue, None, now)
         self.part(replica, now)
 
     def get_ready(self, index: int, now: float) -> None:
@@ -334,15 +302,17 @@ class ServiceRun:
         if self.central:
             self.dispatch(self.queue, None, now)
             return
-        self.sweep(self.queue, now)
+        self.sweep(self.queue.open, now)
         while self.queue.open:
             self.route(self.queue.open.popleft(), now)
-            self.sweep(self.queue, now)
+            self.sweep(self.queue.open, now)
 
     def ring(self, number: int, now: float) -> None:
         self.timers.discard(number)
         replica = self.holds[number - 1] if number else None
-        queue = replica.queue if replica else self.queue
+        self.act_on(replica.queue if replica else self.queue, replica, now)
+
+    def act_on(self, queue: Queue, replica: Replica | None, now: float) -> None:
         self.form(queue, now)
         self.dispatch(queue, replica, now)
         if replica:
@@ -350,17 +320,14 @@ class ServiceRun:
 
     def refresh(self, now: float) -> None:
         """The end of a decision: sweeps, and batches that became due."""
-        self.sweep(self.queue, now)
+        self.sweep_all(self.queue, now)
         if self.central:
-            self.form(self.queue, now)
-            self.dispatch(self.queue, None, now)
+            self.act_on(self.queue, None, now)
             return
         for _, replica in sorted(self.holds.items()):
             if replica.state in ("ready", "draining"):
-                self.sweep(replica.queue, now)
-                self.form(replica.queue, now)
-                self.dispatch(replica.queue, replica, now)
-                self.part(replica, now)
+                self.sweep_all(replica.queue, now)
+                self.act_on(replica.queue, replica, now)
 
     def until(self, end: float) -> None:
         act = {COMPLETION: self.complete, READINESS: self.get_ready, ARRIVAL: self.arrive, TIMER: self.ring}
@@ -370,52 +337,42 @@ class ServiceRun:
 
     # --- counters, from the log ----------------------------------------------------------------------
     def count(self, t0: float, t1: float) -> dict[str, float]:
-        def within(t):
-            return t0 <= t < t1
+        """What happened in [t0, t1), and how things stand at t1, which must be now."""
 
         def overlap(a, b):
             return max(0.0, min(b, t1) - max(a, t0))
 
-        arrived = [r for r in self.requests if within(r.arrival)]
-        left = [r for r in self.requests if within(r.left)]
-        outcomes = Counter(r.outcome for r in left)
+        arrived = [r.arrival for r in self.requests if t0 <= r.arrival < t1]
+        left = [r for r in self.requests if t0 <= r.left < t1]
         latencies = sorted(r.latency for r in left if r.outcome == "served")
+        started = [size for start, _, size in self.batches if t0 <= start < t1]
+        ended, outcomes = Counter(r.outcome for r in left), Counter(r.outcome for r in self.requests)
         states = Counter(r.state for r in self.replicas)
-        outcomes_now = Counter(r.outcome for r in self.requests)
-        started = [size for start, _, size in self.batches if within(start)]
-        books, before = self.bill(t1), self.books
-        self.books = books
-        p95 = math.nan
-        if latencies:
-            p95 = bucket_midpoint_s(bucket(latencies[math.ceil(0.95 * len(latencies)) - 1]))
+        before, self.books = self.books, self.bill(t1)
+        node_usd, node_s, replica_s = (x - y for x, y in zip(self.books, before, strict=True))
+        p95 = latencies[math.ceil(0.95 * len(latencies)) - 1] if latencies else math.nan
         return {
             "seconds": self.world.scenario.tick_s,
             "arrived": len(arrived),
-            "served": len(latencies),
             "late": sum(x > self.service.slo_ms / 1e3 for x in latencies),
-            "rejected": outcomes["rejected"],
-            "timed_out": outcomes["timed_out"],
-            "abandoned": outcomes["abandoned"],
             "overdue": 0,
             "latency_s": sum(latencies),
-            "latency_p95_s": p95,
-            "peak_second": max(Counter(int(r.arrival - t0) for r in arrived).values(), default=0),
-            "waiting": outcomes_now["waiting"],
-            "executing": outcomes_now["executing"],
+            "latency_p95_s": bucket_midpoint_s(bucket(p95)) if latencies else p95,
+            "peak_second": max(Counter(int(t - t0) for t in arrived).values(), default=0),
             "inside_s": sum(overlap(r.arrival, r.left) for r in self.requests),
             "busy_s": sum(overlap(start, end) for start, end, _ in self.batches),
             "ready_s": sum(overlap(r.ready, r.gone) for r in self.replicas) * self.server.batches_in_flight,
             "batches": len(started),
             "batched": sum(started),
-            "ready": states["ready"],
-            "starting": states["starting"],
             "pending": self.pending,
-            "draining": states["draining"],
             "max_batch": self.max_batch,
-            "wrong": len(latencies) * (1 - self.service.variants[0].accuracy),
-            "node_usd": books[0] - before[0],
-            "node_s": books[1] - before[1],
-            "replica_s": books[2] - before[2],
+            "wrong": len(latencies) * (1 - self.variant.accuracy),
+            "node_usd": node_usd,
+            "node_s": node_s,
+            "replica_s": replica_s,
+            **{name: ended[name] for name in ("served", "rejected", "timed_out", "abandoned")},
+            **{name: outcomes[name] for name in ("waiting", "executing")},
+            **{name: states[name] for name in ("ready", "starting", "draining")},
         }
 
     def bill(self, now: float) -> tuple[float, float, float]:
@@ -459,9 +416,8 @@ class Reference:
             self.runs[-1].begin()
 
     def used(self, pool: str) -> int:
-        """Nodes in use: those of services being set up count too."""
-        runs = self.runs
-        return sum(r.pool == pool and r.state != "gone" for run in runs for r in run.replicas)
+        """Nodes of a pool in use by all services."""
+        return sum(r.pool == pool and r.state != "gone" for run in self.runs for r in run.replicas)
 
     def advance(self, orders: list[tuple[int, int, int, int]]) -> list[dict[str, float]]:
         now, end = self.now, self.now + self.scenario.tick_s
@@ -474,7 +430,6 @@ class Reference:
             pass
         for run in self.runs:
             run.refresh(now)
-        for run in self.runs:
             run.until(end)
         self.now = end
         return [run.count(now, end) for run in self.runs]
