@@ -23,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 _screen = Console(stderr=True)
+_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 Env = Annotated[str, typer.Argument(help="a shipped environment (see `pilotage envs`) or a scenario file")]
 Data = Annotated[Path | None, typer.Option("--data", help="folder of traces (default: PILOTAGE_DATA)")]
@@ -40,11 +41,13 @@ def main() -> NoReturn:
     """Entry point: errors in what the user gave end with one line and exit code 2, Ctrl-C with 130."""
     try:
         code = app(standalone_mode=False)
+        if code == _INTERRUPTED:  # typer turns Ctrl-C into this
+            raise KeyboardInterrupt
         raise SystemExit(code if isinstance(code, int) else 0)
     except SpecError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
-        _fail("interrupted; what was finished is kept, and the same command resumes it", 130)
+        _fail("interrupted; what was finished is kept, and the same command resumes it", _INTERRUPTED)
     except typer.Exit as exit_:
         raise SystemExit(exit_.exit_code) from None
     except OSError as error:

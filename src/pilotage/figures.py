@@ -67,7 +67,7 @@ STYLE: Final = {
     "lines.linewidth": 1.5,
     "lines.markersize": 6,
     "legend.frameon": False,
-    "legend.handlelength": 2.6,
+    "legend.handlelength": 2.2,
     "xtick.color": INKS["grid"],
     "xtick.labelcolor": INKS["muted"],
     "ytick.color": INKS["grid"],
@@ -100,7 +100,7 @@ class Drawing(NamedTuple):
 def looks(results: Results) -> dict[str, Look]:
     """The baseline grey, the best policy blue, the others in turn; never told apart by colour alone."""
     best = results.best.policy if results.best else None
-    inks = [INKS[name] for name in ("green", "purple", "orange", "red", "sky")]
+    inks = [INKS[name] for name in ("green", "orange", "purple", "red", "sky")]
     dashes = [(0, (5, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (2, 1)), (0, (8, 2, 2, 2)), (0, (1, 1))]
     found, k = {}, 0
     for name, foresees in {row.policy: row.foresees for g in results.groups for row in g.policies}.items():
@@ -195,7 +195,12 @@ def cost(group: Evaluation, name: str) -> Drawing:
             low, high = row.total_usd.low, row.total_usd.high
             if low is not None and high is not None:
                 axes.plot([low, high], [k, k], color=INKS["ink"], linewidth=1, marker="|", markersize=5)
-            label = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
+            label: dict[str, Any] = {
+                "xytext": (6, 0),
+                "textcoords": "offset points",
+                "va": "center",
+                "fontsize": 9,
+            }
             axes.annotate(money(row.total_usd.mean), (max(left, high or 0), k), **label)
             box = {"facecolor": INKS["paper"], "edgecolor": "none", "pad": 0.8}
             axes.text(0, k - 0.3, short(row.name, 40), va="bottom", fontsize=9, bbox=box)
@@ -208,9 +213,11 @@ def cost(group: Evaluation, name: str) -> Drawing:
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(5 if width > PHONE_IN else 4))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"${v:,.4g}"))
-        keys = [matplotlib.patches.Patch(color=INKS[ITEM_INKS[item]], label=item) for item in items]
+        keys: list[Any] = [
+            matplotlib.patches.Patch(color=INKS[ITEM_INKS[item]], label=item) for item in items
+        ]
         if lower is not None:
-            dash = {"color": INKS["ink"], "linewidth": 1.2, "linestyle": (0, (4, 2))}
+            dash: dict[str, Any] = {"color": INKS["ink"], "linewidth": 1.2, "linestyle": (0, (4, 2))}
             keys.append(matplotlib.lines.Line2D([], [], label=f"lower bound {money(lower)}", **dash))
         _legend(figure, keys, width)
         return figure
@@ -233,9 +240,9 @@ def pareto(group: Evaluation, name: str, looks: dict[str, Look]) -> Drawing:
         axes = figure.subplots()
         points = [(row.usd_mean, nines(row.slo_attainment)) for row in rows]
         edge = [(row.usd_mean, nines(row.slo_attainment)) for row in front]
-        axes.step(
-            *zip(*edge, strict=True), where="post", color=INKS["blue"], linewidth=5, alpha=0.16, zorder=1
-        )
+        halo: dict[str, Any] = {"color": INKS["blue"], "alpha": 0.2, "zorder": 1}
+        axes.step(*zip(*edge, strict=True), where="post", linewidth=4, solid_capstyle="butt", **halo)
+        axes.plot(*zip(*edge, strict=True), "o", markersize=18, markeredgewidth=0, **halo)
         for row, (x, y) in zip(rows, points, strict=True):
             look = looks[row.policy]
             if row.total_usd.low is not None and row.total_usd.high is not None:
@@ -248,7 +255,7 @@ def pareto(group: Evaluation, name: str, looks: dict[str, Look]) -> Drawing:
         low, high = min(y for _, y in points), max(y for _, y in points)
         pad = max(0.12, 0.16 * (high - low))
         axes.set(ylim=(low - pad, high + pad))
-        axes.set_title("requests that met the objective")
+        axes.set_title("Requests that met the objective")
         axes.set_xlabel("dollars per window (with 95 % interval)")
         axes.margins(x=0.12)
         axes.xaxis.set_major_locator(MaxNLocator(5 if width > PHONE_IN else 4))
@@ -300,9 +307,15 @@ def _place(figure: Figure, axes: Axes, rows: Sequence[Row]) -> None:
         )
         taken += [(a, y - 2, b, y + 2), (x - 6, y - 6, x + 6, y + 6)]
     for row in rows:
-        at, tries = (row.usd_mean, nines(row.slo_attainment)), []
+        at = (row.usd_mean, nines(row.slo_attainment))
+        tries: list[tuple[float, int, dict[str, Any], tuple[float, float, float, float]]] = []
         for dx, dy, ha in SIDES:
-            style = {"xytext": (dx, dy), "textcoords": "offset points", "ha": ha, "fontsize": 9}
+            style: dict[str, Any] = {
+                "xytext": (dx, dy),
+                "textcoords": "offset points",
+                "ha": ha,
+                "fontsize": 9,
+            }
             text = axes.annotate(short(row.name), at, annotation_clip=False, **style)
             text.set_in_layout(False)
             a, b, c, d = text.get_window_extent(canvas.get_renderer()).extents
@@ -347,13 +360,13 @@ def timeline(
         )
         arrivals.set_title("Traffic, requests/s")
         arrivals.set_ylim(bottom=0)
-        keys = []
+        keys: list[Any] = []
         for name, s in series.items():
             look = looks.get(name, Look(INKS["ink"], "o", "-"))
-            line = {"color": look.ink, "linestyle": look.dash, "linewidth": 1.4}
+            line: dict[str, Any] = {"color": look.ink, "linestyle": look.dash, "linewidth": 1.4}
             replicas.step(s["hour"], s["replicas_ready"], where="post", **line)
             ordered = s["replicas_ready"] + s["replicas_starting"]
-            shade = {"color": look.ink, "alpha": 0.22, "linewidth": 0, "step": "post"}
+            shade: dict[str, Any] = {"color": look.ink, "alpha": 0.22, "linewidth": 0, "step": "post"}
             replicas.fill_between(s["hour"], s["replicas_ready"], ordered, **shade)
             delays.plot(s["hour"], per * s["latency_p95_s"], **line)
             bills.plot(s["hour"], s["total_usd"], **line)
@@ -368,7 +381,12 @@ def timeline(
             delays.set_ylim(0, 1.08 * per * max(worst, slo_s))
         delays.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.4g}"))
         delays.axhline(per * slo_s, color=INKS["ink"], linewidth=1, linestyle=(0, (4, 2)))
-        note = {"xytext": (-2, 3), "textcoords": "offset points", "ha": "right", "fontsize": 9}
+        note: dict[str, Any] = {
+            "xytext": (-2, 3),
+            "textcoords": "offset points",
+            "ha": "right",
+            "fontsize": 9,
+        }
         delays.annotate("objective", (traffic["hour"].max(), per * slo_s), **note)
         bills.set_title("Dollars spent so far")
         bills.set_ylim(bottom=0)
@@ -419,10 +437,10 @@ def _thin(ticks: pd.DataFrame) -> pd.DataFrame:
 
 def learning(curve: pd.DataFrame) -> Drawing:
     """Cost on validation traffic while learning, beside what was there before."""
-    curve = curve.sort_values("steps", kind="stable")
+    curve = curve.sort_values("steps", kind="stable", ignore_index=True)
     steps, usd = curve["steps"] / 1000, curve["validation_usd"]
     marks = curve["best"].str.lower() == "true" if "best" in curve else pd.Series(False, curve.index)
-    best = usd.idxmin() if not marks.any() else marks[marks].index[-1]
+    best = int(np.flatnonzero(marks)[-1]) if marks.any() else int(usd.argmin())
     references = [c for c in curve.columns if c.endswith("_usd") and c != "validation_usd"]
     alt = (
         f"Cost on validation traffic over {steps.max():,.0f} thousand steps, from {money(usd.iloc[0])};"
@@ -435,10 +453,10 @@ def learning(curve: pd.DataFrame) -> Drawing:
         if {"low", "high"} <= set(curve):
             axes.fill_between(steps, curve["low"], curve["high"], color=INKS["blue"], alpha=0.18, linewidth=0)
         axes.plot(steps, usd, color=INKS["blue"], marker="o", markersize=4, label="learned")
-        star = {"color": INKS["blue"], "markeredgecolor": INKS["paper"], "markersize": 14}
+        star: dict[str, Any] = {"color": INKS["blue"], "markeredgecolor": INKS["paper"], "markersize": 14}
         axes.plot(steps[best], usd[best], "*", label=f"kept: {money(usd[best])}", **star)
         for k, c in enumerate(references):
-            dash = {"linestyle": ("--", ":", "-.")[k % 3], "color": INKS["steady"]}
+            dash: dict[str, Any] = {"linestyle": ("--", ":", "-.")[k % 3], "color": INKS["steady"]}
             axes.plot(steps, curve[c], label=c.removesuffix("_usd").replace("_", " "), **dash)
         axes.set_title("Validation, dollars per window")
         axes.set_xlabel("thousand steps")
@@ -454,8 +472,9 @@ def tuning(trials: pd.DataFrame, looks: dict[str, Look]) -> Drawing:
     """Every trial, and the best so far, of each tuned policy."""
     best = trials.groupby("policy", sort=False)["best_usd"].min()
     alt = "Best cost found by tuning: " + "; ".join(f"{n}: {money(float(v))}" for n, v in best.items())
-    top = max(float(trials["best_usd"].max()), float(trials["usd"].quantile(0.75))) * 1.04
+    middle = float(trials["usd"].quantile(0.8))
     bottom = float(trials["best_usd"].min())
+    top = middle + 0.4 * (middle - bottom) or 1.0  # a few hopeless trials would flatten all others
 
     def paint(width: float) -> Figure:
         figure = Figure((width, 3.2), layout="constrained")
@@ -484,6 +503,7 @@ def _beyond(count: int) -> str:
 
 
 def _legend(figure: Figure, keys: Sequence[Any], width: float) -> None:
-    longest = max(len(key.get_label()) for key in keys)
-    columns = max(1, int(72 * width / (5.2 * longest + 48)))  # in points
-    figure.legend(handles=keys, loc="outside upper left", ncols=columns, fontsize=9, columnspacing=1.4)
+    sizes = [5.1 * len(key.get_label()) + 36 for key in keys]  # in points, about
+    room = 72 * width
+    columns = len(keys) if sum(sizes) < room else max(1, int(room / max(sizes)))
+    figure.legend(handles=keys, loc="outside upper left", ncols=columns, fontsize=9, columnspacing=1.2)

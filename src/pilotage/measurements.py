@@ -66,6 +66,11 @@ class Row(msgspec.Struct, frozen=True):
         return self.label or self.policy
 
     @property
+    def called(self) -> str:
+        """As in a sentence."""
+        return "default HPA" if self.name == "hpa" else self.name
+
+    @property
     def foresees(self) -> bool:
         """It knows the future: a yardstick, not a contender."""
         return "clairvoyant" in self.name.lower()
@@ -105,6 +110,10 @@ class Evaluation(msgspec.Struct, frozen=True):
     @property
     def name(self) -> str:
         return self.group or self.env or "all"
+
+    @property
+    def title(self) -> str:
+        return "all traffic" if self.name == "all" else self.name
 
     @property
     def ranked(self) -> list[Row]:

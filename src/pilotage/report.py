@@ -15,14 +15,16 @@ import tempfile
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jinja2
+import pandas as pd
 from markupsafe import Markup
 
 from pilotage import figures, measurements
 from pilotage.figures import Drawing, inline, looks
 from pilotage.measurements import (
+    MINUS,
     NONE,
     TIMES,
     Evaluation,
@@ -134,15 +136,38 @@ def per_window(hours: float) -> str:
     return f"{hours:g}-hour window" if hours else "window"
 
 
-def asked(text: str) -> tuple[str, Callable[[float], str]]:
-    """The wording of an acceptance line; what a study asks of a saving ("low >= 0.1") is a share of the cost."""
-    found = re.fullmatch(r"(low|mean|high) >= (-?\d+(?:\.\d+)?)", text)
-    if not found:
-        return text, lambda value: f"{value:.4g}" if value == value else NONE
-    end = {"low": "saving, lower end of its interval,", "mean": "saving", "high": "saving, upper end,"}[
-        found[1]
-    ]
-    return f"{end} at least {percent(float(found[2]), 0)}", percent
+class Line(NamedTuple):
+    """An acceptance line in words."""
+
+    line: str
+    asked: str
+    measured: str
+    span: str
+    met: bool
+
+
+ENDS: Final = {"low": "lower end of the interval", "mean": "mean", "high": "upper end of the interval"}
+
+
+def acceptance(results: Results) -> list[Line]:
+    """What was asked beside what came out; what a study asks of a saving ("low >= 0.1") is in per cent."""
+    lines = []
+    rows = results.tables["acceptance"].to_dict("records") if "acceptance" in results.tables else []
+    for row in rows:
+        mean, low, high = (None if pd.isna(row[k]) else float(row[k]) for k in ("measured", "low", "high"))
+        asked, measured, span = row["asked"], _plain(mean), brackets(Interval(mean, low, high), _plain)
+        if found := re.fullmatch(r"(low|mean|high) >= (-?\d+(?:\.\d+)?)", asked):
+            asked = f"saving at least {percent(float(found[2]), 0)} ({ENDS[found[1]]})"
+            measured, span = percent(mean), _span(Interval(mean, low, high))
+        lines.append(Line(row["line"], asked, measured, span, row["met"].lower() in ("true", "1", "yes")))
+    return lines
+
+
+def _plain(value: float | None) -> str:
+    """A number whose unit is not known, to four digits or whole."""
+    if value is None:
+        return NONE
+    return fixed(value, 0) if abs(value) >= 1000 else f"{value:.4g}".replace("-", MINUS)
 
 
 def _span(share: Interval) -> str:
@@ -172,25 +197,51 @@ class Verdict(NamedTuple):
         mean = None if bill is None or self.mine.total_usd.mean is None else bill - self.mine.total_usd.mean
         return Interval(mean, *scaled)
 
-    @property
-    def worse(self) -> list[str]:
-        """Everything measured in which the rival is better, as far as the written digits show it."""
-        mine, rival, notes = self.mine, self.rival, []
-        share = self.saving.mean
-        if share is not None and share < 0:
-            low, high = (None if v is None else -v for v in (self.saving.high, self.saving.low))
-            notes.append(f"cost {percent(-share)} higher {_span(Interval(-share, low, high))}".rstrip())
-        sides: list[tuple[str, float, float, Callable[[float], str]]] = [
-            ("requests in time", -mine.slo_attainment, -rival.slo_attainment, lambda v: attained(-v)),
-            ("p95", mine.latency_ms.get("p95") or 0.0, rival.latency_ms.get("p95") or 0.0, latency),
-            ("p99", mine.latency_ms.get("p99") or 0.0, rival.latency_ms.get("p99") or 0.0, latency),
-            ("dropped requests", mine.dropped, rival.dropped, lambda v: f"{v:,.0f}"),
-            ("node-hours", mine.node_hours, rival.node_hours, lambda v: f"{v:,.1f}"),
-        ]
-        notes += [
-            f"{what} {put(a)} against {put(b)}" for what, a, b, put in sides if a > b and put(a) != put(b)
-        ]
-        return notes
+
+class Shortfall(NamedTuple):
+    """Something in which the best policy is behind other contenders of a group."""
+
+    what: str
+    mine: str
+    ahead: list[str]
+
+
+METRICS: Final[dict[str, tuple[Callable[[Row], float | None], Callable[[float], str], int]]] = {
+    "requests in time": (lambda row: row.slo_attainment, attained, -1),
+    "p95 latency": (lambda row: row.latency_ms.get("p95"), latency, 1),
+    "p99 latency": (lambda row: row.latency_ms.get("p99"), latency, 1),
+    "dropped requests": (lambda row: row.dropped, lambda value: f"{value:,.0f}", 1),
+    "node-hours": (lambda row: row.node_hours, lambda value: f"{value:,.1f}", 1),
+}  # how to read it, how to write it, and 1 where less is better
+
+
+def shortfalls(pairs: list[Verdict]) -> list[Shortfall]:
+    """Everything measured in which a policy is behind, as far as the written digits show it."""
+    found = []
+    ahead = []
+    for pair in pairs:
+        saving = pair.saving
+        if saving.mean is not None and saving.mean < 0:
+            low, high = (None if v is None else -v for v in (saving.high, saving.low))
+            unclear = "" if saving.verdict == "dearer" else f", {saving.verdict}"
+            span = _span(Interval(-saving.mean, low, high))
+            ahead.append(f"{pair.rival.called} by {percent(-saving.mean)} {span}".rstrip() + unclear)
+    if ahead:
+        found.append(Shortfall("total cost", money(pairs[0].mine.total_usd.mean), ahead))
+    for what, (value, put, sign) in METRICS.items():
+        mine, ahead = value(pairs[0].mine) if pairs else None, []
+        for pair in pairs:
+            theirs = value(pair.rival)
+            if (
+                mine is not None
+                and theirs is not None
+                and sign * (mine - theirs) > 0
+                and put(mine) != put(theirs)
+            ):
+                ahead.append(f"{pair.rival.called} {put(theirs)}")
+        if mine is not None and ahead:
+            found.append(Shortfall(what, put(mine), ahead))
+    return found
 
 
 def against(results: Results, group: Evaluation, rival: str) -> Verdict | None:
@@ -234,7 +285,6 @@ def _render(results: Results, pictures: Pictures) -> str:
         "fixed": fixed,
         "duration": duration,
         "per_window": per_window,
-        "asked": asked,
         "ranges": measurements.ranges,
         "script_hash": _script_hash,
     }
@@ -244,7 +294,7 @@ def _render(results: Results, pictures: Pictures) -> str:
     contenders = [row for row in results.groups[0].ranked if not row.foresees]
     rivals = [row for row in contenders if not results.best or row.policy != results.best.policy]
     rivals.sort(key=lambda row: row.policy != results.baseline.policy)
-    pairs = [against(results, group, row.policy) for group in results.groups for row in rivals]
+    pairs = [[v for row in rivals if (v := against(results, group, row.policy))] for group in results.groups]
     return template.render(
         run=results.run,
         groups=results.groups,
@@ -254,9 +304,11 @@ def _render(results: Results, pictures: Pictures) -> str:
         choices=sum(row.improved for row in contenders),
         headline=against(results, results.groups[0], results.baseline.policy),
         by_group=[v for group in results.groups if (v := against(results, group, results.baseline.policy))],
-        worse=[(pair, pair.worse) for pair in pairs if pair and pair.worse],
-        compared=[pair for pair in pairs if pair],
-        acceptance=results.tables["acceptance"].to_dict("records") if "acceptance" in results.tables else [],
+        worse=[
+            (group, found) for group, p in zip(results.groups, pairs, strict=True) if (found := shortfalls(p))
+        ],
+        compared=any(pairs),
+        acceptance=acceptance(results),
         pictures=pictures,
         show=lambda drawing, width: Markup(inline(getattr(drawing, width), f"{drawing.name}-{width}")),  # noqa: S704
         span=_span,

@@ -188,7 +188,7 @@ def test_the_schema_accepts_every_shipped_environment() -> None:
         ("max_batch = 4", "max_bach = 4", "did you mean 'max_batch'"),
         ("base_ms = 20.0", "base_ms = nan", "base_ms"),
         ("horizon_h = 0.1", "horizon_h = 0.001", "shorter than one tick"),
-        ("horizon_h = 0.1", "horizon_h = 0.1\npools = []\nservices = []\n[unused]", "unused"),
+        ("horizon_h = 0.1", "horizon_h = 0.1\nunused = 1", "unused"),
     ],
 )
 def test_a_wrong_scenario_is_refused_with_file_place_and_remedy(
@@ -244,7 +244,7 @@ def test_a_wrong_environment_option_or_folder_is_refused(scenario: Path, tmp_pat
         ("arrival_s\n1.0\n3.0\n2.0\n", "sort"),
         ("arrival_s\n1.0\n2.0\n2.0\n", "duplicate"),
         ("when\n1.0\n2.0\n", "arrival_s"),
-        ("arrival_s\n1.0\n2.0\n300.0\n", "horizon"),
+        ("arrival_s\n1.0\n2.0\n100.0\n", "horizon"),
     ],
 )
 def test_a_wrong_trace_is_refused(scenario: Path, tmp_path: Path, rows: str, says: str) -> None:

@@ -14,6 +14,7 @@ import urllib.request
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ pytest.importorskip("jinja2", reason="needs the extra `report`")
 
 from pilotage.figures import front_of, nines
 from pilotage.measurements import Interval, Row, attained, latency, money, percent, ranges
-from pilotage.metrics import ITEMS
 from pilotage.report import ReportError, draw_figures, draw_timeline, write_report
 from pilotage.world.spec import SpecError
 
@@ -199,3 +199,548 @@ def fill(folder: Path) -> Path:
     names = ("line", "asked", "measured", "low", "high", "met")
     write_csv(folder / "acceptance.csv", [dict(zip(names, row, strict=True)) for row in acceptance])
     return folder
+
+
+# --- the page, as text -------------------------------------------------------------------------------------
+class Page(HTMLParser):
+    """Tags with their attributes, ids, and text outside script and style."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._silent = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._silent = tag in ("script", "style")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._silent = False
+
+    def handle_data(self, data: str) -> None:
+        if not self._silent:
+            self.text += data
+
+    @property
+    def words(self) -> str:
+        return " ".join(self.text.replace("\N{NARROW NO-BREAK SPACE}", " ").split())
+
+    def ids(self) -> list[str]:
+        return [attrs["id"] or "" for _, attrs in self.tags if "id" in attrs]
+
+
+def page(folder: Path) -> Page:
+    return Page(write_report(folder).read_text(encoding="utf-8"))
+
+
+def edit(folder: Path, change: Any, name: str = "evaluation.json") -> None:
+    content = json.loads((folder / name).read_text())
+    change(content)
+    (folder / name).write_text(json.dumps(content))
+
+
+def test_the_sections_come_in_order_and_the_numbers_are_there(sample: Path) -> None:
+    words = page(sample).words
+    places = [
+        words.index(part)
+        for part in (
+            RUN["title"],
+            "In one sentence",
+            "saved in every 24-hour window",
+            "Dollars per window",
+            "One window, tick by tick",
+            "Where it is worse",
+            "4 of 5 met.",
+            "Learning and tuning",
+            "c16ae8a101caca0bda89db847608c3be4e3db2d61abed5ea1b2c1b7144afc58d",
+        )
+    ]
+    assert places == sorted(places)
+    assert "saving at least 10 % (mean)" in words
+    assert "12.1 % [9.4, 14.8]" in words
+    assert "6,130,000" in words
+    assert "with uncommitted changes" in words
+    assert "1 h 2 min" in words
+    assert "1006000\N{EN DASH}1006011" in words
+    assert "default HPA by 4.0 %" in words[words.index("Where it is worse") :]  # azure-chat
+
+
+def test_it_is_small_and_loads_nothing_from_anywhere(sample: Path) -> None:
+    path = write_report(sample)
+    assert path.stat().st_size < 3_000_000
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"https?://|\burl\((?!#)|@import|@font-face", text)
+    for tag, attrs in Page(text).tags:
+        for name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
+            assert (attrs.get(name) or "#").startswith("#"), (tag, attrs)
+    assert "default-src 'none'" in text
+
+
+def test_marks_are_whole_and_ids_are_unique(sample: Path) -> None:
+    found = page(sample)
+    ids = found.ids()
+    assert len(ids) == len(set(ids))
+    refers = [
+        attrs[k]
+        for _, attrs in found.tags
+        for k in ("href", "aria-controls", "aria-labelledby")
+        if k in attrs
+    ]
+    assert {r.lstrip("#") for r in refers if r} <= set(ids)
+    for tag, attrs in found.tags:
+        if tag == "th":
+            assert attrs.get("scope") in ("row", "col")
+        if "plot" in (attrs.get("class") or "").split():
+            assert attrs["role"] == "img"
+            assert len(attrs["aria-label"] or "") > 40
+    headings = [int(tag[1]) for tag, _ in found.tags if re.fullmatch("h[1-6]", tag)]
+    assert headings[0] == 1
+    assert headings.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(headings))
+
+
+def test_the_same_folder_gives_the_same_bytes(sample: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import matplotlib
+
+    paths = [write_report(sample), *draw_figures(sample)]
+    first = [path.read_bytes() for path in paths]
+    monkeypatch.setitem(matplotlib.rcParams, "font.size", 30)  # the user's own settings do not matter
+    write_report(sample)
+    assert [path.read_bytes() for path in paths] == first
+    assert matplotlib.rcParams["font.size"] == 30
+    assert not [path for path in sample.rglob("*") if path.name.endswith(".part")]
+
+
+def test_figures_are_svg_files(sample: Path) -> None:
+    paths = draw_figures(sample)
+    names = {path.name for path in paths}
+    assert {
+        "timeline.svg",
+        "cost.svg",
+        "pareto.svg",
+        "cost-twitter.svg",
+        "learning_curve.svg",
+        "tuning.svg",
+    } <= names
+    for path in paths:
+        root = ElementTree.parse(path).getroot()
+        assert root.tag.endswith("svg")
+        assert "hpa" in path.read_text() or path.name == "learning_curve.svg"
+
+
+def test_what_a_user_named_is_only_text(sample: Path) -> None:
+    def rename(groups: list[dict[str, Any]]) -> None:
+        for group in groups:
+            group["group"] = HOSTILE + group["group"]
+            for row in group["policies"]:
+                row["policy"] = row["policy"].replace("ppo", f"ppo {HOSTILE}")
+            for pair in group["versus"]:
+                pair["policy"] = pair["policy"].replace("ppo", f"ppo {HOSTILE}")
+
+    edit(sample, rename)
+    quoted = '"' + f"ppo {HOSTILE}".replace('"', '""') + '"'
+    (sample / "timeline.csv").write_text((sample / "timeline.csv").read_text().replace("ppo", quoted))
+    edit(
+        sample,
+        lambda run: run.update(dict.fromkeys(("title", "question", "command", "commit"), HOSTILE)),
+        "run.json",
+    )
+    clean = [tag for tag, _ in page(sample).tags if tag in ("script", "img", "iframe")]
+    assert clean == ["script", "script"]  # the numbers of the timeline, and the page's own
+    text = (sample / "report.html").read_text()
+    assert "<script>alert" not in text
+    assert "<img" not in text
+    assert "\\frac{" in text  # kept, as text
+    assert "\x00" not in text
+    for path in (sample / "figures").glob("*.svg"):
+        ElementTree.parse(path)  # well formed
+        assert path.parent == sample / "figures"
+
+
+@pytest.mark.parametrize(
+    ("name", "gone"),
+    [
+        ("timeline.csv", "One window, tick by tick"),
+        ("acceptance.csv", "What was asked"),
+        ("learning_curve.csv", "Cost on validation traffic"),
+        ("trials.csv", "Each mark is one trial"),
+    ],
+)
+def test_a_missing_file_leaves_its_section_out(sample: Path, name: str, gone: str) -> None:
+    assert gone in page(sample).words
+    header = (sample / name).read_text().splitlines()[0]
+    (sample / name).write_text(header + "\n")
+    assert gone not in page(sample).words
+    (sample / name).unlink()
+    assert gone not in page(sample).words
+
+
+def test_the_least_folder_gives_a_page(tmp_path: Path) -> None:
+    """One policy, one window: no interval, no bound, nothing to compare."""
+    (tmp_path / "run.json").write_text("{}")
+    row = evaluation("quickstart", 20.0, 0)["policies"][0]
+    row |= {
+        "total_usd": {"mean": 20.0, "low": math.nan, "high": math.nan},
+        "over_bound": None,
+        "accuracy": None,
+    }
+    row["latency_ms"] = dict.fromkeys(("p50", "p95", "p99"), math.nan)  # nothing was served
+    (tmp_path / "evaluation.json").write_text(json.dumps([{"env": "quickstart", "policies": [row]}]))
+    words = page(tmp_path).words
+    assert "Only default HPA was measured: $20.00 per window" in words
+    assert "There is no second policy to compare with." in words
+
+
+# --- what the headline says --------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("saving", "says"),
+    [
+        ((0.123, 0.101, 0.145), "costs 12.3 % less than default HPA"),
+        ((-0.2, -0.3, -0.1), "costs 20.0 % more than default HPA"),
+        ((0.05, -0.02, 0.11), "shows no clear difference in cost to default HPA"),
+        ((0.05, math.nan, math.nan), "too few windows"),
+        ((0.0, 0.0, 0.0), "Both cost the same in every window."),
+    ],
+)
+def test_the_headline_follows_the_interval(
+    sample: Path, saving: tuple[float, float, float], says: str
+) -> None:
+    def change(groups: list[dict[str, Any]]) -> None:
+        for pair in groups[-1]["versus"]:
+            if (pair["policy"], pair["baseline"]) == ("ppo", "hpa"):
+                pair["saving"] = dict(zip(("mean", "low", "high"), saving, strict=True))
+
+    edit(sample, change)
+    words = page(sample).words
+    headline = words[words.index("In one sentence") : words.index("Cost per 24-hour")]
+    assert says in headline
+    assert ("saved" in headline) == (saving[1] > 0)
+
+
+def test_a_saving_can_be_read_the_other_way_round() -> None:
+    low = Interval(0.2, 0.1, 0.3).reversed()
+    assert low.low == pytest.approx(1 - 1 / 0.7)
+    assert low.high == pytest.approx(1 - 1 / 0.9)
+    assert low.verdict == "dearer"
+
+
+def test_where_it_is_worse_stands_even_if_nowhere(sample: Path) -> None:
+    def best(groups: list[dict[str, Any]]) -> None:
+        for group in groups:
+            group["policies"] = [row for row in group["policies"] if row["policy"] in ("hpa", "ppo")]
+            row = group["policies"][1]
+            row |= {"slo_attainment": 1.0, "latency_ms": {"p50": 1.0, "p95": 1.0, "p99": 1.0}, "dropped": 0}
+            row["node_hours"] = 1.0
+            group["versus"] = [{"policy": "ppo", "baseline": "hpa", "saving": interval(0.2, 0.05)}]
+
+    edit(sample, best)
+    assert "ppo is at least as good as every other contender" in page(sample).words
+
+
+def test_the_front_holds_what_is_beaten_in_neither() -> None:
+    rows = {
+        name: Row(name, Interval(usd), {"nodes": usd}, share, {}, 1, 0, 1.0, 1.0)
+        for name, usd, share in (
+            ("a", 1.0, 0.9),
+            ("b", 2.0, 0.99),
+            ("dominated", 2.5, 0.98),
+            ("c", 3.0, 0.999),
+            (FUTURE, 0.5, 1.0),
+        )
+    }
+    assert [row.policy for row in front_of(list(rows.values()))] == ["a", "b", "c"]
+    assert nines(0.999) == pytest.approx(3)
+    assert math.isfinite(nines(1.0))
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (money(1234.4), "$1,234"),
+        (money(24.006), "$24.01"),
+        (money(0.01234), "$0.0123"),
+        (money(-3.2), "\N{MINUS SIGN}$3.20"),
+        (money(-0.0001, 24.0), "$0.00"),
+        (money(None), "\N{EN DASH}"),
+        (percent(0.1234), "12.3\N{NARROW NO-BREAK SPACE}%"),
+        (attained(0.9992), "99.92\N{NARROW NO-BREAK SPACE}%"),
+        (attained(0.99997), "99.997\N{NARROW NO-BREAK SPACE}%"),
+        (attained(0.999999999), "99.9999\N{NARROW NO-BREAK SPACE}%"),
+        (attained(1.0), "100\N{NARROW NO-BREAK SPACE}%"),
+        (attained(0.0), "0.00\N{NARROW NO-BREAK SPACE}%"),
+        (latency(247.1), "247 ms"),
+        (latency(12_340), "12.3 s"),
+        (ranges([3, 1, 2, 9]), "1\N{EN DASH}3, 9"),
+    ],
+)
+def test_numbers_are_written_one_way(written: str, expected: str) -> None:
+    assert written == expected
+
+
+# --- bad input ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["run.json", "evaluation.json"])
+@pytest.mark.parametrize("content", [None, "", "{", "[1]", '{"policies": 3}', "[" * 100_000])
+def test_a_broken_folder_is_named(sample: Path, name: str, content: str | None) -> None:
+    (sample / name).unlink() if content is None else (sample / name).write_text(content)
+    with pytest.raises(ReportError, match=re.escape(str(sample / name))) as error:
+        write_report(sample)
+    assert isinstance(error.value, SpecError)  # one line and exit code 2 on the command line
+    assert not (sample / "report.html").exists()
+
+
+def test_a_broken_evaluation_says_where(sample: Path) -> None:
+    edit(sample, lambda groups: groups[1]["policies"][2].update(slo_attainment="high"))
+    with pytest.raises(ReportError, match=r"evaluation\.json.*\$\[1\]\.policies\[2\]\.slo_attainment"):
+        write_report(sample)
+
+
+def test_a_table_without_its_columns_is_named(sample: Path) -> None:
+    (sample / "trials.csv").write_text("policy,usd\nhpa,3\n")
+    with pytest.raises(ReportError, match=r"trials\.csv: lacks the columns trial, best_usd"):
+        write_report(sample)
+    (sample / "timeline.csv").unlink()
+    with pytest.raises(ReportError, match=r"timeline\.csv: absent or empty"):
+        draw_timeline(sample)
+
+
+def test_a_failed_write_keeps_the_old_page(sample: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = write_report(sample).read_bytes()
+    edit(sample, lambda run: run.update(title="another"), "run.json")
+
+    def fail(self: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fail)
+        with pytest.raises(OSError, match="No space"):
+            write_report(sample)
+    assert (sample / "report.html").read_bytes() == old
+    assert not [path for path in sample.rglob("*") if path.name.endswith(".part")]
+
+
+def test_a_timeline_alone_can_be_drawn(tmp_path: Path) -> None:
+    write_csv(tmp_path / "timeline.csv", timeline_rows("hpa", 6, 1.5))
+    assert draw_timeline(tmp_path) == tmp_path / "figures" / "timeline.svg"
+
+
+# --- in a browser ------------------------------------------------------------------------------------------
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    " --disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-port=0"
+)
+
+
+class Browser:
+    """A page in headless Chromium, over the DevTools protocol. `complaints` are errors, warnings and requests."""
+
+    def __init__(self, profile: Path) -> None:
+        websocket = pytest.importorskip("websocket", reason="needs websocket-client, of the extra `dev`")
+        command = [CHROMIUM or "", *FLAGS.split(), f"--user-data-dir={profile}", "about:blank"]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.complaints: list[str] = []
+        self._last = 0
+        try:
+            port = self._port(profile / "DevToolsActivePort")
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/json", timeout=30) as answer:
+                pages = [target for target in json.load(answer) if target["type"] == "page"]
+            self.socket = websocket.create_connection(
+                pages[0]["webSocketDebuggerUrl"], timeout=60, suppress_origin=True
+            )
+            for domain in ("Page", "Runtime", "Log", "Network"):
+                self.call(f"{domain}.enable")
+        except BaseException:
+            self.close()
+            raise
+
+    @staticmethod
+    def _port(file: Path) -> str:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if file.exists() and len(lines := file.read_text().split()) > 1:
+                return lines[0]
+            time.sleep(0.05)
+        raise TimeoutError("chromium did not open its debugging port within 60 s")
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        self._last += 1
+        self.socket.send(json.dumps({"id": self._last, "method": method, "params": params}))
+        while True:
+            message = json.loads(self.socket.recv())
+            if message.get("id") == self._last:
+                assert "error" not in message, message
+                return message["result"]
+            self._listen(message)
+
+    def _listen(self, message: dict[str, Any]) -> None:
+        method, params = message.get("method"), message.get("params", {})
+        if method in ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled"):
+            self.complaints.append(json.dumps(params)[:500])
+        if method == "Network.requestWillBeSent" and not params["request"]["url"].startswith("file:"):
+            self.complaints.append("request to " + params["request"]["url"])
+
+    def open(self, path: Path, width: int, *, dark: bool = False, script: bool = True) -> None:
+        mobile = width < 500
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=mobile
+        )
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.call("Emulation.setScriptExecutionDisabled", value=not script)
+        self.call("Page.navigate", url=path.resolve().as_uri())
+        deadline = time.monotonic() + 30
+        while self.ask("document.readyState + location.protocol") != "completefile:":
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def ask(self, expression: str) -> Any:
+        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def press(self, key: str) -> None:
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS[key])
+
+    def close(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(20)
+
+
+KEYS = {"Tab": 9, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowRight": 39}
+# the contrast of every piece of text with what is painted behind it, by WCAG's formula
+CONTRAST = """(() => {
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const paint = (colours) => {
+    canvas.clearRect(0, 0, 1, 1);
+    for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
+    return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
+  };
+  const light = (rgb) => rgb.map((v) => v / 255).map((v) => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+    .reduce((sum, v, k) => sum + v * [.2126, .7152, .0722][k], 0);
+  const poor = [];
+  for (const element of document.querySelectorAll("body *")) {
+    const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
+    const style = getComputedStyle(element);
+    if (!own || !element.getClientRects().length || style.color === "rgba(0, 0, 0, 0)") continue;
+    if (element.closest("script, style")) continue;
+    const behind = [];
+    for (let at = element; at; at = at.parentElement) behind.unshift(getComputedStyle(at).backgroundColor);
+    const back = ["white", ...behind];
+    const ink = element.namespaceURI.endsWith("svg") ? style.fill : style.color;
+    const [a, b] = [light(paint([...back, ink])), light(paint(back))].sort((x, y) => y - x);
+    const ratio = (a + .05) / (b + .05);
+    if (ratio < 4.5) poor.push(element.textContent.slice(0, 40) + " " + ratio.toFixed(2));
+  }
+  return poor;
+})()"""
+
+
+@pytest.fixture(scope="module")
+def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report(fill(tmp_path_factory.mktemp("report")))
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("no chromium: apt-get install chromium")
+    browser = Browser(tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.close()
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 800, 360])
+def test_it_opens_and_is_readable(browser: Browser, report_page: Path, width: int, dark: bool) -> None:
+    browser.complaints.clear()
+    browser.open(report_page, width, dark=dark)
+    assert browser.complaints == []
+    assert browser.ask("document.documentElement.scrollWidth <= innerWidth"), "the page overflows sideways"
+    back = browser.ask("getComputedStyle(document.body).backgroundColor")
+    assert sum(int(v) for v in re.findall(r"\d+", back)) < 150 if dark else back == "rgb(244, 246, 248)"
+    assert browser.ask(CONTRAST) == []
+    shown = "[...document.querySelectorAll('.plot svg')].filter((svg) => svg.getClientRects().length)"
+    assert browser.ask(f"{shown}.length") == 5  # of the chosen group, and each figure in one width
+    small = f"{shown}.flatMap((svg) => [...svg.querySelectorAll('text')]).filter("
+    size = "parseFloat(getComputedStyle(t).fontSize) * t.getScreenCTM().a"
+    assert browser.ask(f"{small}(t) => {size} < 9.5).length") == 0, "type in a figure is too small"
+
+
+def test_tabs_work_by_keyboard(browser: Browser, report_page: Path) -> None:
+    browser.open(report_page, 1280)
+    focused = "document.activeElement.textContent"
+    shown = (
+        "[...document.querySelectorAll('.group')].filter((g) => !g.hidden).map((g) => g.dataset.name).join()"
+    )
+    assert browser.ask(shown) == "all traffic"
+    for _ in range(30):
+        browser.press("Tab")
+        if browser.ask("document.activeElement.getAttribute('role')") == "tab":
+            break
+    assert browser.ask(focused) == "all traffic"
+    for key, expected in (
+        ("ArrowRight", "twitter"),
+        ("End", "azure-chat"),
+        ("ArrowRight", "all traffic"),
+        ("ArrowLeft", "azure-chat"),
+        ("Home", "all traffic"),
+    ):
+        browser.press(key)
+        assert browser.ask(focused) == expected
+        assert browser.ask(shown) == expected
+    assert browser.ask("document.querySelectorAll('[role=tab][aria-selected=true]').length") == 1
+
+
+def test_the_timeline_is_read_out_by_keyboard_and_pointer(browser: Browser, report_page: Path) -> None:
+    browser.open(report_page, 1280)
+    time_of = "document.querySelector('#reader output').textContent"
+    browser.ask("document.querySelector('#reader input').focus()")
+    browser.press("Home")
+    assert browser.ask(time_of).startswith("00:0")
+    browser.press("End")
+    assert browser.ask(time_of).startswith("24:00:00")
+    assert browser.ask("document.querySelectorAll('#reader tbody tr').length") == 3
+    browser.ask("document.querySelector('#timeline .drawing').scrollIntoView()")
+    box = browser.ask(
+        "(({ x, y, width }) => [x, y, width])(document.querySelector('#timeline .drawing').getBoundingClientRect())"
+    )
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0] + box[2] / 2, y=box[1] + 100)
+    assert re.match(r"1[0-3]:", browser.ask(time_of))
+    left = browser.ask("document.querySelector('#timeline .cursor').getBoundingClientRect().left")
+    assert left == pytest.approx(box[0] + box[2] / 2, abs=4)
+
+
+def test_it_is_complete_without_its_script(browser: Browser, report_page: Path) -> None:
+    browser.open(report_page, 1280, script=False)
+    shown = "[...document.querySelectorAll('.group')].filter((g) => g.getClientRects().length).length"
+    assert browser.ask(shown) == len(GROUPS)
+    assert browser.ask(
+        "document.querySelectorAll('#reader').length && document.querySelector('#reader').hidden"
+    )
+
+
+def test_it_prints(browser: Browser, report_page: Path) -> None:
+    browser.open(report_page, 1280)
+    printed = base64.b64decode(browser.call("Page.printToPDF", printBackground=True)["data"])
+    assert printed.startswith(b"%PDF")
+    assert 4 <= len(re.findall(rb"/Type\s*/Page\b", printed)) <= 14
+
+
+def test_a_hostile_page_does_nothing(browser: Browser, sample: Path) -> None:
+    def rename(groups: list[dict[str, Any]]) -> None:
+        for group in groups:
+            for row in group["policies"]:
+                row["label"] = row["policy"] + HOSTILE
+
+    edit(sample, rename)
+    browser.complaints.clear()
+    browser.open(write_report(sample), 360)
+    assert browser.complaints == []
+    assert browser.ask("document.documentElement.scrollWidth <= innerWidth")
