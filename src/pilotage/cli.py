@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -53,7 +54,13 @@ def main() -> NoReturn:
     except OSError as error:
         _fail(f"{error.filename or 'output'}: {error.strerror or error}", 2)
     except ModuleNotFoundError as error:
-        extra = {"optuna": "learn", "stable_baselines3": "learn", "torch": "learn", "matplotlib": "report"}
+        extra = {
+            "optuna": "learn",
+            "stable_baselines3": "learn",
+            "torch": "learn",
+            "matplotlib": "report",
+            "jinja2": "report",
+        }
         name = (error.name or "").split(".")[0]
         _fail(f"{name} is not installed; pip install 'pilotage[{extra.get(name, 'all')}]'", 2)
     except Exception as error:
@@ -109,10 +116,10 @@ def _writable(folder: Path) -> Path:
 
 
 def _table(result: dict[str, Any]) -> Table:
-    table = Table(
-        title=f"{result['env']}: {result['hours']:g} h x {len(result['seeds'])} runs, dollars per run"
-    )
-    for name in ("policy", "total $", "95 %", "nodes", "late", "lost", "in time", "p95 ms", "bound"):
+    group = result.get("group", result["env"])
+    title = f"{group}: {result['hours']:g} h x {len(result['seeds'])} runs, dollars per run"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1))
+    for name in ("policy", "total", "95 %", "missed", "in time", "p95 ms", "x bound"):
         table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     for row in result["policies"]:
         total, over = row["total_usd"], row["over_bound"]
@@ -120,11 +127,11 @@ def _table(result: dict[str, Any]) -> Table:
         table.add_row(
             row["policy"],
             f"{total['mean']:,.2f}",
-            f"{total['low']:,.2f}–{total['high']:,.2f}" if known else "–",
-            *(f"{row['usd'][item]:,.2f}" for item in ("nodes", "late", "dropped")),
+            f"{total['low']:,.1f}–{total['high']:,.1f}" if known else "–",
+            f"{row['usd']['late'] + row['usd']['dropped']:,.2f}",
             f"{100 * row['slo_attainment']:.2f} %",
             f"{row['latency_ms']['p95']:,.0f}",
-            f"{over['mean']:.2f} x" if over else "–",
+            f"{over['mean']:.2f}" if over else "–",
         )
     if result["bound_usd"]:
         table.caption = (

@@ -149,10 +149,28 @@ RUN = {
 }
 
 
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six policies and the clairvoyant schedule in four groups, with every optional file, and its report."""
+    folder = fill(tmp_path_factory.mktemp("full"))
+    write_report(folder)
+    return folder
+
+
 @pytest.fixture
 def sample(tmp_path: Path) -> Path:
-    """Six policies and the clairvoyant schedule in four groups, with every optional file."""
-    return fill(tmp_path)
+    """The same with one group and no tables, and no report yet: quickly drawn, and free to be changed."""
+    fill(tmp_path)
+    edit(tmp_path, lambda groups: groups.__delitem__(slice(3)))
+    for name in ("timeline", "learning_curve", "trials", "acceptance"):
+        (tmp_path / f"{name}.csv").unlink()
+    return tmp_path
+
+
+def edit(folder: Path, change: Any, name: str = "evaluation.json") -> None:
+    content = json.loads((folder / name).read_text())
+    change(content)
+    (folder / name).write_text(json.dumps(content))
 
 
 def fill(folder: Path) -> Path:
@@ -235,19 +253,18 @@ def page(folder: Path) -> Page:
     return Page(write_report(folder).read_text(encoding="utf-8"))
 
 
-def edit(folder: Path, change: Any, name: str = "evaluation.json") -> None:
-    content = json.loads((folder / name).read_text())
-    change(content)
-    (folder / name).write_text(json.dumps(content))
+@pytest.fixture(scope="module")
+def whole(full: Path) -> Page:
+    return Page((full / "report.html").read_text(encoding="utf-8"))
 
 
-def test_the_sections_come_in_order_and_the_numbers_are_there(sample: Path) -> None:
-    words = page(sample).words
+def test_the_sections_come_in_order_and_the_numbers_are_there(whole: Page) -> None:
+    words = whole.words
+    assert words.index(RUN["title"]) < words.index(RUN["question"])
+    words = words[words.index("In one sentence") :]  # after the list of sections
     places = [
         words.index(part)
         for part in (
-            RUN["title"],
-            "In one sentence",
             "saved in every 24-hour window",
             "Dollars per window",
             "One window, tick by tick",
@@ -267,19 +284,19 @@ def test_the_sections_come_in_order_and_the_numbers_are_there(sample: Path) -> N
     assert "default HPA by 4.0 %" in words[words.index("Where it is worse") :]  # azure-chat
 
 
-def test_it_is_small_and_loads_nothing_from_anywhere(sample: Path) -> None:
-    path = write_report(sample)
+def test_it_is_small_and_loads_nothing_from_anywhere(full: Path, whole: Page) -> None:
+    path = full / "report.html"
     assert path.stat().st_size < 3_000_000
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"https?://|\burl\((?!#)|@import|@font-face", text)
-    for tag, attrs in Page(text).tags:
+    for tag, attrs in whole.tags:
         for name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
             assert (attrs.get(name) or "#").startswith("#"), (tag, attrs)
     assert "default-src 'none'" in text
 
 
-def test_marks_are_whole_and_ids_are_unique(sample: Path) -> None:
-    found = page(sample)
+def test_marks_are_whole_and_ids_are_unique(whole: Page) -> None:
+    found = whole
     ids = found.ids()
     assert len(ids) == len(set(ids))
     refers = [
@@ -301,21 +318,22 @@ def test_marks_are_whole_and_ids_are_unique(sample: Path) -> None:
     assert all(after - before <= 1 for before, after in pairwise(headings))
 
 
-def test_the_same_folder_gives_the_same_bytes(sample: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_input_gives_the_same_bytes(
+    full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import matplotlib
 
-    paths = [write_report(sample), *draw_figures(sample)]
-    first = [path.read_bytes() for path in paths]
     monkeypatch.setitem(matplotlib.rcParams, "font.size", 30)  # the user's own settings do not matter
-    write_report(sample)
-    assert [path.read_bytes() for path in paths] == first
+    write_report(fill(tmp_path))
     assert matplotlib.rcParams["font.size"] == 30
-    assert not [path for path in sample.rglob("*") if path.name.endswith(".part")]
+    files = sorted(path.relative_to(full) for path in full.rglob("*") if path.is_file())
+    assert len(files) == 6 + 11 + 1  # what was given, the figures, the page
+    for file in files:
+        assert (tmp_path / file).read_bytes() == (full / file).read_bytes(), file
 
 
-def test_figures_are_svg_files(sample: Path) -> None:
-    paths = draw_figures(sample)
-    names = {path.name for path in paths}
+def test_figures_are_svg_files(full: Path, sample: Path) -> None:
+    names = {path.name for path in (full / "figures").iterdir()}
     assert {
         "timeline.svg",
         "cost.svg",
@@ -324,10 +342,11 @@ def test_figures_are_svg_files(sample: Path) -> None:
         "learning_curve.svg",
         "tuning.svg",
     } <= names
-    for path in paths:
+    for path in (full / "figures").iterdir():
         root = ElementTree.parse(path).getroot()
         assert root.tag.endswith("svg")
         assert "hpa" in path.read_text() or path.name == "learning_curve.svg"
+    assert [path.name for path in draw_figures(sample)] == ["cost.svg", "pareto.svg"]
 
 
 def test_what_a_user_named_is_only_text(sample: Path) -> None:
@@ -340,6 +359,7 @@ def test_what_a_user_named_is_only_text(sample: Path) -> None:
                 pair["policy"] = pair["policy"].replace("ppo", f"ppo {HOSTILE}")
 
     edit(sample, rename)
+    write_csv(sample / "timeline.csv", timeline_rows("ppo", 1, 1.2)[::20])
     quoted = '"' + f"ppo {HOSTILE}".replace('"', '""') + '"'
     (sample / "timeline.csv").write_text((sample / "timeline.csv").read_text().replace("ppo", quoted))
     edit(
@@ -359,22 +379,17 @@ def test_what_a_user_named_is_only_text(sample: Path) -> None:
         assert path.parent == sample / "figures"
 
 
-@pytest.mark.parametrize(
-    ("name", "gone"),
-    [
-        ("timeline.csv", "One window, tick by tick"),
-        ("acceptance.csv", "What was asked"),
-        ("learning_curve.csv", "Cost on validation traffic"),
-        ("trials.csv", "Each mark is one trial"),
-    ],
-)
-def test_a_missing_file_leaves_its_section_out(sample: Path, name: str, gone: str) -> None:
-    assert gone in page(sample).words
-    header = (sample / name).read_text().splitlines()[0]
-    (sample / name).write_text(header + "\n")
-    assert gone not in page(sample).words
-    (sample / name).unlink()
-    assert gone not in page(sample).words
+@pytest.mark.parametrize("empty", [True, False], ids=["empty", "absent"])
+def test_a_missing_file_leaves_its_section_out(full: Path, whole: Page, sample: Path, empty: bool) -> None:
+    if empty:
+        for name in ("timeline", "learning_curve", "trials", "acceptance"):
+            header = (full / f"{name}.csv").read_text().splitlines()[0]
+            (sample / f"{name}.csv").write_text(header + "\n")
+    words = page(sample).words
+    for section in ("tick by tick", "What was asked", "Cost on validation traffic", "Each mark is one trial"):
+        assert section in whole.words
+        assert section not in words
+    assert "Learning and tuning" not in words
 
 
 def test_the_least_folder_gives_a_page(tmp_path: Path) -> None:
@@ -491,8 +506,8 @@ def test_a_broken_folder_is_named(sample: Path, name: str, content: str | None) 
 
 
 def test_a_broken_evaluation_says_where(sample: Path) -> None:
-    edit(sample, lambda groups: groups[1]["policies"][2].update(slo_attainment="high"))
-    with pytest.raises(ReportError, match=r"evaluation\.json.*\$\[1\]\.policies\[2\]\.slo_attainment"):
+    edit(sample, lambda groups: groups[0]["policies"][2].update(slo_attainment="high"))
+    with pytest.raises(ReportError, match=r"evaluation\.json.*\$\[0\]\.policies\[2\]\.slo_attainment"):
         write_report(sample)
 
 
@@ -500,7 +515,6 @@ def test_a_table_without_its_columns_is_named(sample: Path) -> None:
     (sample / "trials.csv").write_text("policy,usd\nhpa,3\n")
     with pytest.raises(ReportError, match=r"trials\.csv: lacks the columns trial, best_usd"):
         write_report(sample)
-    (sample / "timeline.csv").unlink()
     with pytest.raises(ReportError, match=r"timeline\.csv: absent or empty"):
         draw_timeline(sample)
 
@@ -643,11 +657,6 @@ CONTRAST = """(() => {
 
 
 @pytest.fixture(scope="module")
-def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_report(fill(tmp_path_factory.mktemp("report")))
-
-
-@pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip("no chromium: apt-get install chromium")
@@ -657,10 +666,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 800, 360])
-def test_it_opens_and_is_readable(browser: Browser, report_page: Path, width: int, dark: bool) -> None:
+@pytest.mark.parametrize("width", [1280, 960, 800, 360])
+def test_it_opens_and_is_readable(browser: Browser, full: Path, width: int, dark: bool) -> None:
     browser.complaints.clear()
-    browser.open(report_page, width, dark=dark)
+    browser.open(full / "report.html", width, dark=dark)
     assert browser.complaints == []
     assert browser.ask("document.documentElement.scrollWidth <= innerWidth"), "the page overflows sideways"
     back = browser.ask("getComputedStyle(document.body).backgroundColor")
@@ -673,8 +682,8 @@ def test_it_opens_and_is_readable(browser: Browser, report_page: Path, width: in
     assert browser.ask(f"{small}(t) => {size} < 9.5).length") == 0, "type in a figure is too small"
 
 
-def test_tabs_work_by_keyboard(browser: Browser, report_page: Path) -> None:
-    browser.open(report_page, 1280)
+def test_tabs_work_by_keyboard(browser: Browser, full: Path) -> None:
+    browser.open(full / "report.html", 1280)
     focused = "document.activeElement.textContent"
     shown = (
         "[...document.querySelectorAll('.group')].filter((g) => !g.hidden).map((g) => g.dataset.name).join()"
@@ -698,8 +707,8 @@ def test_tabs_work_by_keyboard(browser: Browser, report_page: Path) -> None:
     assert browser.ask("document.querySelectorAll('[role=tab][aria-selected=true]').length") == 1
 
 
-def test_the_timeline_is_read_out_by_keyboard_and_pointer(browser: Browser, report_page: Path) -> None:
-    browser.open(report_page, 1280)
+def test_the_timeline_is_read_out_by_keyboard_and_pointer(browser: Browser, full: Path) -> None:
+    browser.open(full / "report.html", 1280)
     time_of = "document.querySelector('#reader output').textContent"
     browser.ask("document.querySelector('#reader input').focus()")
     browser.press("Home")
@@ -707,9 +716,10 @@ def test_the_timeline_is_read_out_by_keyboard_and_pointer(browser: Browser, repo
     browser.press("End")
     assert browser.ask(time_of).startswith("24:00:00")
     assert browser.ask("document.querySelectorAll('#reader tbody tr').length") == 3
-    browser.ask("document.querySelector('#timeline .drawing').scrollIntoView()")
+    browser.ask("document.querySelector('#timeline .drawing').scrollIntoView({ behavior: 'instant' })")
     box = browser.ask(
-        "(({ x, y, width }) => [x, y, width])(document.querySelector('#timeline .drawing').getBoundingClientRect())"
+        "(({ x, y, width }) => [x, y, width])"
+        "(document.querySelector('#timeline .drawing').getBoundingClientRect())"
     )
     browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0] + box[2] / 2, y=box[1] + 100)
     assert re.match(r"1[0-3]:", browser.ask(time_of))
@@ -717,8 +727,8 @@ def test_the_timeline_is_read_out_by_keyboard_and_pointer(browser: Browser, repo
     assert left == pytest.approx(box[0] + box[2] / 2, abs=4)
 
 
-def test_it_is_complete_without_its_script(browser: Browser, report_page: Path) -> None:
-    browser.open(report_page, 1280, script=False)
+def test_it_is_complete_without_its_script(browser: Browser, full: Path) -> None:
+    browser.open(full / "report.html", 1280, script=False)
     shown = "[...document.querySelectorAll('.group')].filter((g) => g.getClientRects().length).length"
     assert browser.ask(shown) == len(GROUPS)
     assert browser.ask(
@@ -726,8 +736,8 @@ def test_it_is_complete_without_its_script(browser: Browser, report_page: Path) 
     )
 
 
-def test_it_prints(browser: Browser, report_page: Path) -> None:
-    browser.open(report_page, 1280)
+def test_it_prints(browser: Browser, full: Path) -> None:
+    browser.open(full / "report.html", 1280)
     printed = base64.b64decode(browser.call("Page.printToPDF", printBackground=True)["data"])
     assert printed.startswith(b"%PDF")
     assert 4 <= len(re.findall(rb"/Type\s*/Page\b", printed)) <= 14

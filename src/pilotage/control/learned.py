@@ -111,7 +111,9 @@ class Residual:
         latency = np.where(
             seen["latency_p95"] > 0, np.log(np.maximum(seen["latency_p95"], 1e-6) / self._slo_s), 0
         )
-        missed = np.where(np.isnan(values[:, INDEX["attainment"]]), 0.0, np.clip(1 - seen["attainment"], 0, 1))
+        missed = np.where(
+            np.isnan(values[:, INDEX["attainment"]]), 0.0, np.clip(1 - seen["attainment"], 0, 1)
+        )
         hour = 2 * np.pi * (now_s % 86400) / 86400
         columns = {
             "need": scale,
