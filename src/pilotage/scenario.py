@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from pilotage.world.pools import Pool
 from pilotage.world.services import Service
-from pilotage.world.spec import NonNegative, Positive, Spec, SpecError, closest, decode
+from pilotage.world.spec import NonNegative, Positive, Spec, SpecError, closest, decode, read_toml
 
 
 class Scenario(Spec, frozen=True, kw_only=True):
@@ -105,14 +105,7 @@ def load(env: str | Path, data: str | Path | None = None) -> Scenario:
             raise SpecError(
                 f"environment {stem!r} does not exist; {closest(stem, shipped())}; or give a .toml file"
             )
-    try:
-        raw: Any = msgspec.toml.decode(path.read_bytes())
-    except OSError as error:
-        raise SpecError(
-            f"{path}: cannot be read: {error.strerror}; give the path of a scenario file"
-        ) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: not valid TOML: {error}") from None
+    raw = read_toml(path, "a scenario file")
     for key in ("name", "data"):
         if key in raw:
             raise SpecError(

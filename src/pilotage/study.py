@@ -33,7 +33,7 @@ from pilotage.evaluate import compare
 from pilotage.results import as_csv, provenance, timeline_rows, write_evaluation, write_whole
 from pilotage.scenario import Scenario, load
 from pilotage.world.arrivals import Traffic
-from pilotage.world.spec import NonNegative, Positive, PositiveCount, Spec, SpecError, decode
+from pilotage.world.spec import NonNegative, Positive, PositiveCount, Spec, SpecError, decode, read_toml
 
 Step = Callable[[str], None]
 
@@ -101,14 +101,7 @@ class Experiment(Spec, frozen=True, kw_only=True):
 
     @staticmethod
     def load(path: Path, *, quick: bool = False) -> Experiment:
-        try:
-            raw = msgspec.toml.decode(path.read_bytes())
-        except OSError as error:
-            raise SpecError(
-                f"{path}: cannot be read: {error.strerror}; give the path of an experiment"
-            ) from None
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise SpecError(f"{path}: not valid TOML: {error}") from None
+        raw = read_toml(path, "an experiment")
         plan = decode(raw, Experiment, str(path))
         return plan.reduced() if quick else plan
 

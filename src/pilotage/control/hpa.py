@@ -144,8 +144,13 @@ class History:
         self.recommendations.append((now_s, raw))
         return min(max(current, up), down)
 
-    def changed(self, events: deque[tuple[float, int]], now_s: float, period_s: float) -> int:
-        return sum(n for t, n in events if t > now_s - period_s)
+    def count_before(self, now_s: float, current: int, period_s: float) -> int:
+        """How many replicas there were a period ago, by the changes since."""
+
+        def changed(events: deque[tuple[float, int]]) -> int:
+            return sum(n for t, n in events if t > now_s - period_s)
+
+        return current - changed(self.ups) + changed(self.downs)
 
     def up_limit(self, now_s: float, current: int, behavior: Behavior) -> int:
         """The highest count that the up rates allow."""
@@ -153,11 +158,7 @@ class History:
             return current
         limits = []
         for rate in behavior.rates:
-            start = (
-                current
-                - self.changed(self.ups, now_s, rate.period_s)
-                + self.changed(self.downs, now_s, rate.period_s)
-            )
+            start = self.count_before(now_s, current, rate.period_s)
             grown = start + rate.value if rate.type == "pods" else math.ceil(start * (1 + rate.value / 100))
             limits.append(grown)
         return max(current, max(limits) if behavior.select == "max" else min(limits))
@@ -168,11 +169,7 @@ class History:
             return current
         limits = []
         for rate in behavior.rates:
-            start = (
-                current
-                - self.changed(self.ups, now_s, rate.period_s)
-                + self.changed(self.downs, now_s, rate.period_s)
-            )
+            start = self.count_before(now_s, current, rate.period_s)
             left = start - rate.value if rate.type == "pods" else math.trunc(start * (1 - rate.value / 100))
             limits.append(left)
         return min(current, min(limits) if behavior.select == "max" else max(limits))

@@ -21,7 +21,7 @@ from pilotage.control.forecast import LoadTracker
 from pilotage.control.hpa import Hpa
 from pilotage.control.policy import Controller, Decision, Observation, Policy, Situation
 from pilotage.control.queueing import staffing as erlang_staffing
-from pilotage.world.spec import Count, SpecError, closest, decode
+from pilotage.world.spec import Count, SpecError, closest, decode, read_toml
 
 _LOG = {"log": True}
 ScaleDownDelay = Annotated[float, Meta(ge=15, le=3600, extra=_LOG)]
@@ -190,14 +190,7 @@ def tunable(policy: type[Policy]) -> dict[str, Bounds]:
 def parse(text: str) -> Policy:
     """`hpa`, `hpa:target_utilization=0.6,min_replicas=2`, or the path of a TOML file with a `kind`."""
     if text.endswith(".toml"):
-        path = Path(text)
-        try:
-            raw: Any = msgspec.toml.decode(path.read_bytes())
-        except OSError as error:
-            raise SpecError(f"policy {text!r}: cannot be read: {error.strerror}; give a TOML file") from None
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise SpecError(f"policy {text!r}: not valid TOML: {error}") from None
-        return decode(raw, Scaling, text)  # type: ignore[arg-type]
+        return decode(read_toml(Path(text), "a policy file"), Scaling, text)  # type: ignore[arg-type]
     name, _, rest = text.partition(":")
     if name not in _BY_NAME:
         raise SpecError(

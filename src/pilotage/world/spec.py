@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -49,6 +50,16 @@ def decode(raw: Any, kind: type[T], where: str, *, strict: bool = True) -> T:
         return msgspec.convert(raw, kind, strict=strict)
     except msgspec.ValidationError as error:
         raise SpecError(f"{where}: {_explain(str(error), raw, kind)}") from None
+
+
+def read_toml(path: Path, what: str) -> Any:
+    """The contents of a TOML file, or a SpecError that names it; `what` says what should have been given."""
+    try:
+        return msgspec.toml.decode(path.read_bytes())
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}; give the path of {what}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: not valid TOML: {error}") from None
 
 
 def closest(wrong: str, known: Iterable[str]) -> str:
