@@ -28,7 +28,7 @@ POLICIES = [
     Staffing(rule="erlang-c"), Predictive(), Learned(base=Predictive(), network=SILENT),
 ]  # fmt: skip
 named = pytest.mark.parametrize(
-    "policy", POLICIES, ids=lambda p: f"{p.__struct_config__.tag}-{hash(p) % 1000}"
+    "policy", POLICIES, ids=[f"{k}-{p.__struct_config__.tag}" for k, p in enumerate(POLICIES)]
 )
 
 
@@ -131,6 +131,7 @@ class Broken:
         Decision(order=10**9),
         Decision(order=float("nan")),
         Decision(release=2.5),
+        Decision(pool="nowhere"),
     ],
 )
 def test_the_guard_holds_whatever_a_policy_does(what) -> None:

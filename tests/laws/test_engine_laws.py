@@ -254,7 +254,7 @@ def test_node_dollars_are_the_integral_of_the_nodes_lives(case: Case) -> None:
             assert life_s >= 0
             bill_s = max(life_s, pool.billing_minimum_s)
             if pool.billing_granularity_s:
-                bill_s = math.ceil(bill_s / pool.billing_granularity_s) * pool.billing_granularity_s
+                bill_s = math.ceil(bill_s / pool.billing_granularity_s - 1e-9) * pool.billing_granularity_s
             usd += bill_s * pool.price_usd_per_hour / 3600
             billed_s += bill_s
             lived_s += life_s

@@ -159,7 +159,7 @@ class ServiceRun:
         self.pending -= taken
         for state in ("starting", "ready"):
             for r in reversed(self.replicas):
-                old_enough = now - r.ordered >= self.world.pools[r.pool].min_lifetime_s
+                old_enough = now - r.ordered >= self.world.pools[r.pool].min_lifetime_s - 1e-9
                 if taken < count and r.state == state and old_enough:
                     taken += 1
                     r.state = "draining"
@@ -382,7 +382,7 @@ class ServiceRun:
             pool, life = self.world.pools[r.pool], min(now, r.gone) - r.ordered
             paid = max(life, pool.billing_minimum_s)
             if pool.billing_granularity_s:
-                paid = math.ceil(paid / pool.billing_granularity_s) * pool.billing_granularity_s
+                paid = math.ceil(paid / pool.billing_granularity_s - 1e-9) * pool.billing_granularity_s
             usd += paid / 3600 * pool.price_usd_per_hour
             billed_s += paid
             lived_s += life

@@ -9,10 +9,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pilotage.engine.cluster import Cluster, World
 from pilotage.engine.layout import ANY_POOL, ORDER
 from pilotage.world.pools import Pool
 from pilotage.world.servers import Affine, BatchServer
-from tests.strategies import Case, scenario, service
+from tests.strategies import Case, Times, scenario, service
 
 TICK_S = 1 / 16
 CPU = Pool(name="cpu", price_usd_per_hour=3600.0)  # one dollar a second
@@ -254,3 +255,27 @@ def test_least_outstanding_counts_what_waits_and_what_runs() -> None:
     one = batches(0.0, 250.0, routing="least-outstanding", initial_replicas=3)
     run = Run([one], [[0, 1 / 16, 1 / 8, 3 / 16, 5 / 16]], 1)
     assert run.log(0, "served") == {"served": {1 / 4: 1, 5 / 16: 1, 3 / 8: 1, 1 / 2: 1, 9 / 16: 1}}
+
+
+def test_a_pool_that_the_service_may_not_use_is_ignored() -> None:
+    the_scenario = scenario(
+        [service(initial_replicas=0)], [Pool(name=n, price_usd_per_hour=1.0) for n in ("cpu", "gpu")], ticks=4
+    )
+    cluster = Cluster(the_scenario, [World(0, traffic=(Times([0.1, 0.2, 0.3]),))])
+    orders = cluster.no_orders()
+    orders["order"], orders["pool"] = 1, 1  # gpu, for which there is no latency law
+    cluster.advance(orders)
+    assert cluster.used[0].tolist() == [1, 0]
+    assert cluster.totals["latency_s"][0, 0] > 0
+
+
+def test_ticks_that_are_not_exact_in_binary_are_not_billed_for_it() -> None:
+    pool = Pool(name="cpu", price_usd_per_hour=3600.0, billing_granularity_s=1.0, min_lifetime_s=0.8)
+    the_scenario = scenario([service(initial_replicas=1)], [pool], tick_s=0.1, ticks=40)
+    for release_at, billed_s in ((20, 2.0), (8, 1.0)):
+        cluster = Cluster(the_scenario, [World(0, traffic=(Times([]),))])
+        for tick in range(40):
+            orders = cluster.no_orders()
+            orders["release"] = tick == release_at
+            cluster.advance(orders)
+        assert cluster.totals["node_s"][0, 0] == billed_s

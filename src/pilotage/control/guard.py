@@ -70,6 +70,7 @@ class Guarded:
     def __init__(self, guard: Guard, inner: Controller, situation: Situation) -> None:
         self._guard, self._inner = guard, inner
         self._limits = np.array([guard.limits(situation)])
+        self._pools = situation.service.pools
         self.interventions: Counter[str] = Counter()
 
     def decide(self, seen: Observation) -> Decision:
@@ -80,6 +81,8 @@ class Guarded:
         for name in self._guard.required:
             if seen[name] != seen[name] or seen.age(name) > self._guard.stale_after_s:
                 return self._hold(seen, f"{name} is missing or stale")
+        if wanted.pool is not None and wanted.pool not in self._pools:
+            return self._hold(seen, f"pool {wanted.pool!r} is not one the service may use")
         for what, count in (("order", wanted.order), ("release", wanted.release)):
             if not (isinstance(count, int | np.integer) and 0 <= count <= _ABSURD):
                 return self._hold(seen, f"{what} of {count!r} is not a sensible number")

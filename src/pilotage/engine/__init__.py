@@ -20,7 +20,7 @@ many as `queue_limit` wait in the queue it would join. It dies when its timeout 
 over and its service has not started; it is noticed when a batch former or a sweep reaches it.
 
 *Queues.* Central routing has one queue; otherwise every replica has one, and the central one is the door at
-which requests wait while no replica is ready, to be routed in order when one is.
+which requests wait while no replica is ready, to be routed one by one, in order, when one is.
 
 *Batches.* Late binding: after the dead at its head are swept, a queue is due when `max_batch` wait or its
 oldest has waited `batch_wait_ms`; then a free slot takes up to `max_batch` living requests. Closed: a batch
@@ -29,8 +29,9 @@ A central queue gives work to the slot that has been idle for longest. The time 
 times the noise of its first request.
 
 *Replicas.* An order is pending until a pool of the service has a free node (listed order, or the pool that
-the decision names), then boots and loads, then serves. A release takes pending orders first, then replicas
-that are starting, then ready ones, in each group the youngest first, sparing those younger than the pool's
+the decision names), then boots and loads, then serves. A row holds at most 2 max_replicas + 8 replicas at once,
+the draining ones included; further orders stay pending. A release takes pending orders first, then replicas that
+are starting, then ready ones, in each group the youngest first, sparing those younger than the pool's
 `min_lifetime_s`. A released replica takes no new requests, finishes what it has, and goes. `initial_replicas`
 are ready at the start of the run.
 

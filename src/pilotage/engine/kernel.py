@@ -31,6 +31,7 @@ COMPLETION, READINESS, ARRIVAL, TIMER = 0, 1, 2, 3
 _KIND = 40
 _NUMBER = (1 << _KIND) - 1
 _LOWEST = 2.0**LOWEST_OCTAVE
+_ROUNDING = 1e-9  # ticks of 0.1 s do not add up to whole seconds exactly; nobody is billed for that
 
 
 # --- randomness by counter ---------------------------------------------------------------------------------
@@ -363,7 +364,7 @@ def bill(pool, tick, replica, end_s):
     life = end_s - replica["ordered_s"]
     billed = max(life, pool["minimum_s"])
     if pool["granularity_s"] > 0:
-        billed = math.ceil(billed / pool["granularity_s"]) * pool["granularity_s"]
+        billed = math.ceil(billed / pool["granularity_s"] - _ROUNDING) * pool["granularity_s"]
     tick["replica_s"] += life - replica["lived_s"]
     tick["node_s"] += billed - replica["billed_s"]
     tick["node_usd"] += (billed - replica["billed_s"]) * pool["usd_per_s"]
@@ -571,7 +572,7 @@ def youngest(replicas, pools, state, now):
     best, ordinal = -1, -1
     for k in range(replicas.shape[0]):
         r = replicas[k]
-        old_enough = now - r["ordered_s"] >= pools[r["pool"]]["min_lifetime_s"]
+        old_enough = now - r["ordered_s"] >= pools[r["pool"]]["min_lifetime_s"] - _ROUNDING
         if r["state"] == state and old_enough and r["ordinal"] > ordinal:
             best, ordinal = k, r["ordinal"]
     return best
@@ -717,10 +718,14 @@ def short_of_requests(lo, hi, rows, arrivals, until, services):
 
 
 @compiled
-def decide(row, param, tick, order, replicas, pools, used, ready, idle, now, until):
-    """Takes in a decision: the release now, the order as pending replicas, the batch limit."""
-    if order["pool"] >= 0:
-        row["pool"] = order["pool"]
+def decide(row, param, tick, order, replicas, pools, used, ready, idle, allowed, now, until):
+    """Takes in a decision: the release now, the order as pending replicas, the batch limit.
+
+    A pool in which the service may not run is ignored.
+    """
+    for p in allowed:
+        if p >= 0 and p == order["pool"]:
+            row["pool"] = p
     if order["max_batch"] > 0:
         row["max_batch"] = min(order["max_batch"], param["batch_limit"])
     if order["release"] > 0:
@@ -797,7 +802,7 @@ def advance(
             decide(
                 rows[r], param, tick, orders[r], mine, pools, used[w],
                 ready[param["replica_lo"] : param["replica_hi"]], idle[param["slot_lo"] : param["slot_hi"]],
-                t0, until,
+                allowed[r - base], t0, until,
             )  # fmt: skip
         placed = True
         while placed:
