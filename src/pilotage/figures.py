@@ -19,7 +19,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from pilotage.measurements import Evaluation, Results, Row, attained, latency, money
 from pilotage.metrics import ITEMS
@@ -377,6 +377,7 @@ def timeline(
         delays.set_title(f"95th percentile of latency, {unit}")
         if worst > 4 * slo_s:
             delays.set_yscale("log")
+            delays.yaxis.set_minor_formatter(NullFormatter())  # its mathematical text would show as source
         else:
             delays.set_ylim(0, 1.08 * per * max(worst, slo_s))
         delays.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.4g}"))

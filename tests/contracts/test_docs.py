@@ -62,3 +62,16 @@ def test_every_experiment_and_environment_is_listed() -> None:
     listed = (ROOT / "envs" / "README.md").read_text()
     for path in (ROOT / "envs").glob("*.toml"):
         assert f"`{path.stem}`" in listed
+
+
+def test_the_table_of_the_readme_is_what_the_experiment_printed() -> None:
+    import json
+
+    result = json.loads((ROOT / "results" / "real_traffic" / "evaluation.json").read_text())[-1]
+    text = (ROOT / "README.md").read_text()
+    for row in result["policies"]:
+        usd = row["total_usd"]
+        assert (
+            f"| {row['policy']} | {usd['mean']:.2f} [{usd['low']:.2f}, {usd['high']:.2f}] "
+            f"| {100 * row['slo_attainment']:.2f} % | {row['over_bound']['mean']:.2f} x |"
+        ) in text

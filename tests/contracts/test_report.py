@@ -754,3 +754,12 @@ def test_a_hostile_page_does_nothing(browser: Browser, sample: Path) -> None:
     browser.open(write_report(sample), 360)
     assert browser.complaints == []
     assert browser.ask("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_latencies_far_above_the_objective_have_plain_labels(tmp_path: Path) -> None:
+    rows = timeline_rows("hpa", 6, 1.5)
+    for k, row in enumerate(rows):  # spans one decade, where matplotlib labels minor ticks
+        row["latency_p95_s"] = 0.2 + 8 * k / len(rows)
+        row["slo_s"] = 0.75
+    write_csv(tmp_path / "timeline.csv", rows)
+    assert "mathdefault" not in draw_timeline(tmp_path).read_text()
