@@ -118,7 +118,7 @@ def _writable(folder: Path) -> Path:
 def _table(result: dict[str, Any]) -> Table:
     group = result.get("group", result["env"])
     title = f"{group}: {result['hours']:g} h x {len(result['seeds'])} runs, dollars per run"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
     for name in ("policy", "total", "95 %", "missed", "in time", "p95 ms", "x bound"):
         table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     for row in result["policies"]:
