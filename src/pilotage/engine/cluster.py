@@ -157,6 +157,9 @@ class Cluster:
         record["slo_s"] = service.slo_s
         record["timeout_s"] = np.inf if server.request_timeout_s is None else server.request_timeout_s
         record["patience_s"] = np.inf if server.patience_s is None else server.patience_s
+        record["abandoning"] = (
+            -np.expm1(-record["timeout_s"] / record["patience_s"]) if server.patience_s else 0.0
+        )
         record["batch_wait_s"] = server.batch_wait_ms / 1e3
         record["queue_limit"] = _UNLIMITED if server.queue_limit is None else server.queue_limit
         record["batch_limit"] = server.max_batch

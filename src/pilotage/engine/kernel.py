@@ -141,7 +141,7 @@ def bury(row, param, tick, requests, i, t0, now):
     leave(row, requests, i)
 
 
-@compiled
+@hot
 def sweep(queue, row, param, tick, requests, t0, now):
     """Removes the dead at the head of a queue. In a closed former's open batch they stay until it closes."""
     while queue["head"] >= 0 and requests[queue["head"]]["deadline_s"] < now:
@@ -249,7 +249,7 @@ def wait_for_work(row, idle, e):
     row["idle"] += 1
 
 
-@compiled
+@hot
 def dispatch_central(row, param, tick, requests, heap, replicas, slots, idle, laws, noises, t0, now):
     """Gives due batches of the central queue to idle slots, the one idle for longest first."""
     late = param["former"] == LATE_BINDING
@@ -387,9 +387,9 @@ def arrive(row, param, demands, requests, now):
     q["time_s"] = now
     q["number"] = number
     deadline = now + param["timeout_s"]
-    if param["patience_s"] < math.inf:
-        patience = -math.log1p(-uniform(param["seed_patience"], number)) * param["patience_s"]
-        deadline = min(deadline, now + patience)
+    u = uniform(param["seed_patience"], number) if param["abandoning"] > 0 else 1.0
+    if u < param["abandoning"]:  # patience may end before the timeout; most need no logarithm
+        deadline = min(deadline, now - math.log1p(-u) * param["patience_s"])
     q["deadline_s"] = deadline
     table = demands[param["service"]]
     q["demand"] = 1.0 if table[0] == 1.0 else from_table(table, uniform(param["seed_demand"], number))

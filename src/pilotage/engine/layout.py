@@ -26,6 +26,7 @@ PARAMETERS: Final = np.dtype(
         ("slo_s", "f8"),
         ("timeout_s", "f8"),
         ("patience_s", "f8"),
+        ("abandoning", "f8"),  # probability that patience ends before the timeout
         ("batch_wait_s", "f8"),
         ("queue_limit", "i8"),
         ("batch_limit", "i8"),  # the largest batch the variant can run
