@@ -148,7 +148,10 @@ def study(
     scenario = scenario.replace(**{name: value for name, value in changes.items() if value is not None})
     work = folder / "work"
     work.mkdir(parents=True, exist_ok=True)
-    started, clock, durations = datetime.now(UTC), time.perf_counter(), {}
+    started, clock = datetime.now(UTC), time.perf_counter()
+    durations: dict[str, float] = {}
+
+    facts = provenance(path.stem, command, started, durations)  # of the code that runs, not of a later commit
 
     def lap(name: str) -> None:
         nonlocal clock
@@ -180,7 +183,7 @@ def study(
     if timeline is not None:
         write_whole(folder / "timeline.csv", timeline)
     write_whole(folder / "acceptance.csv", _acceptance(plan, results))
-    run = provenance(path.stem, command, started, durations) | {
+    run = facts | {
         "title": plan.title,
         "question": plan.question,
         "scenario": scenario.name,
