@@ -64,7 +64,7 @@ def test_the_least_number_of_missed_requests_is_the_one_found_by_trying_all_subs
         clock = 0.0
         for i in kept:
             clock = max(clock, arrival[i]) + work[i] / speed
-            if clock > arrival[i] + slo_s:
+            if clock > arrival[i] + slo_s + 1e-9:  # the same rounding is forgiven
                 return False
         return True
 

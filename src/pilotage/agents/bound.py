@@ -83,6 +83,7 @@ class _Problem:
     miss_usd: float
     floor_usd: float
     initial: int
+    due_s: float  # requests from here on may end the run in flight
 
 
 def bound(scenario: Scenario, world: World) -> Bound:
@@ -143,7 +144,7 @@ def _problem(cluster: Cluster, s: int) -> _Problem:
         usd = cells * _CELL * per_speed / spread
     miss = min(money.late_usd, money.dropped_usd)
     error = (1 - variant.accuracy) * money.error_usd
-    due = int(np.searchsorted(arrival_s, horizon_s - service.slo_s))
+    due_s = horizon_s - service.slo_s - 1e-9
     return _Problem(
         arrival_s=arrival_s,
         work_s=works[0],
@@ -152,8 +153,9 @@ def _problem(cluster: Cluster, s: int) -> _Problem:
         levels_usd=usd,
         boot_usd=float(boot_usd),
         miss_usd=max(0.0, miss - error),
-        floor_usd=min(error, miss) * due,
+        floor_usd=min(error, miss) * int(np.searchsorted(arrival_s, due_s)),
         initial=service.initial_replicas,
+        due_s=due_s,
     )
 
 
@@ -171,9 +173,7 @@ def _solve(scenario: Scenario, problem: _Problem) -> tuple[float, np.ndarray]:
     most = len(problem.arrival_s)
     if problem.miss_usd > 0:  # giving up more than this costs more than the highest level
         most = min(most, int(np.ceil(usd[-1] / problem.miss_usd)) + 1)
-    missed = missed_table(
-        problem.arrival_s, work_s, problem.objective_s, edges, float(edges[-1]), levels, most
-    )
+    missed = missed_table(problem.arrival_s, work_s, problem.objective_s, edges, problem.due_s, levels, most)
     cost = usd + problem.miss_usd * missed
     if top < len(problem.levels_speed):
         # levels above the top are no cheaper than the top one without its missed requests

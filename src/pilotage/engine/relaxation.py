@@ -11,6 +11,8 @@ from pilotage.engine.kernel import from_table, uniform
 
 compiled = njit(cache=True, nogil=True, error_model="numpy")
 
+_ROUNDING = 1e-9  # work adds up in another order here than in the engine; a tie must not count as missed
+
 
 @compiled
 def demands_of(table, seed, count):
@@ -52,7 +54,7 @@ def least_missed(arrival_s, work_s, slo_s, speed, start_s, most, completion):
             completion[top] = math.inf
         for j in range(top, low - 1, -1):
             done = max(completion[j], r) + p
-            if done > d:
+            if done > d + _ROUNDING:
                 done = math.inf
             if j > low:
                 done = min(done, completion[j - 1])
@@ -65,24 +67,24 @@ def least_missed(arrival_s, work_s, slo_s, speed, start_s, most, completion):
 
 
 @compiled
-def missed_table(arrival_s, work_s, slo_s, edges_s, horizon_s, speeds, most):
+def missed_table(arrival_s, work_s, slo_s, edges_s, due_s, speeds, most):
     """`least_missed` of the requests of each interval at each speed (ascending); shape (intervals, speeds).
 
-    Requests whose deadline lies beyond the horizon cannot be missed within it and are left out. Entries are
+    Requests that arrive from `due_s` on may end the run in flight, at no cost, and are left out. Entries are
     at most `most + 1`, which stands for "more than `most`". A speed of 0 misses everything.
     """
     out = np.zeros((edges_s.shape[0] - 1, speeds.shape[0]), np.int64)
     completion = np.empty(most + 2)
     for k in range(edges_s.shape[0] - 1):
         lo = np.searchsorted(arrival_s, edges_s[k])
-        hi = np.searchsorted(arrival_s, min(edges_s[k + 1], horizon_s - slo_s))
+        hi = np.searchsorted(arrival_s, min(edges_s[k + 1], due_s))
         if hi <= lo:
             continue
         work, largest = np.sum(work_s[lo:hi]), np.max(work_s[lo:hi])
         for j in range(speeds.shape[0] - 1, -1, -1):
             # all that is not missed fits into the interval and one objective more
             excess = work - speeds[j] * (edges_s[k + 1] - edges_s[k] + slo_s)
-            if excess > (most + 1) * largest:
+            if excess > (most + 1) * largest + _ROUNDING:
                 out[k, j] = most + 1
             elif speeds[j] <= 0:
                 out[k, j] = min(hi - lo, most + 1)
