@@ -41,7 +41,7 @@ def summary(policy: str, runs: Sequence[Run], lower_usd: np.ndarray | None = Non
     """One policy's row of the table: all numbers pooled over its runs (windows), dollars per run."""
     totals = {name: float(sum(run.totals[name].sum() for run in runs)) for name in COUNTS}
     usd = np.array([run.usd.sum(axis=0) for run in runs])
-    dropped = totals["rejected"] + totals["timed_out"] + totals["abandoned"]
+    dropped = totals["rejected"] + totals["timed_out"] + totals["abandoned"] + totals["lost"]
     latency_s = quantiles_s(sum(run.histogram.sum(axis=0) for run in runs), _PERCENTILES)
     over = None if lower_usd is None else ratio_interval(usd.sum(axis=1), lower_usd)
     return {

@@ -132,7 +132,7 @@ def timeline_rows(policy: str, scenario: Scenario, run: Run) -> list[dict[str, A
             "latency_p95_s": round(float(p95[k]), 4),
             "queue_length": int(tick["waiting"].sum()),
             "late": int(tick["late"].sum()),
-            "dropped": int((tick["rejected"] + tick["timed_out"] + tick["abandoned"]).sum()),
+            "dropped": int((tick["rejected"] + tick["timed_out"] + tick["abandoned"] + tick["lost"]).sum()),
             "usd": round(float(usd[k]), 6),
             "slo_s": min(service.slo_s for service in scenario.services),
         }

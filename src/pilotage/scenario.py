@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
+from pilotage.world.faults import Outage, RandomOutages
 from pilotage.world.pools import Pool
+from pilotage.world.servers import Variant
 from pilotage.world.services import Service
-from pilotage.world.spec import NonNegative, Positive, Spec, SpecError, closest, decode, read_toml
+from pilotage.world.spec import Name, NonNegative, Positive, Spec, SpecError, closest, decode, read_toml
+
+
+class Interference(Spec, frozen=True, kw_only=True):
+    """Every replica of `neighbour` on the same node makes the batches of `service` take `slowdown` times as long."""
+
+    service: Name
+    neighbour: Name
+    slowdown: Annotated[float, Meta(ge=1, le=100)]
+
+
+class Placement(Spec, frozen=True, kw_only=True):
+    """Which node a replica goes to: the rule of `engine.placement` that scores the nodes it fits on."""
+
+    rule: Literal[
+        "first-fit", "best-fit", "least-allocated", "most-allocated", "balanced", "cheapest", "spread"
+    ] = "first-fit"
 
 
 class Scenario(Spec, frozen=True, kw_only=True):
@@ -29,6 +47,10 @@ class Scenario(Spec, frozen=True, kw_only=True):
     horizon_h: Positive = 4.0
     start_h: NonNegative = 0.0
     history_h: NonNegative = 0.0
+    placement: Placement = Placement()
+    interference: tuple[Interference, ...] = ()
+    outages: tuple[Outage, ...] = ()
+    random_outages: RandomOutages | None = None
     name: str = ""
     data: str | None = None
 
@@ -47,11 +69,87 @@ class Scenario(Spec, frozen=True, kw_only=True):
             for name in service.pools:
                 if name not in pools:
                     raise SpecError(f"service {service.name!r} wants pool {name!r}; {closest(name, pools)}")
-            for variant in service.variants:
-                for law in variant.latency.values():
-                    law.batch_times_s(service.server.max_batch)
+            self._check_laws(service)
+            self._check_placeable(service)
+        zones = sorted({zone for pool in self.pools for zone in pool.zones})
+        for outage in self.outages:
+            if outage.zone not in zones:
+                raise SpecError(
+                    f"outage of zone {outage.zone!r}, which no pool has; {closest(outage.zone, zones)}"
+                )
+        self._check_interference()
         if self.ticks < 1:
             raise SpecError(f"horizon_h {self.horizon_h} is shorter than one tick of {self.tick_s} s")
+
+    def _check_laws(self, service: Service) -> None:
+        """Latency laws stand for pools that exist and cover every batch size."""
+        pools = self.pool_by_name
+        for variant in service.variants:
+            where = f"service {service.name!r}: variant {variant.name!r}"
+            for name, law in variant.latency.items():
+                if name not in pools:
+                    raise SpecError(f"{where} has a latency law for pool {name!r}; {closest(name, pools)}")
+                try:
+                    law.batch_times_s(service.server.max_batch)
+                except SpecError as error:
+                    raise SpecError(f"{where}, latency on pool {name!r}: {error}") from None
+
+    def _check_placeable(self, service: Service) -> None:
+        """Zones exist; every variant has a pool and every pool a variant; the least number of replicas fits."""
+        where = f"service {service.name!r}"
+        pools = [self.pool_by_name[name] for name in service.pools]
+        zones = sorted({zone for pool in pools for zone in pool.zones})
+        for zone in service.zones or ():
+            if zone not in zones:
+                raise SpecError(
+                    f"{where} wants zone {zone!r}, which none of its pools has; {closest(zone, zones)}"
+                )
+        obstacles = {
+            (variant.name, pool.name): _obstacle(service, variant, pool)
+            for variant in service.variants
+            for pool in pools
+        }
+        for variant in service.variants:
+            why = [obstacles[variant.name, pool.name] for pool in pools]
+            if all(why):
+                raise SpecError(
+                    f"{where}: variant {variant.name!r} can be placed nowhere: {'; '.join(why)}; "
+                    "valid: a latency law for one of its pools, a zone that pool has, a node on which it fits"
+                )
+        for pool in pools:
+            why = [obstacles[variant.name, pool.name] for variant in service.variants]
+            if all(why):
+                raise SpecError(
+                    f"{where} lists pool {pool.name!r}, which can take none of its variants: {'; '.join(why)}; "
+                    "leave the pool out, or give it a zone of the service and nodes on which a variant fits"
+                )
+        room = sum(
+            pool.max_nodes
+            * max(
+                _replicas_on_node(service, variant, pool)
+                for variant in service.variants
+                if not obstacles[variant.name, pool.name]
+            )
+            for pool in pools
+        )
+        if service.min_replicas > room:
+            raise SpecError(
+                f"{where}: min_replicas is {service.min_replicas}, but its pools have room for at most {room} "
+                "replicas; raise max_nodes, max_per_node or the nodes' resources, or lower min_replicas"
+            )
+
+    def _check_interference(self) -> None:
+        services = [s.name for s in self.services]
+        pairs = set()
+        for pair in self.interference:
+            for name in (pair.service, pair.neighbour):
+                if name not in services:
+                    raise SpecError(f"interference names service {name!r}; {closest(name, services)}")
+            if (pair.service, pair.neighbour) in pairs:
+                raise SpecError(
+                    f"interference of {pair.neighbour!r} with {pair.service!r} is given twice; give it once"
+                )
+            pairs.add((pair.service, pair.neighbour))
 
     @property
     def ticks(self) -> int:
@@ -67,6 +165,25 @@ class Scenario(Spec, frozen=True, kw_only=True):
         import hashlib
 
         return hashlib.sha256(msgspec.json.encode(self.replace(data=None), order="sorted")).hexdigest()
+
+
+def _obstacle(service: Service, variant: Variant, pool: Pool) -> str:
+    """Why no replica of a variant can be on the nodes of a pool; empty if one can."""
+    if pool.name not in variant.latency:
+        return f"{variant.name!r} has no latency law for {pool.name!r}"
+    if service.zones is not None and not set(service.zones) & set(pool.zones):
+        return f"{pool.name!r} is in {', '.join(pool.zones)}, not in {', '.join(service.zones)}"
+    if pool.node and variant.resources and (short := variant.resources.shortfall(pool.node)):
+        return f"a node of {pool.name!r} has {', '.join(short)} that {variant.name!r} needs"
+    return ""
+
+
+def _replicas_on_node(service: Service, variant: Variant, pool: Pool) -> int:
+    """How many replicas of a variant one empty node of a pool takes."""
+    if pool.node is None or variant.resources is None:
+        return 1
+    fitting = variant.resources.copies_on(pool.node)
+    return fitting if service.max_per_node is None else min(fitting, service.max_per_node)
 
 
 def folder() -> Path:

@@ -13,7 +13,8 @@ from pilotage.control.queueing import (
     staffing,
     wait_quantile,
 )
-from pilotage.engine.kernel import bucket, draw, from_table
+from pilotage.engine.queues import bucket
+from pilotage.engine.randomness import draw, from_table
 from pilotage.evaluate import ratio_interval
 from pilotage.metrics import BUCKETS, ITEMS, bucket_of, dollars, quantiles_s
 from pilotage.world.servers import Exponential, LogNormal, log_normal_table

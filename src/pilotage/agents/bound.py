@@ -31,12 +31,21 @@ disjoint, so sum over k of n_k price tick + c M_k(n_k) + (n_k - n_k-1)+ price bo
 n_k that happened, and its minimum over all sequences, found by dynamic programming, is one for every policy.
 If u < objective, a node may be ordered up to ceil(objective / tick) ticks later and count; then the largest
 count in so many ticks is charged at that fraction of the price, because every node-tick is counted at most so
-often. Billing minima and granules, minimum lifetimes, network time and capacity shared between services only
-raise costs, and are left out or (network time) shorten the objective.
+often. Billing minima and granules, minimum lifetimes, network time, slow nodes, interference, lost and retried work
+and capacity shared between services only raise costs, and are left out or (network time) shorten the objective.
 
-*Several pools.* Speeds are taken relative to the first pool by the most favourable request, and capacity is
-bought at the best price per speed in fractions of a replica: level x is charged at the lower end of its cell and
-served at the upper end, without start-up cost.
+*Shared nodes.* A replica is charged its share of one fixed resource of the pool, the one that the services that
+may go there need most: the shares of one resource on a node add up to at most 1, so nothing is charged twice.
+Where a node can be had that is up, start-up is only the load from the cache.
+
+*Faults.* A node that dies within a tick is paid for a part of it only; that is at most one tick less per node. If
+start-up costs every node at least one tick before it counts, that tick makes up for it: the start-up charge is reduced by one tick, and
+the bound by one tick for every initial replica. Otherwise capacity is not charged by the tick but by the work: a
+request costs its miss, or the node time of its work.
+
+*Several builds (variants on pools).* Speeds are taken relative to the first build by the most favourable request,
+and capacity is bought at the best price per speed in fractions of a replica: level x is charged at the lower end of
+its cell and served at the upper end, without start-up cost. Wrong answers are charged at the best accuracy.
 
 **The schedule.** The same programme with more work or a tighter objective, replicas ordered ahead by the start-up
 time, gives schedules that know the future; each is run in the engine, and the cheapest is reported.
@@ -51,10 +60,12 @@ import numpy as np
 
 from pilotage.control.scaling import Schedule
 from pilotage.engine.cluster import Cluster, World
+from pilotage.engine.numbers import room
 from pilotage.engine.relaxation import demands_of, least_work, missed_table
 from pilotage.engine.run import Run, simulate
 from pilotage.scenario import Scenario
-from pilotage.world.servers import log_normal_table
+from pilotage.world.pools import Pool
+from pilotage.world.servers import Variant, log_normal_table
 from pilotage.world.services import Service
 
 _CELL = 0.25  # fraction of a replica, where several pools are mixed
@@ -83,6 +94,7 @@ class _Problem:
     miss_usd: float
     floor_usd: float
     initial: int
+    by_work_usd: float | None  # what the requests cost at least, where capacity cannot be charged by the tick
     due_s: float  # requests from here on may end the run in flight
 
 
@@ -90,7 +102,9 @@ def bound(scenario: Scenario, world: World) -> Bound:
     """Brackets the least possible cost of one run. Takes seconds for a day of one service."""
     cluster = Cluster(scenario, [world])
     problems = [_problem(cluster, s) for s in range(len(scenario.services))]
-    lower = sum(_solve(scenario, p)[0] + p.floor_usd for p in problems)
+    lower = sum(
+        (_solve(scenario, p)[0] if p.by_work_usd is None else p.by_work_usd) + p.floor_usd for p in problems
+    )
     schedules = []
     for work, objective in _CANDIDATES:
         harder = [replace(p, work_s=p.work_s * work, objective_s=p.objective_s * objective) for p in problems]
@@ -108,43 +122,57 @@ def bound(scenario: Scenario, world: World) -> Bound:
 def _problem(cluster: Cluster, s: int) -> _Problem:
     scenario = cluster.scenario
     service = scenario.services[s]
-    variant, server, money = service.variants[0], service.server, service.economics
-    pools = [scenario.pool_by_name[name] for name in service.pools]
+    server, money = service.server, service.economics
     horizon_s = scenario.ticks * scenario.tick_s
     arrival_s = cluster.arrivals(0, s)
     demand = demands_of(service.demand.table(), np.uint64(cluster.seeds(0, s)["seed_demand"]), len(arrival_s))
+    builds = [
+        (variant, scenario.pool_by_name[name])
+        for variant in service.variants
+        for name in service.pools
+        if name in variant.latency
+    ]
+    pools = [pool for _, pool in builds]
     works = []
-    for pool in pools:
+    for variant, pool in builds:
         law = variant.latency[pool.name]
         fixed, variable = law.batch_times_s(server.max_batch)
         works.append(least_work(demand, fixed, variable, log_normal_table(law.noise_cv)[0]))
     objective_s = service.slo_s - min(pool.network_ms for pool in pools) / 1e3
-
-    nodes = sum(pool.max_nodes for pool in pools)
+    tick_usd = [_least_usd_per_s(cluster, s, *build) * scenario.tick_s for build in builds]
     slots = server.batches_in_flight
-    tick_usd = [pool.price_usd_per_hour / 3600 * scenario.tick_s for pool in pools]
-    start_up_s = min(
-        pool.boot_s * log_normal_table(pool.boot_cv)[0]
-        + variant.load_s * log_normal_table(variant.load_cv)[0]
-        for pool in pools
-    )
+    start_up_s = min(_least_start_up_s(*build) for build in builds)
     spread = 1 if start_up_s >= objective_s else 1 + int(np.ceil(objective_s / scenario.tick_s))
+    paid_s = start_up_s - scenario.tick_s - objective_s
+    paid_ticks = int(np.floor(paid_s / scenario.tick_s)) + 1 if spread == 1 and paid_s >= 0 else 0
+
+    miss = min(money.late_usd, money.dropped_usd)
+    error = (1 - max(variant.accuracy for variant in service.variants)) * money.error_usd
+    extra_usd = max(0.0, miss - error)
+    due_s = horizon_s - service.slo_s - 1e-9
+    judged = int(np.searchsorted(arrival_s, due_s))
+    floor_usd = min(error, miss) * judged
+    by_work_usd = None
+    dying = bool(scenario.outages or scenario.random_outages)
+    if dying or any(pool.crashes_per_hour > 0 or pool.spot for pool in pools):
+        if paid_ticks > 0:
+            paid_ticks -= 1
+            floor_usd -= service.initial_replicas * max(tick_usd)
+        else:
+            cheapest = [w * usd / (slots * scenario.tick_s) for w, usd in zip(works, tick_usd, strict=True)]
+            by_work_usd = float(np.minimum(np.min(cheapest, axis=0), extra_usd)[:judged].sum())
+    replicas = room(scenario, service)
     boot_usd = 0.0
-    if len(pools) == 1:
-        speeds = np.arange(nodes + 1) * float(slots)
-        usd = np.arange(nodes + 1) * tick_usd[0] / spread
-        paid = start_up_s - scenario.tick_s - objective_s
-        if spread == 1 and paid >= 0:
-            boot_usd = (np.floor(paid / scenario.tick_s) + 1) * tick_usd[0]
+    if len(builds) == 1:
+        speeds = np.arange(replicas + 1) * float(slots)
+        usd = np.arange(replicas + 1) * tick_usd[0] / spread
+        boot_usd = paid_ticks * tick_usd[0]
     else:
         relative = [float(np.max(works[0] / w)) if len(w) else 1.0 for w in works]
         per_speed = min(usd / r for usd, r in zip(tick_usd, relative, strict=True))
-        cells = np.arange(int(np.ceil(nodes * max(relative) / _CELL)) + 1)
+        cells = np.arange(int(np.ceil(replicas * max(relative) / _CELL)) + 1)
         speeds = (cells + 1) * _CELL * slots
         usd = cells * _CELL * per_speed / spread
-    miss = min(money.late_usd, money.dropped_usd)
-    error = (1 - variant.accuracy) * money.error_usd
-    due_s = horizon_s - service.slo_s - 1e-9
     return _Problem(
         arrival_s=arrival_s,
         work_s=works[0],
@@ -152,11 +180,39 @@ def _problem(cluster: Cluster, s: int) -> _Problem:
         levels_speed=speeds,
         levels_usd=usd,
         boot_usd=float(boot_usd),
-        miss_usd=max(0.0, miss - error),
-        floor_usd=min(error, miss) * int(np.searchsorted(arrival_s, due_s)),
+        miss_usd=extra_usd,
+        floor_usd=floor_usd,
         initial=service.initial_replicas,
+        by_work_usd=by_work_usd,
         due_s=due_s,
     )
+
+
+def _least_usd_per_s(cluster: Cluster, s: int, variant: Variant, pool: Pool) -> float:
+    """What one replica costs at least per second: its share of the pool's scarcest resource."""
+    scenario = cluster.scenario
+    p = scenario.pools.index(pool)
+    usd_per_s = float(cluster.numbers.pools[p]["usd_per_s"])
+    if pool.node is None or variant.resources is None:
+        return usd_per_s
+    has = np.array(pool.node.vector)
+    wanted = np.zeros(len(has))
+    for service in scenario.services:
+        if pool.name in service.pools:
+            for other in service.variants:
+                wanted += has if other.resources is None else np.array(other.resources.vector)
+    shares = np.divide(wanted, has, out=np.zeros(len(has)), where=has > 0)
+    scarcest = int(np.argmax(shares))
+    return usd_per_s * variant.resources.vector[scarcest] / has[scarcest] if has[scarcest] > 0 else 0.0
+
+
+def _least_start_up_s(variant: Variant, pool: Pool) -> float:
+    """The least time from an order to readiness."""
+    mean_s, load = variant.load_law()
+    if pool.node is not None or pool.idle_removal_s > 0:  # a node may be up, and have run it before
+        return mean_s * load[0] * variant.warm_load_share
+    pull_s = variant.image_pull_s * log_normal_table(variant.image_pull_cv)[0]
+    return pool.boot_s * log_normal_table(pool.boot_cv)[0] + pull_s + mean_s * load[0]
 
 
 def _solve(scenario: Scenario, problem: _Problem) -> tuple[float, np.ndarray]:
@@ -204,6 +260,6 @@ def _ahead(scenario: Scenario, service: Service, counts: np.ndarray) -> np.ndarr
     if len(service.pools) > 1:  # levels are fractions of a replica of the first pool
         counts = np.ceil((counts + 1) * _CELL).astype(np.int64)
     pool = scenario.pool_by_name[service.pools[0]]
-    lead = int(np.ceil((pool.boot_s + service.variants[0].load_s) / scenario.tick_s))
+    lead = int(np.ceil((pool.boot_s + service.variants[0].start_up_s) / scenario.tick_s))
     padded = np.r_[counts, np.full(lead, counts[-1])]
     return np.lib.stride_tricks.sliding_window_view(padded, lead + 1).max(axis=1)

@@ -121,7 +121,7 @@ def _value(objective: str, runs: Sequence[Sequence[Run]]) -> float:
     def count(*names: str) -> float:
         return float(sum(total[name].sum() for total in totals for name in names))
 
-    finished = count("served", "rejected", "timed_out", "abandoned", "overdue")
+    finished = count("served", "rejected", "timed_out", "abandoned", "lost", "overdue")
     return attainment(count("served") - count("late"), finished)
 
 

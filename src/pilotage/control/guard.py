@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+from dataclasses import replace
+
 import numpy as np
 
 from pilotage.control.policy import Controller, Decision, Observation, Situation
@@ -71,6 +73,7 @@ class Guarded:
         self._guard, self._inner = guard, inner
         self._limits = np.array([guard.limits(situation)])
         self._pools = situation.service.pools
+        self._variants = [variant.name for variant in situation.service.variants]
         self.interventions: Counter[str] = Counter()
 
     def decide(self, seen: Observation) -> Decision:
@@ -81,6 +84,10 @@ class Guarded:
         for name in self._guard.required:
             if seen[name] != seen[name] or seen.age(name) > self._guard.stale_after_s:
                 return self._hold(seen, f"{name} is missing or stale")
+        if not seen.counted:
+            return self._hold(seen, "replica counts are missing")
+        if wanted.variant is not None and wanted.variant not in self._variants:
+            return self._hold(seen, f"variant {wanted.variant!r} is not one of the service's")
         if wanted.pool is not None and wanted.pool not in self._pools:
             return self._hold(seen, f"pool {wanted.pool!r} is not one the service may use")
         for what, count in (("order", wanted.order), ("release", wanted.release)):
@@ -90,7 +97,7 @@ class Guarded:
         if (order, release) == (wanted.order, wanted.release):
             return wanted
         self.interventions["limited"] += 1
-        return Decision(order, release, wanted.max_batch, wanted.pool, f"{wanted.reason}; limited by guard")
+        return replace(wanted, order=order, release=release, reason=f"{wanted.reason}; limited by guard")
 
     def _clamp(self, order: int, release: int, seen: Observation) -> tuple[int, int]:
         a, b = self._guard.clamp(
@@ -101,6 +108,5 @@ class Guarded:
     def _hold(self, seen: Observation, why: str) -> Decision:
         """Nothing changes, except that the bounds still hold where the count is known."""
         self.interventions[why.partition(":")[0]] += 1
-        known = seen["replicas_ready"] == seen["replicas_ready"]
-        order, release = self._clamp(0, 0, seen) if known else (0, 0)
+        order, release = self._clamp(0, 0, seen) if seen.counted else (0, 0)
         return Decision(order, release, reason=f"held: {why}")

@@ -62,15 +62,16 @@ FEATURES: Final = (
     Feature(
         "drop_rate",
         "requests/s",
-        lambda c: (c["rejected"] + c["timed_out"] + c["abandoned"]) / c["seconds"],
+        lambda c: (c["rejected"] + c["timed_out"] + c["abandoned"] + c["lost"]) / c["seconds"],
         "sum(rate(responses_total{service='$service',outcome!='served'}[$window]))",
-        "requests rejected, timed out or abandoned",
+        "requests rejected, timed out, abandoned or lost",
     ),
     Feature(
         "attainment",
         "share",
         lambda c: _share(
-            c["served"] - c["late"], c["served"] + c["rejected"] + c["timed_out"] + c["abandoned"]
+            c["served"] - c["late"],
+            c["served"] + c["rejected"] + c["timed_out"] + c["abandoned"] + c["lost"],
         ),
         "sum(rate(latency_seconds_bucket{service='$service',le='$slo'}[$window]))"
         " / sum(rate(responses_total{service='$service'}[$window]))",
@@ -196,20 +197,32 @@ class Observation:
     @property
     def replicas(self) -> int:
         """Replicas that are ordered and not released: pending, starting and ready. NaN counts as none."""
-        total = sum(self[n] for n in ("replicas_ready", "replicas_starting", "replicas_pending"))
+        total = self._replicas
         return int(total) if total == total else 0
+
+    @property
+    def counted(self) -> bool:
+        """Whether the number of replicas is known; without it no change can be ordered safely."""
+        total = self._replicas
+        return total == total
+
+    @property
+    def _replicas(self) -> float:
+        return sum(self[n] for n in ("replicas_ready", "replicas_starting", "replicas_pending"))
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
     """What a policy orders for one service: replicas to order (ready only after boot and load) and to release
-    (now). `max_batch` and `pool` of None leave what is in force; `pool` names where new replicas go.
+    (now). `max_batch`, `pool` and `variant` of None leave what is in force; `pool` names where new replicas go,
+    `variant` the build to which the service is rolled over.
     """
 
     order: int = 0
     release: int = 0
     max_batch: int | None = None
     pool: str | None = None
+    variant: str | None = None
     reason: str = ""
 
     @staticmethod
@@ -237,7 +250,7 @@ class Situation:
     @property
     def start_up_s(self) -> float:
         """Expected time from order to readiness in the preferred pool, in seconds."""
-        return self.pools[self.service.pools[0]].boot_s + self.service.variants[0].load_s
+        return self.pools[self.service.pools[0]].boot_s + self.service.variants[0].start_up_s
 
     def capacity_rps(self, max_batch: int | None = None) -> float:
         """Requests per second that one replica of the preferred pool serves at full batches."""

@@ -12,28 +12,29 @@ from typing import NamedTuple
 import numpy as np
 
 from pilotage.control.policy import FEATURES, Decision, Observation, Situation, measure
-from pilotage.engine import kernel
+from pilotage.engine import kernel, traffic  # noqa: F401  (traffic: compiled drawing of arrivals)
 from pilotage.engine.layout import (
     ANY_POOL,
+    CANDIDATE,
+    CLOSURE,
     EVENT,
-    FORMERS,
+    NODE,
     ORDER,
-    PARAMETERS,
-    POOL,
     REPLICA,
     REQUEST,
-    ROUTINGS,
     ROW,
+    SAME_VARIANT,
     SLOT,
     TICK,
+    State,
 )
+from pilotage.engine.nodes import POOL_NODES
+from pilotage.engine.numbers import closures, encode, lay_out
+from pilotage.engine.placement import RULES
 from pilotage.metrics import BUCKETS
 from pilotage.scenario import Scenario
 from pilotage.world.arrivals import Arrivals, Traffic
-from pilotage.world.servers import TABLE_CELLS, log_normal_table
-from pilotage.world.services import Service
 
-_UNLIMITED = np.iinfo(np.int64).max
 _STREAMS = ("demand", "noise", "patience", "route", "start")
 _FRESH = np.zeros(len(FEATURES))
 _FRESH.setflags(write=False)
@@ -72,31 +73,47 @@ class Cluster:
     ) -> None:
         self.scenario = scenario
         self.worlds = list(worlds)
-        self.threads = max(1, min(threads, len(self.worlds)))
+        self.threads = max(1, min(threads, len(self.worlds) * len(scenario.services)))
         self._read_ahead_s = max(read_ahead_s, scenario.tick_s)
         w, s = len(self.worlds), len(scenario.services)
         self.shape = (w, s)
-        self._build_static()
+        self.numbers, one = encode(scenario)
+        self.params = lay_out(one, w)
         self.rows = np.zeros(w * s, ROW)
         self.clock_s = np.zeros(w)
         self.active = np.ones(w, bool)
-        self.used = np.zeros((w, len(scenario.pools)), np.int64)
-        self.replicas = np.zeros(int(self.params["replica_hi"][-1]), REPLICA)
-        self.slots = np.zeros(int(self.params["slot_hi"][-1]), SLOT)
-        self.heap = np.zeros(int(self.params["event_hi"][-1]), EVENT)
-        self.ready = np.zeros(len(self.replicas), np.int64)
-        self.idle = np.zeros(len(self.slots), np.int64)
-        self._request_capacity = np.full(w * s, 64)
-        self._arrival_capacity = np.full(w * s, 64)
-        self._reserve_requests()
-        self._arrivals = np.zeros(0)
-        self._reserve_arrivals()
         self.ticks = np.zeros((w, s), TICK)
         self.totals = np.zeros((w, s), TICK)
         self.histograms = np.zeros((w, s, BUCKETS), np.int64)
+        self.replicas = np.zeros(int(self.params["replica_hi"][-1]), REPLICA)
+        self.nodes = np.zeros((w, sum(pool.max_nodes for pool in scenario.pools)), NODE)
+        slots = int(self.params["slot_hi"][-1])
+        self._state = State(
+            rows=self.rows,
+            params=self.params,
+            ticks=self.ticks.reshape(-1),
+            replicas=self.replicas,
+            ready=np.zeros(len(self.replicas), np.int64),
+            slots=np.zeros(slots, SLOT),
+            heap=np.zeros(slots, EVENT),
+            trees=np.zeros((2, int(self.params["tree_hi"][-1]))),
+            scratch=np.zeros((self.threads, BUCKETS + 4), np.int64),
+            nodes=self.nodes,
+            summary=np.zeros((w, POOL_NODES + len(scenario.pools)), np.int64),
+            in_zone=np.zeros((w, self.numbers.zone_ok.shape[1]), np.int64),
+            cached=np.zeros((w, self.nodes.shape[1], len(self.numbers.variants)), np.uint8),
+            closures=np.zeros((w, 0), CLOSURE),
+            candidate=np.zeros(w, CANDIDATE),
+            seeds=np.zeros(w, np.uint64),
+        )
+        self._rule = RULES[scenario.placement.rule]
+        self._weights = np.zeros(0)
+        self._most = np.full(s, 64)  # per service: storage for so many arrivals
+        self._capacity = np.tile(self._most, w)
+        self._arrivals, self._requests = np.zeros(0), np.zeros(0, REQUEST)
+        self._reserve()
         self._blank = np.zeros(1, TICK)
         self._blank["latency_p95_s"] = np.nan
-        self._scratch = np.zeros((self.threads, BUCKETS), np.int64)
         self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
         self._known_s = np.zeros(w)
         self._start_s = np.zeros(w)
@@ -105,75 +122,6 @@ class Cluster:
         self._decisions = self.no_orders()
         self.restart(range(w), self.worlds)
 
-    # --- numbers from the scenario ---------------------------------------------------------------------
-    def _build_static(self) -> None:
-        scenario = self.scenario
-        w, s = self.shape
-        names = [pool.name for pool in scenario.pools]
-        self.pools = np.zeros(len(names), POOL)
-        for record, pool in zip(self.pools, scenario.pools, strict=True):
-            record["usd_per_s"] = pool.price_usd_per_hour / 3600
-            record["boot_s"] = pool.boot_s
-            record["max_nodes"] = pool.max_nodes
-            record["min_lifetime_s"] = pool.min_lifetime_s
-            record["granularity_s"] = pool.billing_granularity_s
-            record["minimum_s"] = pool.billing_minimum_s
-            record["network_s"] = pool.network_ms / 1e3
-        self.boots = np.array([log_normal_table(pool.boot_cv) for pool in scenario.pools])
-        batch = max(service.server.max_batch for service in scenario.services)
-        self.laws = np.zeros((s, len(names), 2, batch + 1))
-        self.noises = np.ones((s, len(names), 2 * TABLE_CELLS))
-        self.demands = np.array([service.demand.table() for service in scenario.services])
-        self.loads = np.ones((s, 1 + 2 * TABLE_CELLS))
-        self.allowed = np.full((s, max(len(service.pools) for service in scenario.services)), -1)
-        one = np.zeros(s, PARAMETERS)
-        for k, service in enumerate(scenario.services):
-            variant, server = service.variants[0], service.server
-            self.allowed[k, : len(service.pools)] = [names.index(name) for name in service.pools]
-            for name in service.pools:
-                law, p = variant.latency[name], names.index(name)
-                self.laws[k, p, :, : server.max_batch + 1] = law.batch_times_s(server.max_batch)
-                self.noises[k, p] = log_normal_table(law.noise_cv)
-            self.loads[k] = np.r_[variant.load_s, log_normal_table(variant.load_cv)]
-            one[k] = self._parameters(service, k)
-        self.params = np.tile(one, w)
-        for field, sizes in (
-            ("replica", self.params["replica_hi"]),
-            ("slot", self.params["slot_hi"]),
-            ("event", self.params["event_hi"]),
-        ):
-            ends = np.cumsum(sizes)
-            self.params[f"{field}_lo"] = np.r_[0, ends[:-1]]
-            self.params[f"{field}_hi"] = ends
-
-    def _parameters(self, service: Service, k: int) -> np.ndarray:
-        """Parameters of one row; the three `_hi` fields hold sizes until they are laid out."""
-        pools = self.scenario.pool_by_name
-        server = service.server
-        # replicas that drain keep their slot, so that a row may hold more than max_replicas for a while
-        nodes = sum(pools[name].max_nodes for name in service.pools)
-        replicas = min(nodes, 2 * service.max_replicas + 8)
-        record = np.zeros((), PARAMETERS)
-        record["slo_s"] = service.slo_s
-        record["timeout_s"] = np.inf if server.request_timeout_s is None else server.request_timeout_s
-        record["patience_s"] = np.inf if server.patience_s is None else server.patience_s
-        record["abandoning"] = (
-            -np.expm1(-record["timeout_s"] / record["patience_s"]) if server.patience_s else 0.0
-        )
-        record["batch_wait_s"] = server.batch_wait_ms / 1e3
-        record["queue_limit"] = _UNLIMITED if server.queue_limit is None else server.queue_limit
-        record["batch_limit"] = server.max_batch
-        record["former"] = FORMERS[server.former]
-        record["routing"] = ROUTINGS[server.routing]
-        record["slots"] = server.batches_in_flight
-        record["service"] = k
-        record["replica_hi"] = replicas
-        record["slot_hi"] = replicas * server.batches_in_flight
-        record["event_hi"] = replicas * (server.batches_in_flight + 2) + 1
-        record["error_share"] = 1 - service.variants[0].accuracy
-        record["initial"] = min(service.initial_replicas, replicas)
-        return record
-
     def seeds(self, world: int, service: int) -> dict[str, int]:
         """The 64-bit seeds of a row's counter-based streams, as `seed_demand` and so on."""
         name = self.scenario.services[service].name
@@ -181,6 +129,10 @@ class Cluster:
         return {
             f"seed_{s}": int(_sequence(seed, f"{name}/{s}").generate_state(1, np.uint64)[0]) for s in _STREAMS
         }
+
+    def seed_nodes(self, world: int) -> int:
+        """The 64-bit seed of what happens to a world's nodes."""
+        return int(_sequence(self.worlds[world].seed, "nodes").generate_state(1, np.uint64)[0])
 
     # --- runs ------------------------------------------------------------------------------------------
     def restart(self, indices: Sequence[int] | range, worlds: Sequence[World]) -> None:
@@ -207,15 +159,23 @@ class Cluster:
                 past = source.until(start_s)
                 self._history[r] = np.diff(np.searchsorted(past, edges)) / scenario.tick_s
                 self._sources[r] = source
-            kernel.begin(
-                w, w + 1, self.rows, self.params, self.replicas, self.slots, self.ready, self.idle, self.used,
-                self.pools, self.allowed,
-            )  # fmt: skip
+            self._state.seeds[w] = self.seed_nodes(w)
+            self._close(w, closures(scenario, start_s, stream(world.seed, "outages")))
+            kernel.begin(w, w + 1, self._state, self.numbers, self._rule, self._weights)
             mine = slice(w * services, (w + 1) * services)
-            self.rows["arrival_lo"][mine] = self.rows["arrival_hi"][mine] = self._arrival_offset[mine]
-            self._place_requests(mine)
             for field in ("ready", "pending", "max_batch"):  # what a monitor sees before the first tick
                 self.ticks[field][w] = self.rows[field][mine]
+
+    def _close(self, w: int, found: np.ndarray) -> None:
+        """Sets the closures of one world; a closure of pool -1 is none."""
+        known = self._state.closures
+        if known.shape[1] < len(found):
+            wider = np.zeros((known.shape[0], len(found)), CLOSURE)
+            wider["pool"] = -1
+            wider[:, : known.shape[1]] = known
+            self._state = self._state._replace(closures=wider)
+        self._state.closures[w]["pool"] = -1
+        self._state.closures[w, : len(found)] = found
 
     def _open(self, w: int, s: int, begin_s: float) -> Arrivals:
         """The traffic of one row from `begin_s` to the end of its run, on the traffic's clock."""
@@ -254,48 +214,39 @@ class Cluster:
         """Orders of shape (worlds, services) that change nothing."""
         orders = np.zeros(self.shape, ORDER)
         orders["pool"] = ANY_POOL
+        orders["variant"] = SAME_VARIANT
         return orders
 
     def advance(self, orders: np.ndarray) -> np.ndarray:
         """One control tick of every world. Takes orders and returns counters, both of shape (worlds, services)."""
         self._read_arrivals()
-        until = self.clock_s + self.scenario.tick_s
         w, s = self.shape
-        while (r := kernel.short_of_requests(0, w, self.rows, self._arrivals, until, s)) >= 0:
-            lo, hi = self.rows["arrival_lo"][r], self.rows["arrival_hi"][r]
-            coming = np.searchsorted(self._arrivals[lo:hi], until[r // s])
-            self._request_capacity[r] = int(1.5 * (self.rows["inside"][r] + coming)) + 64
-            self._reserve_requests()
+        books = (self.active, self.clock_s, self.scenario.tick_s, self._state, self.numbers)
+        storage = (self._arrivals, self._requests)
+        histograms, totals = self.histograms.reshape(w * s, BUCKETS), self.totals.reshape(w * s)
+        taken = (np.ascontiguousarray(orders).reshape(w * s), self._blank)
+        rule = (self._rule, self._weights)
         if self._pool is None:
-            self._advance(0, w, 0, orders)
+            kernel.advance(*books, *storage, *taken, histograms, totals, *rule)
         else:
-            cuts = np.linspace(0, w, self.threads + 1).astype(int)
+            kernel.decide(0, w, *books, *taken, *rule)
+            cuts = np.linspace(0, w * s, self.threads + 1).astype(int).tolist()
             jobs = [
-                self._pool.submit(self._advance, int(cuts[k]), int(cuts[k + 1]), k, orders)
-                for k in range(self.threads)
+                self._pool.submit(kernel.serve, lo, hi, k, *books, *storage, histograms)
+                for k, (lo, hi) in enumerate(zip(cuts, cuts[1:], strict=False))
             ]
             for job in jobs:
                 job.result()
+            kernel.settle(0, w, *books, totals)
         return self.ticks
-
-    def _advance(self, lo: int, hi: int, thread: int, orders: np.ndarray) -> None:
-        w, s = self.shape
-        kernel.advance(
-            lo, hi, self.active, self.clock_s, self.scenario.tick_s, self.rows, self.params, self.replicas, self.slots,
-            self.heap, self.ready, self.idle, self._requests, self._arrivals, self.pools, self.used, self.laws,
-            self.noises, self.demands, self.boots, self.loads, self.allowed, orders.reshape(w * s),
-            self.ticks.reshape(w * s), self.totals.reshape(w * s), self._blank,
-            self.histograms.reshape(w * s, BUCKETS), self._scratch[thread],
-        )  # fmt: skip
 
     def finish(self, indices: Sequence[int] | None = None) -> None:
         """Ends runs: requests that have died count as dropped, those past their objective as overdue."""
-        w, s = self.shape
-        for k in range(w) if indices is None else indices:
+        totals = self.totals.reshape(-1)
+        for k in range(self.shape[0]) if indices is None else indices:
             kernel.finish(
-                k, k + 1, self.clock_s, self.rows, self.params, self.replicas, self.slots, self._requests,
-                self.ticks.reshape(w * s), self.totals.reshape(w * s), s,
-            )  # fmt: skip
+                k, k + 1, self.clock_s, self._state, self.numbers, self._arrivals, self._requests, totals
+            )
 
     # --- storage that grows ----------------------------------------------------------------------------
     def _read_arrivals(self) -> None:
@@ -303,46 +254,41 @@ class Cluster:
         scenario = self.scenario
         horizon_s = scenario.ticks * scenario.tick_s
         services = self.shape[1]
-        for w in np.flatnonzero(self.active & (self._known_s < self.clock_s + scenario.tick_s)):
+        fresh: dict[int, np.ndarray] = {}
+        for w in np.flatnonzero(self.active & (self._known_s < self.clock_s + scenario.tick_s)).tolist():
             known = min(
                 self._known_s[w] + self._read_ahead_s, max(horizon_s, self.clock_s[w] + scenario.tick_s)
             )
             for r in range(w * services, (w + 1) * services):
-                fresh = self._sources[r].until(self._start_s[w] + known) - self._start_s[w]
-                lo, hi = self.rows["arrival_lo"][r], self.rows["arrival_hi"][r]
-                left = hi - lo
-                if left + len(fresh) > self._arrival_capacity[r]:
-                    self._arrival_capacity[r] = int(1.25 * (left + len(fresh))) + 64
-                    self._reserve_arrivals()
-                    lo, hi = self.rows["arrival_lo"][r], self.rows["arrival_hi"][r]
-                at = self._arrival_offset[r]
-                self._arrivals[at : at + left] = self._arrivals[lo:hi].copy()
-                self._arrivals[at + left : at + left + len(fresh)] = fresh
-                self.rows["arrival_lo"][r], self.rows["arrival_hi"][r] = at, at + left + len(fresh)
+                fresh[r] = self._sources[r].until(self._start_s[w] + known) - self._start_s[w]
             self._known_s[w] = known
+        if not fresh:
+            return
+        rows = list(fresh)
+        coming = np.array([len(times) for times in fresh.values()])
+        kernel.compact(np.array(rows), self._state, self.numbers, self._arrivals, self._requests)
+        needed = self.rows["arrival_hi"][rows] + coming
+        if (needed > self._capacity[rows]).any():
+            # what one world needs, the others will need too
+            np.maximum.at(self._most, np.array(rows) % services, needed + needed // 2 + 64)
+            self._capacity = np.tile(self._most, self.shape[0])
+            self._reserve()
+        at = self.rows["storage_lo"] + self.rows["arrival_hi"]
+        for r, times in fresh.items():
+            self._arrivals[at[r] : at[r] + len(times)] = times
+        self.rows["arrival_hi"][rows] += coming
 
-    def _reserve_arrivals(self) -> None:
-        ends = np.cumsum(self._arrival_capacity)
-        offsets = np.r_[0, ends[:-1]]
-        arrivals = np.zeros(ends[-1])
-        for r, row in enumerate(self.rows):
-            kept = self._arrivals[row["arrival_lo"] : row["arrival_hi"]]
-            arrivals[offsets[r] : offsets[r] + len(kept)] = kept
-            row["arrival_lo"], row["arrival_hi"] = offsets[r], offsets[r] + len(kept)
-        self._arrivals, self._arrival_offset = arrivals, offsets
-
-    def _reserve_requests(self) -> None:
-        old, rows = getattr(self, "_requests", np.zeros(0, REQUEST)), self.rows.copy()
-        self._requests = np.zeros(int(self._request_capacity.sum()), REQUEST)
-        self._place_requests(slice(None))
-        for before, row in zip(rows, self.rows, strict=True):
-            kept = old[before["request_lo"] : before["request_hi"]]
-            self._requests[row["request_lo"] : row["request_lo"] + len(kept)] = kept
-
-    def _place_requests(self, which: slice) -> None:
-        ends = np.cumsum(self._request_capacity)
-        self.rows["request_hi"][which] = ends[which]
-        self.rows["request_lo"][which] = (ends - self._request_capacity)[which]
+    def _reserve(self) -> None:
+        """Gives every row as much storage as its capacity says, and moves what it has."""
+        ends = np.cumsum(self._capacity)
+        arrivals, requests = np.zeros(ends[-1]), np.zeros(ends[-1], REQUEST)
+        for row, hi, capacity in zip(self.rows, ends, self._capacity, strict=True):
+            lo, kept = row["storage_lo"], row["arrival_hi"]
+            at = hi - capacity
+            arrivals[at : at + kept] = self._arrivals[lo : lo + kept]
+            requests[at : at + kept] = self._requests[lo : lo + kept]
+            row["storage_lo"], row["storage_hi"] = at, hi
+        self._arrivals, self._requests = arrivals, requests
 
     # --- the face of a live cluster --------------------------------------------------------------------
     def read(self) -> tuple[Observation, ...]:
@@ -361,8 +307,11 @@ class Cluster:
                     decision.release,
                     decision.max_batch or 0,
                     ANY_POOL if decision.pool is None else self._pool_index[decision.pool],
+                    SAME_VARIANT
+                    if decision.variant is None
+                    else self._variant_index[k % self.shape[1]][decision.variant],
                 )
-                for decision in decisions
+                for k, decision in enumerate(decisions)
             ],
             ORDER,
         ).reshape(self.shape)
@@ -374,3 +323,7 @@ class Cluster:
     @cached_property
     def _pool_index(self) -> Mapping[str, int]:
         return {pool.name: k for k, pool in enumerate(self.scenario.pools)}
+
+    @cached_property
+    def _variant_index(self) -> list[dict[str, int]]:
+        return [{v.name: k for k, v in enumerate(service.variants)} for service in self.scenario.services]

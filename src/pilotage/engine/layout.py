@@ -5,6 +5,7 @@ One row is one service in one world; rows of a world are adjacent. Copying the a
 
 from __future__ import annotations
 
+from collections import namedtuple
 from typing import Final
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 LATE_BINDING, CLOSED = 0, 1
 CENTRAL, ROUND_ROBIN, LEAST_OUTSTANDING, POWER_OF_TWO = 0, 1, 2, 3
 ANY_POOL: Final = -1
+SAME_VARIANT: Final = -1
 
 FORMERS: Final = {"late-binding": LATE_BINDING, "closed": CLOSED}
 ROUTINGS: Final = {
@@ -21,6 +23,8 @@ ROUTINGS: Final = {
     "power-of-two": POWER_OF_TWO,
 }
 
+RESOURCE_COUNT: Final = 4  # in the order of `world.pools.RESOURCES`
+
 PARAMETERS: Final = np.dtype(
     [
         ("slo_s", "f8"),
@@ -29,18 +33,23 @@ PARAMETERS: Final = np.dtype(
         ("abandoning", "f8"),  # probability that patience ends before the timeout
         ("batch_wait_s", "f8"),
         ("queue_limit", "i8"),
-        ("batch_limit", "i8"),  # the largest batch the variant can run
+        ("batch_limit", "i8"),  # the largest batch the service's variants can run
         ("former", "i8"),
         ("routing", "i8"),
         ("slots", "i8"),  # batches one replica executes at once
-        ("service", "i8"),  # index into the law and table arrays
+        ("service", "i8"),
+        ("variant_lo", "i8"),  # its variants are [variant_lo, variant_hi)
+        ("variant_hi", "i8"),
+        ("demand", "i8"),  # index of a quantile table; -1: always 1
+        ("retry", "i8"),  # 1: requests of a dead replica are served anew
+        ("crashes_per_s", "f8"),
+        ("max_per_node", "i8"),
         ("replica_lo", "i8"),  # the row's replicas are [replica_lo, replica_hi)
         ("replica_hi", "i8"),
-        ("slot_lo", "i8"),  # its execution slots and idle ring
+        ("slot_lo", "i8"),  # its execution slots
         ("slot_hi", "i8"),
-        ("event_lo", "i8"),  # its event heap
-        ("event_hi", "i8"),
-        ("error_share", "f8"),  # 1 - accuracy
+        ("tree_lo", "i8"),  # its trees, if it routes to the least outstanding
+        ("tree_hi", "i8"),
         ("initial", "i8"),
         ("seed_demand", "u8"),
         ("seed_noise", "u8"),
@@ -51,15 +60,99 @@ PARAMETERS: Final = np.dtype(
     align=True,
 )
 
+VARIANT: Final = np.dtype(
+    [
+        ("needs", "f8", RESOURCE_COUNT),
+        ("whole", "i8"),  # 1: takes a node of its own
+        ("error_share", "f8"),  # 1 - accuracy
+        ("pull_s", "f8"),
+        ("pull_table", "i8"),
+        ("load_s", "f8"),
+        ("load_table", "i8"),
+        ("warm_share", "f8"),
+    ],
+    align=True,
+)
+
+# [variant, pool]: a batch of n takes times[offset + 2 n] + times[offset + 2 n + 1] * its demand, in seconds
+LAW: Final = np.dtype([("offset", "i8"), ("noise", "i8")], align=True)  # offset -1: may not run there
+
 POOL: Final = np.dtype(
     [
         ("usd_per_s", "f8"),
         ("boot_s", "f8"),
+        ("boot_table", "i8"),
         ("max_nodes", "i8"),
         ("min_lifetime_s", "f8"),
         ("granularity_s", "f8"),
         ("minimum_s", "f8"),
         ("network_s", "f8"),
+        ("has", "f8", RESOURCE_COUNT),
+        ("whole", "i8"),  # 1: a node carries one replica
+        ("zone_lo", "i8"),  # its zones are zones[zone_lo:zone_hi]
+        ("zone_hi", "i8"),
+        ("idle_removal_s", "f8"),
+        ("failing", "f8"),
+        ("crashes_per_s", "f8"),
+        ("slow_share", "f8"),
+        ("slow_factor", "f8"),
+        ("interruptions_per_s", "f8"),
+        ("notice_s", "f8"),
+        ("spot", "i8"),
+    ],
+    align=True,
+)
+
+# times at which a pool's nodes in a zone are taken away, and none are given
+CLOSURE: Final = np.dtype(
+    [("pool", "i8"), ("zone", "i8"), ("start_s", "f8"), ("end_s", "f8"), ("notice_s", "f8")], align=True
+)
+
+NODE: Final = np.dtype(
+    [
+        ("state", "i8"),  # GONE, READY (from its order on) or DRAINING (cordoned)
+        ("pool", "i8"),
+        ("zone", "i8"),
+        ("ordinal", "i8"),  # the how manieth node of the world
+        ("owner", "i8"),  # the service for which it was opened
+        ("replicas", "i8"),
+        ("free", "f8", RESOURCE_COUNT),
+        ("ordered_s", "f8"),
+        ("up_s", "f8"),
+        ("notice_s", "f8"),
+        ("death_s", "f8"),
+        ("failing", "i8"),  # 1: its death is that it never came
+        ("empty_s", "f8"),  # since when it has been empty
+        ("pace", "f8"),
+        ("billed_s", "f8"),
+        ("share", "f8"),  # sum of the shares of its replicas
+        ("cost_usd", "f8"),  # of the last tick
+        ("cost_s", "f8"),
+        ("siblings", "i8"),  # replicas of the service that is being placed
+    ],
+    align=True,
+)
+
+# what a placement rule sees of one node that a replica could go to
+CANDIDATE: Final = np.dtype(
+    [
+        ("node", "i8"),  # -1: a new one
+        ("pool", "i8"),
+        ("zone", "i8"),
+        ("preference", "i8"),  # place of the pool in the service's list, from 0
+        ("has", "f8", RESOURCE_COUNT),  # what the node has (0: not modelled)
+        ("free", "f8", RESOURCE_COUNT),  # of which is free, before this replica
+        ("needs", "f8", RESOURCE_COUNT),  # what the replica takes
+        ("usd_per_hour", "f8"),
+        ("spot", "i8"),
+        ("interruptions_per_hour", "f8"),
+        ("ready_in_s", "f8"),  # expected time until the replica serves: boot, pull, load
+        ("batch_s", "f8"),  # time of a full batch there
+        ("replicas", "i8"),  # on the node
+        ("siblings", "i8"),  # of the same service on the node
+        ("in_zone", "i8"),  # of the same service in the node's zone
+        ("in_emptiest_zone", "i8"),  # in the zone, of those with a candidate, that has fewest
+        ("service", "i8"),
     ],
     align=True,
 )
@@ -73,31 +166,26 @@ _QUEUE: Final = [
     ("forming", "i8"),  # requests in the open batch
     ("forming_head", "i8"),
     ("forming_since_s", "f8"),
-    ("timer", "i8"),  # 1 while a timer of this queue is in the event heap
+    ("able_s", "f8"),  # since when a batch has been complete: enough wait, or one is closed
 ]
 
 ROW: Final = np.dtype(
     [
         *_QUEUE,
-        ("arrived", "i8"),  # number of the next request
         ("turn", "i8"),  # round robin
         ("ready", "i8"),  # length of the ready list
-        ("idle_first", "i8"),  # ring of idle slots
-        ("idle", "i8"),
-        ("events", "i8"),  # length of the event heap
-        ("free", "i8"),  # first free request slot, -1: none
-        ("fresh", "i8"),  # request slots from here on were never used
-        ("executing", "i8"),  # requests in execution
-        ("busy", "i8"),  # slots in execution
-        ("inside", "i8"),  # requests waiting or in execution
+        ("span", "i8"),  # replicas from here on are gone
         ("pending", "i8"),
+        ("replacing", "i8"),  # replicas in excess while a variant is rolled out
         ("pool", "i8"),  # where pending replicas may go
+        ("variant", "i8"),  # the variant of new replicas
         ("max_batch", "i8"),
         ("ordinal", "i8"),  # number of the next replica
-        ("arrival_lo", "i8"),  # unread arrivals are [arrival_lo, arrival_hi)
+        ("storage_lo", "i8"),  # its arrivals and requests are [storage_lo, storage_hi)
+        ("storage_hi", "i8"),
+        ("arrival_lo", "i8"),  # of these, from storage_lo on, [arrival_lo, arrival_hi) have not come yet
         ("arrival_hi", "i8"),
-        ("request_lo", "i8"),  # request slots are [request_lo, request_hi)
-        ("request_hi", "i8"),
+        ("first_number", "i8"),  # the request in place i is number first_number + i
     ],
     align=True,
 )
@@ -107,32 +195,26 @@ REPLICA: Final = np.dtype(
     [
         *_QUEUE,
         ("state", "i8"),
+        ("node", "i8"),
         ("pool", "i8"),
+        ("variant", "i8"),
         ("ordinal", "i8"),
+        ("lives", "i8"),  # starts, of which all but the first follow a crash
         ("ordered_s", "f8"),
         ("ready_s", "f8"),
+        ("crash_s", "f8"),
+        ("death_s", "f8"),  # of its node
         ("gone_s", "f8"),
-        ("billed_s", "f8"),
-        ("lived_s", "f8"),
-        ("executing", "i8"),
-        ("busy", "i8"),
+        ("pace", "f8"),
+        ("share", "f8"),  # dominant share of the node
     ],
     align=True,
 )
 
-REQUEST: Final = np.dtype(
-    [
-        ("time_s", "f8"),
-        ("deadline_s", "f8"),
-        ("demand", "f8"),
-        ("number", "i8"),
-        ("next", "i4"),
-        ("batch", "i4"),
-    ],
-    align=True,
-)
-SLOT: Final = np.dtype([("head", "i8"), ("size", "i8"), ("replica", "i8")], align=True)
-EVENT: Final = np.dtype([("time_s", "f8"), ("key", "i8")], align=True)
+# parallel to the arrivals: the next in its queue or batch, and the size of the closed batch that it heads
+REQUEST: Final = np.dtype([("next", "i4"), ("batch", "i4")], align=True)
+EVENT: Final = np.dtype([("time_s", "f8"), ("number", "i8")], align=True)
+SLOT: Final = np.dtype([("free_s", "f8"), ("head", "i8"), ("size", "i8"), ("replica", "i8")], align=True)
 
 # what one service did during one tick; `control.policy.FEATURES` is computed from these
 TICK: Final = np.dtype(
@@ -144,6 +226,7 @@ TICK: Final = np.dtype(
         ("rejected", "i8"),
         ("timed_out", "i8"),
         ("abandoned", "i8"),
+        ("lost", "i8"),
         ("overdue", "i8"),
         ("latency_s", "f8"),
         ("latency_p95_s", "f8"),
@@ -159,6 +242,7 @@ TICK: Final = np.dtype(
         ("starting", "i8"),
         ("pending", "i8"),
         ("draining", "i8"),
+        ("failed", "i8"),  # replicas that died, crashed or were interrupted
         ("max_batch", "i8"),
         ("wrong", "f8"),
         ("node_usd", "f8"),
@@ -175,6 +259,7 @@ COUNTS: Final = (
     "rejected",
     "timed_out",
     "abandoned",
+    "lost",
     "overdue",
     "latency_s",
     "inside_s",
@@ -188,5 +273,42 @@ COUNTS: Final = (
     "replica_s",
 )
 
-# what a policy orders for one row; max_batch 0 and pool ANY_POOL leave what is in force
-ORDER: Final = np.dtype([("order", "i8"), ("release", "i8"), ("max_batch", "i8"), ("pool", "i8")], align=True)
+# what a policy orders for one row; max_batch 0, pool ANY_POOL and variant SAME_VARIANT leave what is in force
+ORDER: Final = np.dtype(
+    [("order", "i8"), ("release", "i8"), ("max_batch", "i8"), ("pool", "i8"), ("variant", "i8")], align=True
+)
+
+# --- the arrays that the kernel's entry points take, each with its type and number of axes ---------------------
+_STATE: Final = {  # what compiled code writes; a first axis of the last eight is worlds
+    "rows": (ROW, 1),
+    "params": (PARAMETERS, 1),
+    "ticks": (TICK, 1),
+    "replicas": (REPLICA, 1),
+    "ready": ("i8", 1),
+    "slots": (SLOT, 1),
+    "heap": (EVENT, 1),
+    "trees": ("f8", 2),
+    "scratch": ("i8", 2),
+    "nodes": (NODE, 2),
+    "summary": ("i8", 2),
+    "in_zone": ("i8", 2),
+    "cached": ("u1", 3),
+    "closures": (CLOSURE, 2),
+    "candidate": (CANDIDATE, 1),
+    "seeds": ("u8", 1),
+}
+_NUMBERS: Final = {  # what it only reads; see `numbers`
+    "pools": (POOL, 1),
+    "zones": ("i8", 1),
+    "variants": (VARIANT, 1),
+    "laws": (LAW, 2),
+    "times": ("f8", 1),
+    "tables": ("f8", 2),
+    "preference": ("i8", 2),
+    "zone_ok": ("u1", 2),
+    "slowdown": ("f8", 2),
+}
+State = namedtuple("State", list(_STATE))
+Numbers = namedtuple("Numbers", list(_NUMBERS))
+EMPTY_STATE: Final = State(*(np.zeros((0,) * axes, kind) for kind, axes in _STATE.values()))
+EMPTY_NUMBERS: Final = Numbers(*(np.zeros((0,) * axes, kind) for kind, axes in _NUMBERS.values()))

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numba import njit
 
-from pilotage.engine.kernel import from_table, uniform
+from pilotage.engine.randomness import from_table, uniform
 
 compiled = njit(cache=True, nogil=True, error_model="numpy")
 

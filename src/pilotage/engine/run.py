@@ -51,7 +51,7 @@ def bill(counters: np.ndarray, scenario: Scenario) -> np.ndarray:
     return dollars(
         counters["node_usd"],
         counters["late"] + counters["overdue"],
-        counters["rejected"] + counters["timed_out"] + counters["abandoned"],
+        counters["rejected"] + counters["timed_out"] + counters["abandoned"] + counters["lost"],
         counters["wrong"],
         0.0,
         prices(scenario),

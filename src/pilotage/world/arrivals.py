@@ -33,7 +33,7 @@ Block = tuple[np.ndarray, float]  # sorted arrival times, and the time before wh
 
 BLOCK: Final = 8192  # arrivals drawn at once
 STEP_S: Final = 10.0  # the rate of `diurnal` is constant over a step
-STEPS: Final = 64  # steps of rate computed at once
+STEPS: Final = 256  # steps of rate computed at once
 DAY_S: Final = 86400.0
 
 
@@ -481,13 +481,30 @@ def _log_normal_ar1(rng: np.random.Generator, cv: float, correlation_s: float) -
             yield np.ones(STEPS)
     variance = math.log1p(cv**2)
     phi = math.exp(-STEP_S / correlation_s)
-    lag = np.subtract.outer(np.arange(STEPS), np.arange(STEPS))
+    run = 64  # steps that one product of matrices takes from one state to those that follow it
+    lag = np.subtract.outer(np.arange(run), np.arange(run))
     weights = np.where(lag >= 0, phi ** np.maximum(lag, 0), 0.0) * math.sqrt(1 - phi * phi)
+    decay = phi ** np.arange(1, run + 1)
     last = rng.standard_normal()
     while True:
-        states = weights @ rng.standard_normal(STEPS) + phi ** np.arange(1, STEPS + 1) * last
-        last = states[-1]
-        yield np.exp(math.sqrt(variance) * states - variance / 2)
+        states = rng.standard_normal((STEPS // run, run)) @ weights.T
+        for part in states:
+            part += decay * last
+            last = part[-1]
+        yield np.exp(math.sqrt(variance) * states.ravel() - variance / 2)
+
+
+def carry(
+    start: float, gaps: np.ndarray, cumulative: np.ndarray, edges: np.ndarray, last_s: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Operational times start + cumsum(gaps), and the clock times of those before cumulative[-1], up to last_s.
+
+    `cumulative` is the integral of the rate at `edges`. The engine puts a compiled twin in this place, which gives the
+    same bits: this is most of the work of drawing traffic, and this package must not depend on a compiler.
+    """
+    ahead = start + np.cumsum(gaps)
+    inside = ahead[: np.searchsorted(ahead, cumulative[-1])]
+    return ahead, np.minimum(np.interp(inside, cumulative, edges), last_s)
 
 
 def _timed(gaps: Iterator[np.ndarray], rates: Iterator[tuple[np.ndarray, np.ndarray]]) -> Iterator[Block]:
@@ -495,13 +512,11 @@ def _timed(gaps: Iterator[np.ndarray], rates: Iterator[tuple[np.ndarray, np.ndar
     ahead = np.cumsum(next(gaps))  # operational times, counted from the start of the current piece of rates
     for edges, rate in rates:
         cumulative = np.concatenate([[0.0], np.cumsum(rate * np.diff(edges))])
-        last_s = np.nextafter(edges[-1], -np.inf)
-        while True:
-            inside = np.searchsorted(ahead, cumulative[-1])
-            times = np.minimum(np.interp(ahead[:inside], cumulative, edges), last_s)
-            if inside < len(ahead):
-                yield times, float(edges[-1])
-                ahead = ahead[inside:] - cumulative[-1]
-                break
+        last_s = float(np.nextafter(edges[-1], -np.inf))
+        inside = ahead[: np.searchsorted(ahead, cumulative[-1])]
+        times = np.minimum(np.interp(inside, cumulative, edges), last_s)
+        while len(times) == len(ahead):
             yield times, float(times[-1])
-            ahead = ahead[-1] + np.cumsum(next(gaps))
+            ahead, times = carry(float(ahead[-1]), next(gaps), cumulative, edges, last_s)
+        yield times, float(edges[-1])
+        ahead = ahead[len(times) :] - cumulative[-1]

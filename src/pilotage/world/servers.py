@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from statistics import NormalDist
@@ -10,6 +11,7 @@ from typing import Annotated, Final, Literal
 import numpy as np
 from msgspec import Meta
 
+from pilotage.world.pools import Resources
 from pilotage.world.spec import Name, NonNegative, Positive, PositiveCount, Probability, Spec, SpecError
 
 # A distribution is drawn through a table of its quantiles: TABLE_CELLS equal steps of probability, of which
@@ -33,13 +35,14 @@ def quantile_table(quantile: Callable[[float], float]) -> np.ndarray:
     return table / float(np.sum(weights * (table[1:] + table[:-1]) / 2))
 
 
+@functools.cache
 def log_normal_table(cv: float) -> np.ndarray:
-    """Quantile table of the log-normal law with mean 1 and coefficient of variation `cv`."""
-    if cv == 0:
-        return np.ones(2 * TABLE_CELLS)
+    """Quantile table of the log-normal law with mean 1 and coefficient of variation `cv`; not to be written."""
     sigma = math.sqrt(math.log1p(cv * cv))
     normal = NormalDist()
-    return quantile_table(lambda p: math.exp(sigma * normal.inv_cdf(p)))
+    table = quantile_table(lambda p: math.exp(sigma * normal.inv_cdf(p))) if cv else np.ones(2 * TABLE_CELLS)
+    table.setflags(write=False)
+    return table
 
 
 class Demand(Spec, frozen=True, kw_only=True, tag_field="kind"):
@@ -122,13 +125,48 @@ LatencyLaw = Affine | Table
 
 
 class Variant(Spec, frozen=True, kw_only=True):
-    """One build of the model: its accuracy, its load time, and its latency law on each pool it can run on."""
+    """One build of the model: its accuracy, what it needs, and its latency law on each pool it can run on.
+
+    A replica on a node that has not carried this variant yet first pulls the image for `image_pull_s`
+    (log-normal, coefficient of variation `image_pull_cv`), then loads the weights for `load_s` (log-normal,
+    `load_cv`; or `load_quantiles_s`: measured load times at equal steps of probability from 0 to 1). Where
+    it has run before, image and weights are cached: the load takes `warm_load_share` of its time.
+    """
 
     name: Name
     latency: dict[Name, LatencyLaw]
     accuracy: Probability = 1.0
+    resources: Resources | None = None
+    image_pull_s: NonNegative = 0.0
+    image_pull_cv: NonNegative = 0.0
     load_s: NonNegative = 0.0
     load_cv: NonNegative = 0.0
+    load_quantiles_s: tuple[NonNegative, ...] | None = None
+    warm_load_share: Probability = 1.0
+
+    def __post_init__(self) -> None:
+        if self.load_quantiles_s is None:
+            return
+        if self.load_s or self.load_cv:
+            raise SpecError("load_quantiles_s is given beside load_s or load_cv; give one or the other")
+        if len(self.load_quantiles_s) < 2 or list(self.load_quantiles_s) != sorted(self.load_quantiles_s):
+            raise SpecError("load_quantiles_s must be at least two load times in ascending order")
+        if self.load_quantiles_s[-1] <= 0:
+            raise SpecError("load_quantiles_s are all 0; leave it out for a model that loads in no time")
+
+    def load_law(self) -> tuple[float, np.ndarray]:
+        """Mean cold load time in seconds, and the quantile table of its relative value."""
+        if self.load_quantiles_s is None:
+            return self.load_s, log_normal_table(self.load_cv)
+        steps = np.linspace(0, 1, len(self.load_quantiles_s))
+        seconds = np.asarray(self.load_quantiles_s)
+        mean_s = float(np.sum((seconds[1:] + seconds[:-1]) / 2) / (len(seconds) - 1))
+        return mean_s, quantile_table(lambda p: float(np.interp(p, steps, seconds)))
+
+    @property
+    def start_up_s(self) -> float:
+        """Expected time from a node that is up to readiness, with nothing cached, in seconds."""
+        return self.image_pull_s + self.load_law()[0]
 
 
 class BatchServer(Spec, frozen=True, kw_only=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
@@ -20,9 +20,13 @@ class Economics(Spec, frozen=True, kw_only=True):
 
 
 class Service(Spec, frozen=True, kw_only=True):
-    """A deployed model. `pools` lists where it may run, in order of preference; the first variant is live.
+    """A deployed model. `pools` lists where it may run, in order of preference; the first variant is live at
+    the start, and a policy may switch to another. `zones` (None: all) and `max_per_node` bound where its
+    replicas go.
 
-    A request is late when its latency exceeds `slo_ms`.
+    A request is late when its latency exceeds `slo_ms`. What executes or waits on a replica that dies is
+    served anew from the start (`on_failure` *retry*) or *lost*. A replica's process crashes at a rate of
+    `crashes_per_hour` and is restarted on its node.
     """
 
     name: Name
@@ -36,6 +40,10 @@ class Service(Spec, frozen=True, kw_only=True):
     min_replicas: Count = 1
     max_replicas: PositiveCount = 100
     initial_replicas: Count = 1
+    zones: Annotated[tuple[Name, ...], Meta(min_length=1)] | None = None
+    max_per_node: PositiveCount | None = None
+    on_failure: Literal["retry", "lost"] = "retry"
+    crashes_per_hour: NonNegative = 0.0
 
     def __post_init__(self) -> None:
         if self.min_replicas > self.max_replicas:
@@ -44,11 +52,24 @@ class Service(Spec, frozen=True, kw_only=True):
             raise SpecError(
                 f"initial_replicas {self.initial_replicas} exceeds max_replicas {self.max_replicas}"
             )
+        for what, given in (("pools", self.pools), ("zones", self.zones or ())):
+            if len(set(given)) < len(given):
+                raise SpecError(f"{what} {', '.join(given)}: one is named twice; names must differ")
+        names = [variant.name for variant in self.variants]
+        for name in names:
+            if names.count(name) > 1:
+                raise SpecError(f"variant name {name!r} is used {names.count(name)} times; names must differ")
         for pool in self.pools:
             if pool not in self.variants[0].latency:
                 raise SpecError(
                     f"variant {self.variants[0].name!r} has no latency law for pool {pool!r}; "
                     f"it has laws for: {', '.join(self.variants[0].latency)}"
+                )
+        for variant in self.variants:
+            if not set(self.pools) & set(variant.latency):
+                raise SpecError(
+                    f"variant {variant.name!r} has no latency law for any of the service's pools; "
+                    f"give one for at least one of: {', '.join(self.pools)}"
                 )
 
     @property

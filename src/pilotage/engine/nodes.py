@@ -1,0 +1,572 @@
+"""Nodes and replicas of a world: decisions taken in, notices, rollouts, placement, and bills.
+
+All of this happens at ticks, one world at a time; `Fleet` bundles the arrays of one world.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import namedtuple
+
+import numpy as np
+
+from pilotage.engine.layout import DRAINING, GONE, READY, RESOURCE_COUNT, STARTING
+from pilotage.engine.randomness import compiled, hot, quantile, uniform, waiting_time
+
+Fleet = namedtuple(
+    "Fleet",
+    "rows params ticks replicas ready slots nodes summary in_zone cached closures candidate preference zone_ok "
+    "slowdown pools zones variants laws times tables seed",
+)
+NODES_OPENED, NODE_SPAN = 0, 1  # summary: the ordinal of the next node, and the slots that were ever used;
+POOL_NODES = 2  # from here on, nodes per pool
+_ROUNDING = 1e-9  # ticks of 0.1 s do not add up to whole seconds exactly; nobody is billed for that
+_DRAWS = 8  # draws of one node: boot, failure, slowness, crash, interruption
+
+
+# --- the life of nodes -------------------------------------------------------------------------------------
+@compiled
+def open_node(f, p, zone, service, now):
+    """Orders a node of pool p in a zone; what will happen to it is drawn now. Returns its slot."""
+    n = 0
+    while f.nodes[n]["state"] != GONE:
+        n += 1
+    f.summary[NODE_SPAN] = max(f.summary[NODE_SPAN], n + 1)
+    number = _DRAWS * f.summary[NODES_OPENED]
+    node, pool = f.nodes[n], f.pools[p]
+    node["ordinal"] = f.summary[NODES_OPENED]
+    f.summary[NODES_OPENED] += 1
+    f.summary[POOL_NODES + p] += 1
+    f.cached[n, :] = 0
+    node["state"] = READY
+    node["pool"], node["zone"], node["owner"], node["replicas"] = p, zone, service, 0
+    for j in range(RESOURCE_COUNT):
+        node["free"][j] = pool["has"][j]
+    node["ordered_s"] = now
+    node["up_s"] = now + pool["boot_s"] * quantile(f.tables, pool["boot_table"], f.seed, number)
+    node["empty_s"] = now
+    slow = uniform(f.seed, number + 2) < pool["slow_share"]
+    node["pace"] = pool["slow_factor"] if slow else 1.0
+    node["billed_s"], node["share"], node["cost_usd"], node["cost_s"] = 0.0, 0.0, 0.0, 0.0
+    node["failing"] = 0
+    set_fate(f, node, number)
+    if uniform(f.seed, number + 1) < pool["failing"]:
+        node["failing"] = 1
+        node["notice_s"], node["death_s"] = math.inf, node["up_s"]
+    return n
+
+
+@compiled
+def set_fate(f, node, number):
+    """When the node is told to go, and when it goes: by a crash, an interruption, or its zone's next closure."""
+    pool = f.pools[node["pool"]]
+    node["death_s"] = node["up_s"] + waiting_time(f.seed, number + 3, pool["crashes_per_s"])
+    node["notice_s"] = node["up_s"] + waiting_time(f.seed, number + 4, pool["interruptions_per_s"])
+    node["death_s"] = min(node["death_s"], node["notice_s"] + pool["notice_s"])
+    for i in range(f.closures.shape[0]):
+        closure = f.closures[i]
+        mine = closure["pool"] == node["pool"] and closure["zone"] == node["zone"]
+        if mine and closure["end_s"] > node["ordered_s"]:
+            node["death_s"] = min(node["death_s"], closure["start_s"])
+            if closure["notice_s"] > 0:
+                node["notice_s"] = min(node["notice_s"], closure["start_s"] - closure["notice_s"])
+
+
+@hot
+def is_closed(f, p, zone, now):
+    for i in range(f.closures.shape[0]):
+        closure = f.closures[i]
+        if closure["pool"] == p and closure["zone"] == zone:
+            if closure["start_s"] - closure["notice_s"] <= now < closure["end_s"]:
+                return True
+    return False
+
+
+@compiled
+def end_s(f, node, until):
+    """When a node goes, or `until` if it is there till then: at its death, or after it has been empty for long."""
+    end = min(until, node["death_s"])
+    if node["replicas"] == 0:
+        end = min(end, max(node["empty_s"] + f.pools[node["pool"]]["idle_removal_s"], node["ordered_s"]))
+    return end
+
+
+@compiled
+def clear(f, now):
+    """Removes the nodes that have gone by now; they are billed already."""
+    for n in range(f.summary[NODE_SPAN]):
+        node = f.nodes[n]
+        if node["state"] != GONE:
+            if node["death_s"] < now or node["replicas"] == 0 and end_s(f, node, math.inf) <= now:
+                node["state"] = GONE
+                f.summary[POOL_NODES + node["pool"]] -= 1
+    while f.summary[NODE_SPAN] > 0 and f.nodes[f.summary[NODE_SPAN] - 1]["state"] == GONE:
+        f.summary[NODE_SPAN] -= 1
+
+
+@compiled
+def detach(f, r, variant, at_s):
+    """Gives back what a replica that has gone had of its node."""
+    node = f.nodes[r["node"]]
+    node["replicas"] -= 1
+    node["empty_s"] = max(node["empty_s"], at_s)
+    for j in range(RESOURCE_COUNT):
+        if node["replicas"] == 0 or variant["whole"]:
+            node["free"][j] = f.pools[node["pool"]]["has"][j]  # exactly, whatever rounding there was
+        else:
+            node["free"][j] += variant["needs"][j]
+
+
+@compiled
+def leave_now(f, s, k, now, until):
+    """A replica that has nothing to do goes at the tick itself."""
+    param, row, tick = f.params[s], f.rows[s], f.ticks[s]
+    r = f.replicas[param["replica_lo"] + k]
+    tick["replica_s"] -= until - now
+    if r["state"] != STARTING:
+        tick["ready_s"] -= (until - now) * param["slots"]
+    r["state"] = GONE
+    r["gone_s"] = now
+    detach(f, r, f.variants[r["variant"]], now)
+    r["node"] = -1
+
+
+@compiled
+def stop_serving(f, s, k):
+    row, param = f.rows[s], f.params[s]
+    ready = f.ready[param["replica_lo"] : param["replica_hi"]]
+    n = 0
+    for j in range(row["ready"]):
+        if ready[j] != k:
+            ready[n] = ready[j]
+            n += 1
+    row["ready"] = n
+
+
+@compiled
+def is_idle(f, s, k):
+    lo, per = f.params[s]["slot_lo"], f.params[s]["slots"]
+    for e in range(lo + k * per, lo + (k + 1) * per):
+        if f.slots[e]["size"] > 0:
+            return False
+    return True
+
+
+@compiled
+def drain(f, s, k, now, until):
+    """Takes replica k out of service; it goes when it has finished what it has."""
+    r = f.replicas[f.params[s]["replica_lo"] + k]
+    if r["state"] == READY:
+        stop_serving(f, s, k)
+        r["state"] = DRAINING
+        r["gone_s"] = now
+    if r["state"] == STARTING or r["waiting"] == 0 and is_idle(f, s, k):
+        leave_now(f, s, k, now, until)
+
+
+@compiled
+def open_books(f, s, tick_s):
+    """The integrals of a tick over the replicas there are, as if nothing changed; changes correct them."""
+    tick, param = f.ticks[s], f.params[s]
+    tick["seconds"] = tick_s
+    for k in range(f.rows[s]["span"]):
+        state = f.replicas[param["replica_lo"] + k]["state"]
+        if state != GONE:
+            tick["replica_s"] += tick_s
+        if state >= READY:
+            tick["ready_s"] += tick_s * param["slots"]
+
+
+# --- decisions ---------------------------------------------------------------------------------------------
+@compiled
+def decide(f, s, order, now, until):
+    """Takes in the decision for service s. What it may not have (a pool, a variant) is ignored."""
+    row, param = f.rows[s], f.params[s]
+    if order["pool"] >= 0 and f.preference[s, order["pool"]] >= 0:
+        row["pool"] = order["pool"]
+    if 0 <= order["variant"] < param["variant_hi"] - param["variant_lo"]:
+        row["variant"] = param["variant_lo"] + order["variant"]
+    if order["max_batch"] > 0:
+        row["max_batch"] = min(order["max_batch"], param["batch_limit"])
+    left = max(order["release"], 0)
+    taken = min(left, row["pending"])
+    row["pending"] -= taken
+    left -= taken
+    for state in (STARTING, READY):
+        while left > 0:
+            k = youngest(f, s, state, -1, now)
+            if k < 0:
+                break
+            drain(f, s, k, now, until)
+            left -= 1
+    row["pending"] += max(order["order"], 0)
+
+
+@compiled
+def youngest(f, s, state, spared, now):
+    """The replica of service s last placed, in `state` and not of variant `spared`, that may be released; or -1."""
+    row, param = f.rows[s], f.params[s]
+    best, ordinal = -1, -1
+    for k in range(row["span"]):
+        r = f.replicas[param["replica_lo"] + k]
+        if r["state"] == state and r["ordinal"] > ordinal and r["variant"] != spared:
+            age_s = now - f.nodes[r["node"]]["ordered_s"]
+            if age_s >= f.pools[r["pool"]]["min_lifetime_s"] - _ROUNDING:
+                best, ordinal = k, r["ordinal"]
+    return best
+
+
+@compiled
+def act_on_notices(f, now, until):
+    """Cordons the nodes that were told to go; their replicas drain and are ordered anew."""
+    any_told = False
+    for n in range(f.summary[NODE_SPAN]):
+        node = f.nodes[n]
+        if node["state"] == READY and node["notice_s"] <= now:
+            node["state"] = DRAINING
+            any_told = True
+    if not any_told:
+        return
+    for s in range(f.rows.shape[0]):
+        for k in range(f.rows[s]["span"]):
+            r = f.replicas[f.params[s]["replica_lo"] + k]
+            if r["state"] == STARTING or r["state"] == READY:
+                if f.nodes[r["node"]]["state"] == DRAINING:
+                    f.rows[s]["pending"] += 1
+                    f.ticks[s]["failed"] += 1
+                    drain(f, s, k, now, until)
+
+
+@compiled
+def roll_out(f, s, now, until):
+    """One step towards all replicas being of the variant in force: orders replacements, releases the replaced."""
+    row, param = f.rows[s], f.params[s]
+    total, ready, old = row["pending"], 0, 0
+    for k in range(row["span"]):
+        r = f.replicas[param["replica_lo"] + k]
+        if r["state"] == STARTING or r["state"] == READY:
+            total += 1
+            ready += r["state"] == READY
+            old += r["variant"] != row["variant"]
+    row["replacing"] = min(row["replacing"], total)
+    if old == 0 and row["replacing"] == 0:
+        return
+    desired = total - row["replacing"]
+    while row["replacing"] > 0 and ready > desired:
+        k = youngest(f, s, READY, row["variant"] if old > 0 else -1, now)
+        if k < 0:
+            break
+        drain(f, s, k, now, until)
+        ready -= 1
+        old -= 1
+        row["replacing"] -= 1
+    surge = max((desired + 3) // 4, 1)
+    more = min(old, surge) - row["replacing"]
+    if more > 0:
+        row["replacing"] += more
+        row["pending"] += more
+
+
+# --- placement ---------------------------------------------------------------------------------------------
+@compiled
+def place_all(f, rule, weights, now):
+    """Gives pending replicas nodes, one per service and round, until nothing fits."""
+    placed = True
+    while placed:
+        placed = False
+        for s in range(f.rows.shape[0]):
+            if f.rows[s]["pending"] > 0 and place(f, s, rule, weights, now):
+                placed = True
+
+
+@compiled
+def vacancy(f, s):
+    """The first free replica slot of service s, or -1."""
+    row, param = f.rows[s], f.params[s]
+    for k in range(row["span"]):
+        r = f.replicas[param["replica_lo"] + k]
+        if r["state"] == GONE and r["node"] < 0:
+            return k
+    return row["span"] if row["span"] < param["replica_hi"] - param["replica_lo"] else -1
+
+
+@hot
+def may_go(f, s, p, zone):
+    row, param = f.rows[s], f.params[s]
+    return (
+        f.preference[s, p] >= 0
+        and (row["pool"] < 0 or row["pool"] == p)
+        and f.laws[row["variant"], p]["offset"] >= 0
+        and f.zone_ok[s, zone]
+        and param["max_per_node"] > 0
+    )
+
+
+@hot
+def fits(f, s, node):
+    """Whether one more replica of service s fits on a node that is open."""
+    row, pool = f.rows[s], f.pools[node["pool"]]
+    variant = f.variants[row["variant"]]
+    if node["siblings"] >= f.params[s]["max_per_node"]:
+        return False
+    if pool["whole"] or variant["whole"]:
+        return node["replicas"] == 0
+    for j in range(RESOURCE_COUNT):
+        if variant["needs"][j] > node["free"][j] + _ROUNDING:
+            return False
+    return True
+
+
+@compiled
+def place(f, s, rule, weights, now):
+    """Puts one pending replica of service s where the rule scores highest; returns whether it fits anywhere."""
+    row, param = f.rows[s], f.params[s]
+    k = vacancy(f, s)
+    if k < 0:
+        return False
+    count_siblings(f, s)
+    emptiest = emptiest_zone(f, s, now)
+    if emptiest < 0:
+        return False
+    best, best_n, best_p, best_zone, ordinal = -math.inf, -1, -1, -1, 0
+    for n in range(f.summary[NODE_SPAN]):
+        node = f.nodes[n]
+        if is_candidate(f, s, node, now):
+            score = assess(f, s, n, node["pool"], node["zone"], emptiest, rule, weights, now)
+            if score > best or (score == best and best_n >= 0 and node["ordinal"] < ordinal):
+                best, best_n, ordinal = score, n, node["ordinal"]
+    for preference in range(f.pools.shape[0]):
+        for p in range(f.pools.shape[0]):
+            if f.preference[s, p] == preference:
+                for z in range(f.pools[p]["zone_lo"], f.pools[p]["zone_hi"]):
+                    if has_room(f, s, p, f.zones[z], now):
+                        score = assess(f, s, -1, p, f.zones[z], emptiest, rule, weights, now)
+                        if score > best:
+                            best, best_n, best_p, best_zone = score, -1, p, f.zones[z]
+    if best == -math.inf:
+        return False
+    if best_n < 0:
+        best_n = open_node(f, best_p, best_zone, s, now)
+    settle(f, s, k, best_n, now)
+    row["pending"] -= 1
+    return True
+
+
+@compiled
+def count_siblings(f, s):
+    """How many replicas service s has per node and per zone."""
+    row, param = f.rows[s], f.params[s]
+    f.in_zone[:] = 0
+    for n in range(f.summary[NODE_SPAN]):
+        f.nodes[n]["siblings"] = 0
+    for k in range(row["span"]):
+        r = f.replicas[param["replica_lo"] + k]
+        if r["state"] == STARTING or r["state"] == READY:
+            f.nodes[r["node"]]["siblings"] += 1
+            f.in_zone[f.nodes[r["node"]]["zone"]] += 1
+
+
+@hot
+def is_candidate(f, s, node, now):
+    return (
+        node["state"] == READY
+        and node["death_s"] > now
+        and may_go(f, s, node["pool"], node["zone"])
+        and fits(f, s, node)
+    )
+
+
+@hot
+def has_room(f, s, p, zone, now):
+    """Whether pool p can open a node for service s in a zone."""
+    room = f.summary[POOL_NODES + p] < f.pools[p]["max_nodes"]
+    return room and may_go(f, s, p, zone) and not is_closed(f, p, zone, now)
+
+
+@compiled
+def emptiest_zone(f, s, now):
+    """The fewest replicas that service s has in a zone with a candidate; -1 if there is no candidate."""
+    fewest = -1
+    for n in range(f.summary[NODE_SPAN]):
+        zone = f.nodes[n]["zone"]
+        if (fewest < 0 or f.in_zone[zone] < fewest) and is_candidate(f, s, f.nodes[n], now):
+            fewest = f.in_zone[zone]
+    for p in range(f.pools.shape[0]):
+        for z in range(f.pools[p]["zone_lo"], f.pools[p]["zone_hi"]):
+            zone = f.zones[z]
+            if (fewest < 0 or f.in_zone[zone] < fewest) and has_room(f, s, p, zone, now):
+                fewest = f.in_zone[zone]
+    return fewest
+
+
+@compiled
+def assess(f, s, n, p, zone, emptiest, rule, weights, now):
+    """The rule's score of node n, or of a new node (n < 0) of pool p in a zone."""
+    c, param, pool = f.candidate[0], f.params[s], f.pools[p]
+    v = f.rows[s]["variant"]
+    variant = f.variants[v]
+    whole = variant["whole"] or pool["whole"]
+    c["node"], c["pool"], c["zone"], c["preference"], c["service"] = n, p, zone, f.preference[s, p], s
+    for j in range(RESOURCE_COUNT):
+        c["has"][j] = pool["has"][j]
+        c["free"][j] = pool["has"][j] if n < 0 else f.nodes[n]["free"][j]
+        c["needs"][j] = pool["has"][j] if whole else variant["needs"][j]
+    c["usd_per_hour"] = pool["usd_per_s"] * 3600
+    c["spot"] = pool["spot"]
+    c["interruptions_per_hour"] = pool["interruptions_per_s"] * 3600
+    warm = n >= 0 and f.cached[n, v] != 0
+    up_s = pool["boot_s"] if n < 0 else max(f.nodes[n]["up_s"] - now, 0.0)
+    c["ready_in_s"] = up_s + (
+        variant["load_s"] * variant["warm_share"] if warm else variant["pull_s"] + variant["load_s"]
+    )
+    at = f.laws[v, p]["offset"] + 2 * param["batch_limit"]
+    c["batch_s"] = f.times[at] + f.times[at + 1] * param["batch_limit"]
+    c["replicas"] = 0 if n < 0 else f.nodes[n]["replicas"]
+    c["siblings"] = 0 if n < 0 else f.nodes[n]["siblings"]
+    c["in_zone"] = f.in_zone[zone]
+    c["in_emptiest_zone"] = emptiest
+    return rule(c, weights)
+
+
+@compiled
+def settle(f, s, k, n, now):
+    """Puts a new replica into slot k of service s, on node n."""
+    row, param, node = f.rows[s], f.params[s], f.nodes[n]
+    pool, v = f.pools[node["pool"]], row["variant"]
+    variant = f.variants[v]
+    row["span"] = max(row["span"], k + 1)
+    r = f.replicas[param["replica_lo"] + k]
+    number = 4 * row["ordinal"]
+    r["ordinal"] = row["ordinal"]
+    row["ordinal"] += 1
+    r["waiting"], r["closed"], r["forming"], r["lives"], r["able_s"] = 0, 0, 0, 0, 0.0
+    r["state"] = STARTING
+    r["node"], r["pool"], r["variant"] = n, node["pool"], v
+    load_s = variant["load_s"] * quantile(f.tables, variant["load_table"], param["seed_start"], number + 1)
+    if f.cached[n, v]:
+        start_s = load_s * variant["warm_share"]
+    else:
+        start_s = load_s + variant["pull_s"] * quantile(
+            f.tables, variant["pull_table"], param["seed_start"], number
+        )
+    f.cached[n, v] = 1
+    f.ticks[s]["replica_s"] += f.ticks[s]["seconds"]
+    r["ordered_s"] = now
+    r["ready_s"] = max(now, node["up_s"]) + start_s
+    r["crash_s"], r["death_s"], r["gone_s"] = math.inf, node["death_s"], math.inf
+    r["pace"] = node["pace"]
+    node["replicas"] += 1
+    whole = variant["whole"] or pool["whole"]
+    r["share"] = 1.0 if whole else 0.0
+    for j in range(RESOURCE_COUNT):
+        if whole:
+            node["free"][j] = 0.0
+        else:
+            node["free"][j] -= variant["needs"][j]
+            if variant["needs"][j] > 0:
+                r["share"] = max(r["share"], variant["needs"][j] / pool["has"][j])
+
+
+@compiled
+def start_initial(f, rule, weights):
+    """Puts the initial replicas where the rule wants them; they and their nodes are ready at once."""
+    for s in range(f.rows.shape[0]):
+        f.rows[s]["pending"] = f.params[s]["initial"]
+    place_all(f, rule, weights, 0.0)
+    for n in range(f.summary[NODE_SPAN]):
+        node = f.nodes[n]
+        node["up_s"], node["failing"] = 0.0, 0
+        set_fate(f, node, _DRAWS * node["ordinal"])
+    for s in range(f.rows.shape[0]):
+        row, param = f.rows[s], f.params[s]
+        for k in range(row["span"]):
+            r = f.replicas[param["replica_lo"] + k]
+            r["state"], r["ready_s"], r["death_s"] = READY, 0.0, f.nodes[r["node"]]["death_s"]
+            r["crash_s"] = waiting_time(
+                param["seed_start"] + np.uint64(1), 64 * r["ordinal"], param["crashes_per_s"]
+            )
+            f.ready[param["replica_lo"] + k] = k
+            row["ready"] += 1
+            for e in range(
+                param["slot_lo"] + k * param["slots"], param["slot_lo"] + (k + 1) * param["slots"]
+            ):
+                f.slots[e]["free_s"], f.slots[e]["size"] = 0.0, 0
+
+
+@compiled
+def set_paces(f):
+    """How much slower replicas are than the law says: their node's slowness, and their neighbours'."""
+    if f.slowdown.shape[0] == 0:
+        return
+    for s in range(f.rows.shape[0]):
+        for k in range(f.rows[s]["span"]):
+            r = f.replicas[f.params[s]["replica_lo"] + k]
+            if r["state"] == GONE:
+                continue
+            node = f.nodes[r["node"]]
+            r["pace"] = node["pace"]
+            if node["replicas"] > 1:
+                r["pace"] *= slowdown_by_neighbours(f, s, k, r["node"])
+
+
+@compiled
+def slowdown_by_neighbours(f, s, k, n):
+    factor = 1.0
+    for other in range(f.rows.shape[0]):
+        if f.slowdown[s, other] != 1.0:
+            for j in range(f.rows[other]["span"]):
+                r = f.replicas[f.params[other]["replica_lo"] + j]
+                if r["state"] != GONE and r["node"] == n and not (other == s and j == k):
+                    factor *= f.slowdown[s, other]
+    return factor
+
+
+# --- bills -------------------------------------------------------------------------------------------------
+@compiled
+def bill_nodes(f, until):
+    """Bills the nodes of a tick to the replicas that were on them, and takes those that have gone off."""
+    for n in range(f.summary[NODE_SPAN]):
+        f.nodes[n]["share"] = 0.0
+    for s in range(f.rows.shape[0]):
+        for k in range(f.rows[s]["span"]):
+            r = f.replicas[f.params[s]["replica_lo"] + k]
+            if r["node"] >= 0:
+                f.nodes[r["node"]]["share"] += r["share"]
+                if r["state"] == GONE:
+                    detach(f, r, f.variants[r["variant"]], r["gone_s"])
+    for n in range(f.summary[NODE_SPAN]):
+        node = f.nodes[n]
+        node["cost_usd"], node["cost_s"] = 0.0, 0.0
+        if node["state"] != GONE:
+            bill(f, node, until)
+            if node["share"] == 0.0:
+                f.ticks[node["owner"]]["node_usd"] += node["cost_usd"]
+                f.ticks[node["owner"]]["node_s"] += node["cost_s"]
+    for s in range(f.rows.shape[0]):
+        row, tick = f.rows[s], f.ticks[s]
+        for k in range(row["span"]):
+            r = f.replicas[f.params[s]["replica_lo"] + k]
+            if r["node"] < 0:
+                continue
+            node = f.nodes[r["node"]]
+            if node["share"] > 0.0:
+                tick["node_usd"] += node["cost_usd"] * (r["share"] / node["share"])
+                tick["node_s"] += node["cost_s"] * (r["share"] / node["share"])
+            if r["state"] == GONE:
+                r["node"] = -1
+        while row["span"] > 0 and f.replicas[f.params[s]["replica_lo"] + row["span"] - 1]["state"] == GONE:
+            row["span"] -= 1
+
+
+@compiled
+def bill(f, node, until):
+    """Brings a node's bill up to `until`: its life, at least the minimum, in whole granules. One that never came is free."""
+    pool = f.pools[node["pool"]]
+    if node["failing"]:
+        return
+    billed_s = max(end_s(f, node, until) - node["ordered_s"], pool["minimum_s"])
+    if pool["granularity_s"] > 0:
+        billed_s = math.ceil(billed_s / pool["granularity_s"] - _ROUNDING) * pool["granularity_s"]
+    node["cost_s"] = billed_s - node["billed_s"]
+    node["cost_usd"] = node["cost_s"] * pool["usd_per_s"]
+    node["billed_s"] = billed_s
