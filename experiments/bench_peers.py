@@ -1,7 +1,7 @@
 """Peers of the benchmark, each run by a Python of its own: `bench_peers.py simpy|ciw INPUT.json`.
 
-The input holds arrival times and what every request needs; the output (one JSON object on stdout) is the CPU time of the
-simulation in seconds and the latencies. Written the way their documentation suggests, without tricks.
+The input holds arrival times and what every request needs; the output (one JSON object on stdout) is the CPU time of
+the simulation in seconds and the latencies. Written the way their documentation suggests, without tricks.
 """
 
 from __future__ import annotations

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 from pilotage.engine.cluster import Cluster, World
 from pilotage.engine.layout import ORDER
-from pilotage.scenario import Scenario
+from pilotage.scenario import Interference, Placement, Scenario
 from pilotage.world.arrivals import Poisson
-from pilotage.world.pools import Pool
+from pilotage.world.faults import Hazard, Outage, Spot
+from pilotage.world.pools import Pool, Resources
 from pilotage.world.servers import Affine, BatchServer, Constant, Exponential, LogNormal, Table, Variant
 from pilotage.world.services import Economics, Service
 
+PLACEMENTS = ("first-fit", "best-fit", "least-allocated", "most-allocated", "balanced", "cheapest", "spread")
 POOLS = ("cpu", "gpu", "spot")
 
 
@@ -86,7 +88,7 @@ def laws(draw, max_batch):
 
 
 @st.composite
-def pools(draw):
+def pools(draw, clusters):
     return [
         Pool(
             name=name,
@@ -98,9 +100,32 @@ def pools(draw):
             billing_granularity_s=draw(one_of(0.0, 1.0, 2.5)),
             billing_minimum_s=draw(one_of(0.0, 0.0, 3.0)),
             network_ms=draw(one_of(0.0, 20.0, 125.0)),
+            **(draw(node_kinds()) if clusters else {}),
         )
         for name in POOLS[: draw(st.integers(1, 3))]
     ]
+
+
+@st.composite
+def node_kinds(draw):
+    """Shared nodes, zones, and everything that can happen to a node, often within seconds."""
+    return {
+        "node": draw(one_of(None, Resources(cpu=4.0, memory_gib=8.0), Resources(cpu=2.0, gpus=1.0))),
+        "zones": draw(one_of(("local",), ("east", "west"))),
+        "idle_removal_s": draw(one_of(0.0, 0.0, 0.8, 3.0)),
+        "provisioning_failure": draw(one_of(0.0, 0.0, 0.4)),
+        "crashes_per_hour": draw(one_of(0.0, 0.0, 300.0, 2000.0)),
+        "slow_share": draw(one_of(0.0, 0.5)),
+        "slow_factor": draw(one_of(1.0, 2.5)),
+        "spot": draw(
+            one_of(
+                None,
+                None,
+                Spot(market=Hazard(per_hour=800.0), notice_s=0.9),
+                Spot(market=Hazard(per_hour=2000.0), notice_s=0.0),
+            )
+        ),
+    }
 
 
 @st.composite
@@ -119,10 +144,11 @@ def servers(draw):
 
 
 @st.composite
-def services(draw, name, pool_names):
+def services(draw, name, the_pools, clusters):
     server = draw(servers())
-    mine = draw(st.permutations(pool_names))[: draw(st.integers(1, len(pool_names)))]
-    return service(
+    names = [pool.name for pool in the_pools]
+    mine = draw(st.permutations(names))[: draw(st.integers(1, len(names)))]
+    one = service(
         name,
         mine,
         laws={pool: draw(laws(server.max_batch)) for pool in mine},
@@ -134,27 +160,86 @@ def services(draw, name, pool_names):
         economics=Economics(late_usd=0.01, dropped_usd=0.02, error_usd=0.03),
         demand=draw(one_of(Constant(), LogNormal(cv=1.0), Exponential())),
         initial_replicas=draw(st.integers(0, 4)),
+        **(draw(risks()) if clusters else {}),
     )
+    if not clusters:
+        return one
+    first = one.variants[0].replace(**draw(needs(mine, the_pools)))
+    variants = [first]
+    if draw(st.booleans()):
+        second = {pool: draw(laws(server.max_batch)) for pool in mine}
+        variants.append(
+            first.replace(name="w", latency=second, accuracy=0.95, **draw(needs(mine, the_pools)))
+        )
+    return one.replace(variants=tuple(variants))
 
 
 @st.composite
-def scenarios(draw, max_ticks=12, max_services=3) -> Scenario:
-    """Any scenario of up to three pools and services and `max_ticks` ticks."""
-    the_pools = draw(pools())
-    names = [pool.name for pool in the_pools]
+def risks(draw):
+    return {
+        "max_per_node": draw(one_of(None, None, 1, 2)),
+        "on_failure": draw(one_of("retry", "lost")),
+        "crashes_per_hour": draw(one_of(0.0, 0.0, 600.0, 3000.0)),
+    }
+
+
+@st.composite
+def needs(draw, mine, the_pools):
+    """What a variant needs, as far as a node of each of its pools has it; and how it starts."""
+    nodes = [pool.node for pool in the_pools if pool.name in mine and pool.node is not None]
+    share = draw(one_of(0.25, 0.5, 0.3, 1.0))
+    least = {
+        name: share * min((getattr(node, name) for node in nodes), default=0.0)
+        for name in ("cpu", "memory_gib", "gpus")
+    }
+    return {
+        "resources": Resources(**least) if least["cpu"] and draw(st.booleans()) else None,
+        "image_pull_s": draw(one_of(0.0, 0.0, 0.6)),
+        "image_pull_cv": draw(one_of(0.0, 0.4)),
+        "warm_load_share": draw(one_of(1.0, 0.3)),
+    }
+
+
+@st.composite
+def scenarios(draw, max_ticks=12, max_services=3, clusters=True) -> Scenario:
+    """Any scenario of up to three pools and services and `max_ticks` ticks.
+
+    Not `clusters`: one replica per node, one variant, no faults.
+    """
+    the_pools = draw(pools(clusters))
     count = draw(st.integers(1, max_services))
-    return scenario(
-        [draw(services(name, names)) for name in ("a", "b", "c")[:count]],
+    one = scenario(
+        [draw(services(name, the_pools, clusters)) for name in ("a", "b", "c")[:count]],
         the_pools,
         tick_s=draw(one_of(0.1, 0.25, 0.5, 1.0, 1.1)),
         ticks=draw(st.integers(2, max_ticks)),
     )
+    if not clusters:
+        return one
+    zones = sorted({zone for pool in the_pools for zone in pool.zones})
+    pairs = [(s.name, t.name) for s in one.services for t in one.services]
+    return one.replace(
+        placement=Placement(rule=draw(st.sampled_from(PLACEMENTS))),
+        interference=tuple(
+            Interference(service=a, neighbour=b, slowdown=draw(one_of(1.2, 3.0)))
+            for a, b in pairs
+            if draw(one_of(False, False, True))
+        ),
+        outages=tuple(
+            Outage(
+                zone=draw(st.sampled_from(zones)),
+                start_h=draw(one_of(0.3, 1.0, 2.4)) / 3600,
+                duration_h=1.5 / 3600,
+            )
+            for _ in range(draw(one_of(0, 0, 1)))
+        ),
+    )
 
 
 @st.composite
-def times(draw, horizon_s) -> list[float]:
+def times(draw, horizon_s, ties=True) -> list[float]:
     """Request times in [0, horizon_s), ascending: anywhere, in bursts, or on a grid where events coincide."""
-    grid = draw(one_of(0.0, 0.0, 0.0625, 0.125))
+    grid = draw(one_of(0.0, 0.0, 0.0625, 0.125)) if ties else 0.0
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     count = draw(st.integers(0, draw(one_of(8, 40, 40, 160))))
     spread = draw(one_of(1.0, 1.0, 0.2))
@@ -174,6 +259,7 @@ def orders(draw, the_scenario: Scenario, worlds=1) -> np.ndarray:
         ("release", 1, 3, 0),
         ("max_batch", 1, 7, 0),
         ("pool", 0, 3, -1),
+        ("variant", 0, 2, -1),
     ):
         acts = rng.random(shape) < (busy if field == "release" else busy / 2)
         out[field] = np.where(acts, rng.integers(low, high, shape), nothing)
@@ -186,13 +272,13 @@ def orders(draw, the_scenario: Scenario, worlds=1) -> np.ndarray:
 
 
 @st.composite
-def cases(draw, worlds=2, **limits) -> Case:
+def cases(draw, worlds=2, ties=True, **limits) -> Case:
     """A scenario with traffic and orders for some worlds."""
     the_scenario = draw(scenarios(**limits))
     horizon_s = the_scenario.ticks * the_scenario.tick_s
     return Case(
         the_scenario,
-        [[draw(times(horizon_s)) for _ in the_scenario.services] for _ in range(worlds)],
+        [[draw(times(horizon_s, ties)) for _ in the_scenario.services] for _ in range(worlds)],
         draw(orders(the_scenario, worlds)),
         [draw(st.integers(0, 2**31)) for _ in range(worlds)],
     )

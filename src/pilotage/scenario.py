@@ -25,11 +25,20 @@ class Interference(Spec, frozen=True, kw_only=True):
 
 
 class Placement(Spec, frozen=True, kw_only=True):
-    """Which node a replica goes to: the rule of `engine.placement` that scores the nodes it fits on."""
+    """Which node a replica goes to: the rule of `engine.placement` that scores the nodes it fits on, and its weights
+    (none: the rule's own)."""
 
     rule: Literal[
-        "first-fit", "best-fit", "least-allocated", "most-allocated", "balanced", "cheapest", "spread"
+        "first-fit",
+        "best-fit",
+        "least-allocated",
+        "most-allocated",
+        "balanced",
+        "cheapest",
+        "spread",
+        "linear",
     ] = "first-fit"
+    weights: tuple[float, ...] = ()
 
 
 class Scenario(Spec, frozen=True, kw_only=True):

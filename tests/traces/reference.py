@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from pilotage.world.servers import log_normal_table
 
-COMPLETION, READINESS, ARRIVAL, TIMER = range(4)  # the order of events at one instant
+READINESS, COMPLETION, WELCOME, ARRIVAL, TIMER = range(5)  # the order of events at one instant
 _MASK = (1 << 64) - 1
 
 
@@ -54,13 +54,16 @@ def bucket_midpoint_s(b: int) -> float:
 class Request:
     number: int
     arrival: float
-    deadline: float
+    waits: float  # how long until it dies
     death: str  # how it dies if it does: timed_out or abandoned
     demand: float
     outcome: str = "waiting"  # then executing, and served, rejected, timed_out or abandoned
     left: float = math.inf
     latency: float = math.nan
     replica: int = -1  # ordinal of the one that serves it
+
+    def dead(self, now: float) -> bool:
+        return now - self.arrival > self.waits
 
 
 @dataclass(eq=False)
@@ -84,6 +87,7 @@ class Replica:
     ready: float
     queue: Queue
     running: list[list[Request] | None]  # by execution slot
+    free: list[float]  # since when each slot has been free
     state: str = "starting"  # then ready, draining, gone
     gone: float = math.inf
 
@@ -105,7 +109,7 @@ class ServiceRun:
         self.noises = {p: log_normal_table(laws[p].noise_cv).tolist() for p in service.pools}
         self.loads = log_normal_table(self.variant.load_cv).tolist()
         self.demands = service.demand.table().tolist()
-        self.max_batch, self.pool, self.pending, self.turn = most, None, 0, 0
+        self.max_batch, self.pool, self.turn = most, None, 0
         self.heap = [(t, ARRIVAL, k) for k, t in enumerate(arrivals)]
         self.queue = Queue(0)  # the central queue, or the door
         self.timers: set[int] = set()  # numbers of queues that have a timer running
@@ -114,15 +118,10 @@ class ServiceRun:
         self.replicas: list[Replica] = []  # all there ever were
         self.holds: dict[int, Replica] = {}  # the latest replica of every place
         self.line: list[Replica] = []  # ready ones, longest ready first
-        self.idle: deque[tuple[Replica, int]] = deque()  # central routing: idle slots, longest idle first
+        self.idle: list[tuple[Replica, int]] = []  # central routing: idle slots
         self.books = (0.0, 0.0, 0.0)
         self.room = min(sum(world.pools[p].max_nodes for p in service.pools), 2 * service.max_replicas + 8)
-
-    def begin(self) -> None:
-        """The initial replicas are ready at the start, as far as there are nodes."""
-        self.pending = min(self.service.initial_replicas, self.room)
-        while self.pending and self.place(0.0, at_once=True):
-            pass
+        self.pending = min(service.initial_replicas, self.room)
 
     # --- replicas ------------------------------------------------------------------------------------
     def place(self, now: float, at_once: bool = False) -> bool:
@@ -134,11 +133,14 @@ class ServiceRun:
         index = next((k for k in range(self.room) if k not in taken), None)
         if pool is None or index is None:
             return False
-        boot_s = pools[pool].boot_s * quantile(self.world.boots[pool], uniform(seed, 2 * ordinal))
-        load_s = self.variant.load_s * quantile(self.loads, uniform(seed, 2 * ordinal + 1))
+        boot_s = pools[pool].boot_s * quantile(
+            self.world.boots[pool], uniform(self.world.seed_nodes, 8 * self.world.nodes)
+        )
+        self.world.nodes += 1
+        load_s = self.variant.load_s * quantile(self.loads, uniform(seed, 4 * ordinal + 1))
         due = now if at_once else now + boot_s + load_s
         slots = [None] * self.server.batches_in_flight
-        replica = Replica(index, ordinal, pool, now, due, Queue(index + 1), slots)
+        replica = Replica(index, ordinal, pool, now, due, Queue(index + 1), slots, [due] * len(slots))
         self.pending -= 1
         self.replicas.append(replica)
         self.holds[index] = replica
@@ -167,7 +169,7 @@ class ServiceRun:
                         r.ready = math.inf  # it will never be
                     else:
                         self.line.remove(r)
-                        self.idle = deque(slot for slot in self.idle if slot[0] is not r)
+                        self.idle = [slot for slot in self.idle if slot[0] is not r]
                     self.part(r, now)
 
     def part(self, replica: Replica, now: float) -> None:
@@ -182,7 +184,7 @@ class ServiceRun:
 
     def sweep(self, line: deque[Request], now: float) -> None:
         """Buries the dead at the head of a line."""
-        while line and line[0].deadline < now:
+        while line and line[0].dead(now):
             dead = line.popleft()
             dead.outcome, dead.left = dead.death, now
 
@@ -216,10 +218,13 @@ class ServiceRun:
             line, most = (queue.closed.popleft(), math.inf) if queue.closed else (deque(), 0)
         else:
             line, most = queue.open, self.max_batch
-            self.sweep(line, now)
-            if line and len(line) < most and line[0].arrival + self.wait_s > now:
-                self.wake(queue, line[0].arrival + self.wait_s)
-                return None
+            while line:
+                if len(line) < most and line[0].arrival + self.wait_s > now:
+                    self.wake(queue, line[0].arrival + self.wait_s)
+                    return None
+                if not line[0].dead(now):
+                    break
+                self.sweep(line, now)
         if not line:
             return None
         batch: list[Request] = []
@@ -237,7 +242,14 @@ class ServiceRun:
             if batch is None:
                 return
             if batch:
-                who, j = self.idle.popleft() if replica is None else (replica, replica.running.index(None))
+                slots = (
+                    [(replica, j) for j, b in enumerate(replica.running) if b is None]
+                    if replica
+                    else self.idle
+                )
+                who, j = min(slots, key=lambda slot: (slot[0].free[slot[1]], slot[0].index, slot[1]))
+                if replica is None:
+                    self.idle.remove((who, j))
                 fixed, variable = self.laws[who.pool]
                 n, luck = len(batch), uniform(self.seeds["seed_noise"], batch[0].number)
                 seconds = fixed[n] + variable[n] * (sum(r.demand for r in batch) / n)
@@ -277,7 +289,7 @@ class ServiceRun:
             patience = -math.log1p(-uniform(self.seeds["seed_patience"], number)) * self.server.patience_s
         death = "timed_out" if timeout <= patience else "abandoned"
         demand = quantile(self.demands, uniform(self.seeds["seed_demand"], number))
-        self.requests.append(Request(number, now, now + min(timeout, patience), death, demand))
+        self.requests.append(Request(number, now, min(timeout, patience), death, demand))
         self.route(self.requests[-1], now)
 
     def complete(self, number: int, now: float) -> None:
@@ -286,11 +298,17 @@ class ServiceRun:
         for request in replica.running[j]:
             request.outcome, request.left = "served", now
             request.latency = now - request.arrival + self.world.pools[replica.pool].network_ms / 1e3
-        replica.running[j] = None
-        if not self.central:
-            self.dispatch(replica.queue, replica, now)
-        elif replica.state == "ready":
+        replica.running[j], replica.free[j] = None, now
+        others = (
+            self.idle if self.central else [(replica, i) for i, b in enumerate(replica.running) if b is None]
+        )
+        # where a slot was free before, what becomes due now does not owe it to this completion
+        enabled = all(who.free[i] == now for who, i in others)
+        if self.central and replica.state == "ready":
             self.idle.append((replica, j))
+        if enabled and not self.central:
+            self.dispatch(replica.queue, replica, now)
+        elif enabled and replica.state == "ready":
             self.dispatch(self.queue, None, now)
         self.part(replica, now)
 
@@ -300,12 +318,16 @@ class ServiceRun:
             return  # the one that was to be ready now has been released
         self.serve(replica)
         if self.central:
-            self.dispatch(self.queue, None, now)
+            heapq.heappush(self.heap, (now, WELCOME, index))
             return
         self.sweep(self.queue.open, now)
         while self.queue.open:
             self.route(self.queue.open.popleft(), now)
             self.sweep(self.queue.open, now)
+
+    def welcome(self, _: int, now: float) -> None:
+        """What a new replica allows, once the completions of the same time are known."""
+        self.dispatch(self.queue, None, now)
 
     def ring(self, number: int, now: float) -> None:
         self.timers.discard(number)
@@ -330,7 +352,13 @@ class ServiceRun:
                 self.act_on(replica.queue, replica, now)
 
     def until(self, end: float) -> None:
-        act = {COMPLETION: self.complete, READINESS: self.get_ready, ARRIVAL: self.arrive, TIMER: self.ring}
+        act = {
+            READINESS: self.get_ready,
+            COMPLETION: self.complete,
+            WELCOME: self.welcome,
+            ARRIVAL: self.arrive,
+            TIMER: self.ring,
+        }
         while self.heap and self.heap[0][0] < end:
             now, kind, number = heapq.heappop(self.heap)
             act[kind](number, now)
@@ -356,6 +384,8 @@ class ServiceRun:
             "arrived": len(arrived),
             "late": sum(x > self.service.slo_ms / 1e3 for x in latencies),
             "overdue": 0,
+            "lost": 0,
+            "failed": 0,
             "latency_s": sum(latencies),
             "latency_p95_s": bucket_midpoint_s(bucket(p95)) if latencies else p95,
             "peak_second": max(Counter(int(t - t0) for t in arrived).values(), default=0),
@@ -390,7 +420,7 @@ class ServiceRun:
 
     def finish(self, now: float) -> dict[str, int]:
         """What the end of the run adds: the dead, and those that are overdue."""
-        dead = [r for r in self.requests if r.outcome == "waiting" and r.deadline < now]
+        dead = [r for r in self.requests if r.outcome == "waiting" and r.dead(now)]
         for r in dead:
             r.outcome = r.death
         inside = [r for r in self.requests if r.outcome in ("waiting", "executing")]
@@ -404,30 +434,39 @@ class ServiceRun:
 
 
 class Reference:
-    """One world: services that share pools. Orders are (order, release, max_batch, pool index), as ORDER."""
+    """One world: services that share pools. Orders are (order, release, max_batch, pool index, variant), as ORDER.
 
-    def __init__(self, scenario, arrivals: list[list[float]], seeds: list[dict[str, int]]) -> None:
+    Plain worlds only: one replica per node, one variant, nothing fails."""
+
+    def __init__(
+        self, scenario, arrivals: list[list[float]], seeds: list[dict[str, int]], seed_nodes: int
+    ) -> None:
         self.scenario, self.now = scenario, 0.0
+        self.seed_nodes, self.nodes = seed_nodes, 0  # nodes that were ever opened
         self.pools = {pool.name: pool for pool in scenario.pools}
         self.boots = {name: log_normal_table(pool.boot_cv).tolist() for name, pool in self.pools.items()}
         self.runs: list[ServiceRun] = []
         for service, times, seed in zip(scenario.services, arrivals, seeds, strict=True):
             self.runs.append(ServiceRun(self, service, times, seed))
-            self.runs[-1].begin()
+        self.place(0.0, at_once=True)
 
     def used(self, pool: str) -> int:
         """Nodes of a pool in use by all services."""
         return sum(r.pool == pool and r.state != "gone" for run in self.runs for r in run.replicas)
 
-    def advance(self, orders: list[tuple[int, int, int, int]]) -> list[dict[str, float]]:
+    def place(self, now: float, at_once: bool = False) -> None:
+        """Gives pending replicas nodes, one per service and round, until nothing fits."""
+        while sum([run.place(now, at_once) for run in self.runs if run.pending]):
+            pass
+
+    def advance(self, orders: list[tuple[int, int, int, int, int]]) -> list[dict[str, float]]:
         now, end = self.now, self.now + self.scenario.tick_s
-        for run, (order, release, max_batch, pool) in zip(self.runs, orders, strict=True):
+        for run, (order, release, max_batch, pool, _) in zip(self.runs, orders, strict=True):
             run.pool = list(self.pools)[pool] if pool >= 0 else run.pool
             run.release(release, now)
             run.pending += order
             run.max_batch = min(max_batch, run.server.max_batch) if max_batch else run.max_batch
-        while sum([run.place(now) for run in self.runs if run.pending]):
-            pass
+        self.place(now)
         for run in self.runs:
             run.refresh(now)
             run.until(end)

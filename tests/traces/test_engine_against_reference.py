@@ -26,13 +26,13 @@ def close(a: float, b: float) -> bool:
     return abs(a - b) <= 1e-9 * max(abs(a), abs(b)) + 1e-10
 
 
-def numbers_of(cluster, r: int, queue) -> list[int]:
-    """Numbers of the requests in a list of the engine, from `queue["head"]` on."""
-    requests = cluster._requests[cluster.rows[r]["request_lo"] : cluster.rows[r]["request_hi"]]
-    numbers, i = [], queue["head"]
-    while i >= 0:
-        numbers.append(int(requests[i]["number"]))
-        i = requests[i]["next"]
+def numbers_of(cluster, r: int, head: int, count: int) -> list[int]:
+    """Numbers of the requests in a list of the engine."""
+    row = cluster.rows[r]
+    links, numbers = cluster.requests[row["storage_lo"] : row["storage_hi"]]["next"], []
+    for _ in range(count):
+        numbers.append(int(row["first_number"] + head))
+        head = links[head]
     return numbers
 
 
@@ -40,7 +40,8 @@ def engine_state(cluster, w: int, s: int) -> dict:
     """Where every request and replica of a service is."""
     r = w * cluster.shape[1] + s
     param = cluster.params[r]
-    state = {"queue": numbers_of(cluster, r, cluster.rows[r])}
+    row = cluster.rows[r]
+    state = {"queue": numbers_of(cluster, r, row["head"], row["waiting"])}
     for k, replica in enumerate(cluster.replicas[param["replica_lo"] : param["replica_hi"]]):
         if replica["state"] == 0:
             continue
@@ -52,8 +53,8 @@ def engine_state(cluster, w: int, s: int) -> dict:
             ("gone", "starting", "ready", "draining")[replica["state"]],
             float(replica["ordered_s"]),
             float(replica["ready_s"]) if replica["state"] == 1 else 0.0,
-            numbers_of(cluster, r, replica),
-            [numbers_of(cluster, r, slot) if slot["size"] else [] for slot in slots],
+            numbers_of(cluster, r, replica["head"], replica["waiting"]),
+            [numbers_of(cluster, r, slot["head"], slot["size"]) for slot in slots],
         )
     return state
 
@@ -86,7 +87,10 @@ def compare(case: Case, read_ahead_s: float) -> None:
     services = range(len(case.scenario.services))
     worlds = range(len(case.seeds))
     references = [
-        Reference(case.scenario, case.times[w], [cluster.seeds(w, s) for s in services]) for w in worlds
+        Reference(
+            case.scenario, case.times[w], [cluster.seeds(w, s) for s in services], cluster.seed_nodes(w)
+        )
+        for w in worlds
     ]
     totals = [[dict.fromkeys(COUNTS, 0) for _ in services] for _ in worlds]
     for t, orders in enumerate(case.orders):
@@ -118,8 +122,9 @@ def compare(case: Case, read_ahead_s: float) -> None:
 
 
 @settings(max_examples=400, deadline=None)
-@given(cases(), one_of(0.0, 600.0))
+@given(cases(clusters=False, ties=False), one_of(0.0, 600.0))
 def test_engine_equals_reference(case: Case, read_ahead_s: float) -> None:
+    """Request times are distinct: at the very same instant the two may serve in another order."""
     compare(case, read_ahead_s)
 
 

@@ -1,18 +1,19 @@
 """Measures a real Ray Serve on this machine, in the file format that `run.py` judges.
 
     python -m venv rayenv && rayenv/bin/pip install "ray[serve]==2.60.0"
-    rayenv/bin/python experiments/fidelity/ray_serve/measure.py --out measured             # the four reference cases
-    rayenv/bin/python experiments/fidelity/ray_serve/measure.py --out measured --cases mine.toml
-    rayenv/bin/python experiments/fidelity/ray_serve/measure.py --out measured --name C --replicas 3 --rate 20 \
-        --base-ms 50 --per-item-ms 10 --max-batch 4 --wait-ms 5 --seconds 90
+    cd experiments/fidelity/ray_serve
+    rayenv/bin/python measure.py --out measured                     # the four reference cases
+    rayenv/bin/python measure.py --out measured --cases mine.toml
+    rayenv/bin/python measure.py --out measured --name C --replicas 3 --rate 20 --seconds 90 \
+        --base-ms 50 --per-item-ms 10 --max-batch 4 --wait-ms 5
 
-The handler awaits a method under `@serve.batch` that sleeps `base + per_item * n` for a batch of n: the service
-time is exact, and all the rest of a latency is Ray, HTTP and the machine. Load is an open loop of Poisson arrivals
-drawn beforehand, sent from a process of its own over keep-alive HTTP/1.1.
+The handler awaits a method under `@serve.batch` that sleeps `base + per_item * n` for a batch of n: the
+service time is exact, and all the rest of a latency is Ray, HTTP and the machine. Load is an open loop of
+Poisson arrivals drawn beforehand, sent from a process of its own over keep-alive HTTP/1.1.
 
-Ray listens beyond loopback whatever it is told. Where the system lets us, the whole measurement therefore runs in
-its own network and process namespaces, which also ends every process with it; elsewhere Ray's token authentication
-is switched on, and the cluster that this script started is shut down at the end.
+Ray listens beyond loopback whatever it is told. Where the system lets us, the whole measurement therefore
+runs in its own network and process namespaces, and every process ends with them; elsewhere Ray's own token
+authentication protects it, and the cluster that this script started is shut down at the end.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import asyncio
 import csv
 import fcntl
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -39,12 +41,13 @@ import time
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 INSTALL = 'python -m venv rayenv && rayenv/bin/pip install "ray[serve]==2.60.0"'
-LATE_S = 0.005  # a request sent later than this after its time is left out of case.csv: the generator, not the server
-WARM_UP, ALONE = 60, 60  # requests before the measured ones, and requests one at a time for the low-load figures
+LATE_S = 0.005  # a request that the generator sent later than this is left out of case.csv
+WARM_UP, ALONE = 60, 60  # requests before all, and then one at a time for the low-load figures
 REST_S = 10.0  # after the start, for Ray's own workers to come to rest
 
 
@@ -63,14 +66,14 @@ class Case:
     constructor_s: float = 0.0
     scale_at_s: float | None = None
     scale_to: int | None = None
-    drain_s: float = 300.0  # how long to wait for answers after the last arrival; what is open then gets ok = 0
+    drain_s: float = 300.0  # to wait for answers after the last arrival; what is open then gets ok = 0
 
     def arrivals_s(self) -> list[float]:
         """Poisson arrivals with a rate that changes in steps."""
         rng = random.Random(self.seed)
         steps = [*self.rates_rps, (self.seconds, 0.0)]
         times = []
-        for (start, rate), (end, _) in zip(steps, steps[1:], strict=False):
+        for (start, rate), (end, _) in itertools.pairwise(steps):
             t = start + rng.expovariate(rate) if rate > 0 else end
             while t < min(end, self.seconds):
                 times.append(t)
@@ -97,14 +100,13 @@ REFERENCE = (
 )
 
 
-# ------------------------------------------------------------------------------------------------- the server
+# --- the server ----------------------------------------------------------------------------------------
 
 
 def application(case: Case, replicas: int) -> Any:
     """One deployment that batches and sleeps, and reports its own times in each answer."""
-    from ray import serve
-
     import ray
+    from ray import serve
 
     constructor_s, base_s, per_item_s = case.constructor_s, case.base_s, case.per_item_s
 
@@ -135,14 +137,15 @@ def application(case: Case, replicas: int) -> Any:
             answer = await self.run(0)
             return json.dumps([self.replica, *self.built_s, *answer, seen])
 
-    return Model.bind()
+    deployment: Any = Model
+    deployment._version = "1"  # one version: another number of replicas then scales and does not restart
+    return deployment.bind()
 
 
 def serve_and_load(case: Case, port: int, folder: Path) -> dict[str, Any]:
     """Starts Serve, runs the generator beside it, and returns what the generator saw."""
-    from ray import serve
-
     import ray
+    from ray import serve
 
     ray.init(
         num_cpus=os.cpu_count(),
@@ -172,7 +175,7 @@ def serve_and_load(case: Case, port: int, folder: Path) -> dict[str, Any]:
                 now = time.monotonic() - zero
                 if not load_average or now >= load_average[-1][0] + 5.0:
                     load_average.append((round(now, 1), *os.getloadavg()))
-                if case.scale_to and not scale_call and case.scale_at_s is not None and now >= case.scale_at_s:
+                if case.scale_to and not scale_call and now >= (case.scale_at_s or 0.0):
                     scale_call = {"sent_s": round(now, 3), "target": case.scale_to}
                     serve._run(application(case, case.scale_to), name="case", route_prefix="/")
         finally:
@@ -183,11 +186,10 @@ def serve_and_load(case: Case, port: int, folder: Path) -> dict[str, Any]:
             raise SystemExit(f"error: the load generator ended with status {generator.returncode}")
         return json.loads(seen.read_text()) | {"load_average": load_average, "scale_call": scale_call}
     finally:
-        serve.shutdown()
         ray.shutdown()
 
 
-# ------------------------------------------------------------------------------------------- the load generator
+# --- the load generator --------------------------------------------------------------------------------
 
 
 class Connections:
@@ -240,30 +242,29 @@ async def generate(port: int, arrivals_s: Sequence[float], drain_s: float) -> di
         under_way.append(asyncio.create_task(connections.get()))
     if under_way:
         await asyncio.wait(under_way, timeout=drain_s)
-    open_loop = [
-        task.result() if task.done() else (sent, None, None) for task, sent in zip(under_way, sent_s, strict=True)
-    ]
+    seen = zip(under_way, sent_s, strict=True)
+    open_loop = [task.result() if task.done() else (sent, None, None) for task, sent in seen]
     return {"zero": zero, "alone": alone, "open_loop": open_loop}
 
 
-# ------------------------------------------------------------------------------------------------- the files
+# --- the files -----------------------------------------------------------------------------------------
 
 COLUMNS = ("scheduled_s", "sent_s", "done_s", "batch", "replica", "ok")
 DETAIL = ("batch_no", "handler_in_s", "batch_start_s", "batch_end_s")
+PARTS = ("client_to_handler", "handler_to_batch_start", "batch_exec", "batch_end_to_client")
 
 
 def low_load(case: Case, alone: Sequence[tuple[float, float, list[Any] | None]]) -> dict[str, Any]:
-    """Where the time of a request that has the system to itself goes, beyond the service and the batch wait."""
-    parts: dict[str, list[float]] = {
-        "client_to_handler": [], "handler_to_batch_start": [], "batch_exec": [], "batch_end_to_client": []
-    }
+    """Where the time goes of a request that has the system to itself."""
+    parts: dict[str, list[float]] = {part: [] for part in PARTS}
     total = []
     for sent, done, answer in alone:
         if answer is None:
             continue
         *_, began, ended, seen = answer
-        for part, seconds in zip(parts, (seen - sent, began - seen, ended - began, done - ended), strict=True):
-            parts[part].append(seconds * 1e3)
+        steps = (sent, seen, began, ended, done)
+        for part, (start, end) in zip(PARTS, itertools.pairwise(steps), strict=True):
+            parts[part].append((end - start) * 1e3)
         total.append((done - sent) * 1e3)
     if not total:
         raise SystemExit("error: no request of the low-load measurement was answered")
@@ -282,13 +283,17 @@ def low_load(case: Case, alone: Sequence[tuple[float, float, list[Any] | None]])
 def write(case: Case, result: dict[str, Any], out: Path) -> None:
     """case.csv, case.detail.csv and case.json, as in the reference folder."""
     zero = result["zero"]
-    rows, on_time, lateness, replicas = [], [], [], {}
+    rows: list[tuple[Any, ...]] = []
+    on_time: list[tuple[Any, ...]] = []
+    lateness: list[float] = []
+    replicas: dict[str, tuple[float, float, float]] = {}
     for at, (sent, done, answer) in zip(case.arrivals_s(), result["open_loop"], strict=True):
         if answer is None:  # it loaded the server all the same
             rows.append((f"{at:.6f}", f"{sent - zero:.6f}", "", "", "", 0, "", "", "", ""))
             continue
         replica, built, ready, number, size, began, ended, handled = answer
-        replicas[replica] = (built - zero, ready - zero, min(replicas.get(replica, (0, 0, 1e18))[2], handled - zero))
+        first = min(replicas[replica][2] if replica in replicas else math.inf, handled - zero)
+        replicas[replica] = (built - zero, ready - zero, first)
         times = [f"{t - zero:.6f}" for t in (sent, done, handled, began, ended)]
         rows.append((f"{at:.6f}", *times[:2], size, replica, 1, number, *times[2:]))
         lateness.append(sent - zero - at)
@@ -300,20 +305,22 @@ def write(case: Case, result: dict[str, Any], out: Path) -> None:
         (f"{case.name}.detail.csv", (*COLUMNS, *DETAIL), rows),
         (f"{case.name}.csv", COLUMNS, on_time),
     ):
-        with open(out / name, "w", newline="") as stream:
+        with (out / name).open("w", newline="") as stream:
             writer = csv.writer(stream, lineterminator="\n")
             writer.writerow(columns)
             writer.writerows(row[: len(columns)] for row in selected)
     latency_ms = sorted(1e3 * (float(row[2]) - float(row[1])) for row in on_time)
-    ranks = {f"p{p}": latency_ms[min(len(latency_ms) - 1, math.ceil(p / 100 * len(latency_ms)) - 1)] for p in
-             (50, 90, 95, 99)}
-    import ray
-
+    ranks = {f"p{p}": latency_ms[math.ceil(p / 100 * len(latency_ms)) - 1] for p in (50, 90, 95, 99)}
+    versions = {"ray": version("ray"), "python": platform.python_version(), "kernel": platform.release()}
+    events = [
+        {"replica": name, "ctor_start_s": round(built, 3), "ctor_end_s": round(ready, 3)}
+        for name, (built, ready, _) in replicas.items()
+    ]
     record = {
         "case": case.name,
         "config": case.config(),
         "start_wall": time.time() - (time.monotonic() - zero),
-        "versions": {"ray": ray.__version__, "python": platform.python_version(), "kernel": platform.release()},
+        "versions": versions,
         "latency_definition": "done_s - sent_s",
         "arrival": f"open loop, times drawn beforehand; sent > {LATE_S * 1e3:g} ms late: left out of the CSV",
         "n_scheduled": len(result["open_loop"]),
@@ -329,9 +336,7 @@ def write(case: Case, result: dict[str, Any], out: Path) -> None:
         "loadavg1_max": max(x[1] for x in result["load_average"]),
         "loadavg_samples": result["load_average"],
         "scale_call": result["scale_call"],
-        "replica_events": [
-            {"replica": r, "ctor_start_s": round(a, 3), "ctor_end_s": round(b, 3)} for r, (a, b, _) in replicas.items()
-        ],
+        "replica_events": events,
         "first_request_handled_s": {r: round(first, 3) for r, (_, _, first) in replicas.items()},
         "environment": {"cores": os.cpu_count(), "proxy": "one HTTP proxy, default settings"},
     }
@@ -339,7 +344,7 @@ def write(case: Case, result: dict[str, Any], out: Path) -> None:
     print(f"{case.name}: {len(on_time)} requests, ms", json.dumps(record["percentiles_ms"]), flush=True)
 
 
-# ------------------------------------------------------------------------------------------------- the command
+# --- the command ---------------------------------------------------------------------------------------
 
 
 def free_port() -> int:
@@ -387,7 +392,8 @@ def read_cases(path: Path) -> list[Case]:
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--out", type=Path, default=Path("ray_serve_measured"))
     parser.add_argument("--cases", type=Path, help="TOML file: one table per case, see the README")
     parser.add_argument("--only", help="names of the cases to run, separated by commas")
@@ -414,7 +420,8 @@ def chosen(arguments: argparse.Namespace) -> list[Case]:
     wanted = arguments.only.split(",") if arguments.only else [case.name for case in cases]
     unknown = set(wanted) - {case.name for case in cases}
     if unknown:
-        raise SystemExit(f"error: no case named {', '.join(sorted(unknown))}; there are {[c.name for c in cases]}")
+        names = ", ".join(case.name for case in cases)
+        raise SystemExit(f"error: no case named {', '.join(sorted(unknown))}; there are {names}")
     return [case for case in cases if case.name in wanted]
 
 
@@ -427,7 +434,9 @@ def main() -> None:
     arguments = parsed()
     cases = chosen(arguments)
     if importlib.util.find_spec("ray") is None or importlib.util.find_spec("ray.serve") is None:
-        raise SystemExit(f"error: this Python has no ray[serve]; make an environment that has it:\n    {INSTALL}")
+        raise SystemExit(
+            f"error: {sys.executable} has no ray[serve]; make an environment with it:\n  {INSTALL}"
+        )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     isolate()
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 LATE_S = 0.005  # sent later than this: it loaded the server, but its latency is the generator's too
-ROUTED_S = 1.5  # from the end of a replica's constructor until the router sends to it
+ROUTED_S = 1.5  # from the end of a replica's constructor until a busy router sends to it (idle: 0.3)
 LOAD_WINDOW_S = 10
 ONSET_S = 5.0  # of an overload: the router's tasks fall into step
 
@@ -30,11 +30,11 @@ class Deployment:
 
     @property
     def batches(self) -> bool:
-        """Whether a batch stays open for more requests; with a wait of 0, for the time that closing it takes."""
+        """Whether a batch stays open for more; with a wait of 0, for the time that closing it takes."""
         return self.max_batch > 1
 
     def utilisation(self, rate_rps: float, overheads: Overheads) -> float:
-        """Of one replica. Batches close on their own clock, so their size follows from the rate, not the backlog."""
+        """Of one replica. Batches close on their own clock: the rate makes their size, not the backlog."""
         size = min(1 + rate_rps * overheads.window_s, self.max_batch) if self.batches else 1.0
         return rate_rps / size * (self.base_s + self.per_item_s * size + overheads.batch_s)
 
@@ -49,7 +49,7 @@ class Deployment:
 
 @dataclass(frozen=True)
 class Overheads:
-    """What a request costs beyond its service time and the nominal batch wait, from requests that met no other."""
+    """What a request costs beyond its service time and the nominal wait, from requests that met no other."""
 
     window_s: float  # how long a batch really stays open: the wait and the timer's lateness
     batch_s: float  # of the server, per batch
@@ -95,9 +95,9 @@ class Recording:
         return way.to_numpy()[alone & self.on_time] * 1e3 / self.level_ms()
 
     def load(self, overheads: Overheads) -> pd.DataFrame:
-        """Second by second: what is offered, what the ready replicas can serve, and what must be left over."""
-        seconds = np.arange(math.ceil(self.send_s[-1]))
-        offered = np.bincount(np.clip(self.send_s, 0, None).astype(int), minlength=len(seconds))[: len(seconds)]
+        """By the second: what is offered, what the ready replicas can serve, what must be left over."""
+        seconds = np.arange(math.floor(self.send_s[-1]) + 1)
+        offered = np.bincount(np.maximum(self.send_s, 0).astype(int), minlength=len(seconds))[seconds]
         ready = np.sum([np.clip(seconds + 1 - at, 0, 1) for at in self.deployment.ready_s], axis=0)
         capacity = ready * self.deployment.capacity_rps(overheads)
         backlog, left = np.zeros(len(seconds)), 0.0
@@ -108,13 +108,13 @@ class Recording:
     def overloads(self, overheads: Overheads) -> list[tuple[float, float]]:
         """Spans in which more is offered than can be served and every slot is taken: told by rates alone.
 
-        The slots of the replicas are taken once the backlog that even a perfect router would have exceeds them.
+        The slots are taken once the backlog that even a perfect router would have exceeds them.
         """
         load = self.load(overheads)
-        around = load[["offered", "capacity"]].rolling(LOAD_WINDOW_S, center=True, min_periods=1).mean()
+        offered = load["offered"].rolling(LOAD_WINDOW_S, center=True, min_periods=1).mean()
         full = load["backlog"] > self.deployment.max_ongoing * load["ready"]
         spans: list[tuple[float, float]] = []
-        for second in np.flatnonzero(full & (around["offered"] > around["capacity"])):
+        for second in np.flatnonzero(full & (offered > load["capacity"])):
             if spans and second <= spans[-1][1] + LOAD_WINDOW_S:
                 spans[-1] = (spans[-1][0], second + 1.0)
             else:
@@ -156,4 +156,6 @@ def find(folder: Path) -> list[Path]:
         paths = sorted(p for p in place.glob("*.json") if p.with_name(p.stem + ".detail.csv").exists())
         if paths:
             return paths
-    raise SystemExit(f"error: no case (NAME.json with NAME.detail.csv) in {folder} or {folder}/fidelity/ray_serve")
+    raise SystemExit(
+        f"error: no NAME.json with NAME.detail.csv in {folder} or in fidelity/ray_serve below it"
+    )

@@ -1,10 +1,10 @@
 """Ray Serve's batch queue and router in plain Python: the rules, one after the other, with nothing made fast.
 
-Rules and evidence: the README. What it adds to a perfect power-of-two router is what makes Ray's collapse when
-replicas are full: requests wait in the router for *tasks* that poll; a task that has found a free slot sends until
-its *own* request is served, before the counts that it looks at have moved; the replica rejects what does not fit,
-and rejected requests return ahead of those that the tasks own. The router is one event loop, a queue of handles
-with a cost each, and learns of answers and completions in the order of that queue.
+Rules and evidence: the README. What it adds to a perfect power-of-two router is what makes Ray's collapse
+when replicas are full: requests wait in the router for *tasks* that poll; a task that has found a free slot
+sends until its *own* request is served, before the counts that it looks at have moved; the replica rejects
+what does not fit, and rejected requests return ahead of those that the tasks own. The router is one event
+loop, a queue of handles with a cost each, and learns of answers and completions in the order of that queue.
 """
 
 from __future__ import annotations
@@ -93,6 +93,10 @@ class Task:
     probing: list[Replica] = field(default_factory=list)
 
 
+Handle = tuple[float, int, "Replica | Task"]  # ready, request to send to the replica; or -1 and a task to end
+Answer = tuple[float, int, Replica, int]  # ready, rejected request or -1, replica, its count
+
+
 @dataclass
 class Simulation:
     deployment: Deployment
@@ -112,8 +116,8 @@ class Simulation:
         self.pending: list[int] = []  # in order of arrival
         self.tasks: list[Task] = []  # in order of their start
         self.owned: dict[int, Task] = {}
-        self.sends: deque[tuple[float, int, Replica]] = deque()
-        self.answers: list[tuple[float, int, int, Replica, int]] = []  # when, tie, request or -1, replica, count
+        self.handles: deque[Handle] = deque()
+        self.answers: list[Answer] = []
 
     def run(self) -> dict[str, np.ndarray]:
         """Latency, batch size of every request, in the order of `send_s`."""
@@ -122,7 +126,7 @@ class Simulation:
             task = min(self.tasks, key=lambda t: t.wake_s, default=None)
             ready = (
                 starting[0] if starting else math.inf,
-                self.sends[0][0] if self.sends else math.inf,
+                self.handles[0][0] if self.handles else math.inf,
                 self.answers[0][0] if self.answers else math.inf,
                 arrivals[0][1] if arrivals else math.inf,
                 task.wake_s if task else math.inf,
@@ -137,7 +141,7 @@ class Simulation:
                     self.replicas.append(Replica(self.deployment, self.overheads, self.end_s, self.batch))
                     self.start_tasks(at_s)
                 case 1:
-                    self.send(*self.sends.popleft(), now_s)
+                    self.handle(*self.handles.popleft(), now_s)
                 case 2:
                     self.answer(*self.answers.pop(0), now_s)
                 case 3:
@@ -167,7 +171,8 @@ class Simulation:
         return replica if count < self.deployment.max_ongoing else None
 
     def target(self) -> int:
-        return min(len(self.pending), self.router.max_tasks, self.router.tasks_per_replica * len(self.replicas))
+        most = min(self.router.max_tasks, self.router.tasks_per_replica * len(self.replicas))
+        return min(len(self.pending), most)
 
     def unowned(self) -> int | None:
         return next((request for request in self.pending if request not in self.owned), None)
@@ -177,7 +182,7 @@ class Simulation:
             self.tasks += [Task(now_s) for _ in range(self.target() - len(self.tasks))]
 
     def arrive(self, at_s: float, request: int, now_s: float) -> None:
-        if self.replicas and not (self.pending or self.tasks or self.sends or self.answers):
+        if self.replicas and not (self.pending or self.tasks or self.handles or self.answers):
             drawn = self.drawn()
             for replica in drawn:
                 replica.hear(at_s)
@@ -190,26 +195,26 @@ class Simulation:
         self.pending.append(request)
         self.start_tasks(now_s)
 
-    def send(self, at_s: float, request: int, replica: Replica, now_s: float) -> None:
+    def handle(self, at_s: float, request: int, of: Replica | Task, now_s: float) -> None:
+        if isinstance(of, Task):
+            self.tasks.remove(of)
+            self.start_tasks(now_s)
+            return
+        replica = of
         replica.hear(at_s)
         replica.cached += 1
         self.busy_until_s = now_s + self.router.send_s
         hit_s = self.busy_until_s + self.router.hop_s
         replica.advance(hit_s)
         replica.answered_s = max(replica.answered_s, hit_s) + self.router.reject_s
-        returned = request
         if replica.ongoing < self.deployment.max_ongoing:
             replica.put(request, hit_s)
-            returned = -1
-        self.rejected += returned >= 0
-        tie = request if returned >= 0 else -1
-        insort(
-            self.answers,
-            (replica.answered_s + self.hop_s(), tie, returned, replica, replica.ongoing),
-            key=lambda answer: answer[:2],
-        )
+            request = -1
+        self.rejected += request >= 0
+        answer = (replica.answered_s + self.hop_s(), request, replica, replica.ongoing)
+        insort(self.answers, answer, key=lambda a: a[:2])
 
-    def answer(self, at_s: float, _tie: int, request: int, replica: Replica, count: int, now_s: float) -> None:
+    def answer(self, at_s: float, request: int, replica: Replica, count: int, now_s: float) -> None:
         replica.hear(at_s)
         replica.cached = count
         self.busy_until_s = now_s + self.router.answer_s
@@ -248,13 +253,14 @@ class Simulation:
                     replica.cached = replica.ongoing
             if found:  # for the oldest, which need not be its own; the cached count does not move yet
                 oldest = self.pending.pop(0)
-                self.sends.append((now_s, oldest, found))
                 owner = self.owned.pop(oldest, None)
+                if owner and owner is not task:  # cancelled: it counts until the loop gets to it
+                    owner.wake_s, owner.probing = math.inf, []
+                    self.handles.append((now_s, -1, owner))
+                self.handles.append((now_s, oldest, found))
                 if owner is task:
                     task.own = None
                     continue
-                if owner:
-                    self.tasks.remove(owner)
             task.tries += 1
             if task.tries > self.router.tries_at_once:
                 backoff_s = min(self.router.backoff_s * 2**task.attempt, self.router.max_backoff_s)

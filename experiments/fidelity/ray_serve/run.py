@@ -3,11 +3,11 @@
     python experiments/fidelity/ray_serve/run.py --data FOLDER_OF_TRACES
     python experiments/fidelity/ray_serve/run.py --data FOLDER_WITH_CASES_OF_YOUR_OWN     # from measure.py
 
-Replays the times at which each case's requests were sent, and compares latencies. Whether a case is below saturation
-or in overload is told by its configuration and its rate. Below: percentiles of the latency. In overload: whether the
-router collapses, and to how many requests per second. Overheads come from requests that met no other: their level
-from the case's own measurement before the run, one request at a time; their shape from the *other* cases. Writes
-table.csv, acceptance.csv, run.json and figures/.
+Replays the times at which each case's requests were sent, and compares latencies. Whether a case is below
+saturation or in overload is told by its configuration and its rate. Below: percentiles of the latency. In
+overload: whether the router collapses, and to how many requests per second. Overheads come from requests that
+met no other: their level from the case's own measurement before the run, one request at a time; their shape
+from the *other* cases. Writes table.csv, acceptance.csv, run.json and figures/.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from pilotage.results import as_csv, provenance, write_whole
 ASKED = {50: 5.0, 90: 8.0, 95: 8.0, 99: 12.0}  # percent of the measured percentile, below saturation
 RATE_ASKED = 20.0  # percent of the measured rate, in overload
 RATE_WINDOW_S = 2.5
-FULL_SPEED = 0.8  # a router that serves less than this share of what its replicas could serve has collapsed
+FULL_SPEED = 0.8  # a router that serves less than this share of what its replicas could has collapsed
 GAP_MS = 0.6  # between two batches that follow each other on a replica; 0.52 to 0.65 in every case
 ENOUGH = 100  # requests that met an empty system, for the shape of their delay
 QUANTILES = 201
 
-# The shape of the delay (delay over level), where the other cases have too few requests that met an empty system:
-# shares and quantiles of the 1277 such requests of the four reference cases.
+# The shape of the delay (delay over level), where the other cases have too few requests that met an empty
+# system: shares and quantiles of the 1277 such requests of the four reference cases.
 SHARES = (0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 1)
 SHAPE = (0.48, 0.68, 0.81, 0.87, 0.94, 1.01, 1.06, 1.13, 1.2, 1.31, 1.45, 1.75, 2.03, 2.66, 3.6, 5.88, 11.78)
 
@@ -72,6 +72,20 @@ def rates(done_s: np.ndarray, span: tuple[float, float]) -> np.ndarray:
     return np.histogram(done_s[np.isfinite(done_s)], edges)[0] / RATE_WINDOW_S
 
 
+def row(recording: Recording, regime: str, what: str, was: float, values: np.ndarray) -> dict[str, Any]:
+    """One row of table.csv: the measured value, and the simulated one with the interval of 95 % of the seeds."""
+    return {
+        "case": recording.name,
+        "regime": regime,
+        "quantity": what,
+        "measured": round(float(was), 2),
+        "simulated": round(values.mean(), 2),
+        "seed_low": round(np.quantile(values, 0.025), 2),
+        "seed_high": round(np.quantile(values, 0.975), 2),
+        "error_percent": round(100 * (values.mean() / was - 1), 2) if was else "",
+    }
+
+
 def line(recording: Recording, what: str, asked: str, values: np.ndarray, met: bool) -> dict[str, Any]:
     """One line of acceptance.csv: the mean over the seeds, and the interval that holds 95 % of them."""
     low, high = np.quantile(values, [0.025, 0.975])
@@ -97,56 +111,39 @@ def judge(recording: Recording, others: Sequence[Recording], seeds: Sequence[int
         measured = np.percentile(recording.latency_s[kept], list(ASKED)) * 1e3
         simulated = np.array([np.percentile(latency[kept], list(ASKED)) * 1e3 for latency in simulated_s])
         for k, (percentile, asked) in enumerate(ASKED.items()):
-            rows.append(
-                {
-                    "case": recording.name,
-                    "regime": "below saturation",
-                    "quantity": f"p{percentile}_ms",
-                    "measured": round(measured[k], 2),
-                    "simulated": round(simulated[:, k].mean(), 2),
-                    "seed_low": round(np.quantile(simulated[:, k], 0.025), 2),
-                    "seed_high": round(np.quantile(simulated[:, k], 0.975), 2),
-                    "error_percent": round(100 * (simulated[:, k].mean() / measured[k] - 1), 2),
-                }
-            )
+            rows.append(row(recording, "below saturation", f"p{percentile}_ms", measured[k], simulated[:, k]))
             error = 100 * (simulated[:, k] / measured[k] - 1)
-            asked_text = f"p{percentile} within {asked:g} % of the measured"
-            lines.append(line(recording, asked_text, f"±{asked:g} %", error, abs(error.mean()) <= asked))
+            what = f"p{percentile} within {asked:g} % of the measured"
+            lines.append(line(recording, what, f"±{asked:g} %", error, abs(error.mean()) <= asked))
     for span in spans:
         done_s = recording.table["done_s"].to_numpy()
         real = rates(done_s, span)
         made = [rates(recording.send_s + latency, span) for latency in simulated_s]
         where = f"{span[0]:.0f}-{span[1]:.0f} s"
-        able = float(recording.load(overheads)["capacity"][int(span[0]) : int(span[1])].mean())
-        for quantity, of in (("median", np.median), ("mean", np.mean)):
-            values = np.array([of(x) for x in made])
-            rows.append(
-                {
-                    "case": recording.name,
-                    "regime": "overload",
-                    "quantity": f"{quantity}_served_rps {where}",
-                    "measured": round(of(real), 2),
-                    "simulated": round(values.mean(), 2),
-                    "seed_low": round(np.quantile(values, 0.025), 2),
-                    "seed_high": round(np.quantile(values, 0.975), 2),
-                    "error_percent": round(100 * (values.mean() / of(real) - 1), 2),
-                }
-            )
+        able = FULL_SPEED * float(recording.load(overheads)["capacity"][int(span[0]) : int(span[1])].mean())
+        slow = np.array([np.mean(x < able) for x in made])
         medians = np.array([np.median(x) for x in made])
-        collapsed = bool(np.median(real) < FULL_SPEED * able)
-        agree = np.mean((medians < FULL_SPEED * able) == collapsed)
-        asked_text = f"regime ({'collapsed' if collapsed else 'full speed'}) {where}, share of seeds that agree"
-        lines.append(line(recording, asked_text, "> 0.5", np.array([agree]), agree > 0.5))
+        for quantity, was, values in (
+            ("median_served_rps", float(np.median(real)), medians),
+            ("mean_served_rps", real.mean(), np.array([x.mean() for x in made])),
+            ("time_collapsed_percent", 100 * float(np.mean(real < able)), 100 * slow),
+        ):
+            rows.append(row(recording, "overload", f"{quantity} {where}", was, values))
+        collapsed = bool(np.mean(real < able) > 0.5)
+        what = f"{'collapsed' if collapsed else 'at full speed'} {where}: share of time collapsed"
+        asked_share = "> 0.5" if collapsed else "<= 0.5"
+        lines.append(line(recording, what, asked_share, slow, (slow.mean() > 0.5) == collapsed))
         error = 100 * (medians / np.median(real) - 1)
-        asked_text = f"served rate {where} within {RATE_ASKED:g} % of the measured"
-        lines.append(line(recording, asked_text, f"±{RATE_ASKED:g} %", error, abs(error.mean()) <= RATE_ASKED))
+        what = f"served rate {where} within {RATE_ASKED:g} % of the measured"
+        lines.append(line(recording, what, f"±{RATE_ASKED:g} %", error, abs(error.mean()) <= RATE_ASKED))
     regime = "overload" if spans else "below saturation"
     return Verdict(recording, overheads, regime, rows, lines, simulated_s, spans)
 
 
 def draw(verdict: Verdict, path: Path) -> None:
-    """Measured against simulated: the distribution of latencies, and in overload the served rate over time."""
+    """Measured against simulated: latencies, and in overload the served rate over time."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     from pilotage.figures import INKS, STYLE
 
@@ -164,27 +161,29 @@ def draw(verdict: Verdict, path: Path) -> None:
             share = np.linspace(0, 1, min(len(latency), 400))
             left.plot(np.quantile(latency, share) * 1e3, share, color=INKS[ink], label=name)
         left.set(xscale="log", xlabel="latency, ms", ylabel="share of requests", title=recording.name)
+        left.xaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
+        left.xaxis.set_minor_formatter(NullFormatter())
         left.legend(loc="lower right")
         if verdict.spans:
             end = float(recording.send_s[-1])
-            middle = np.arange(0, end - RATE_WINDOW_S, RATE_WINDOW_S) + RATE_WINDOW_S / 2
             every = [rates(recording.send_s + x, (0, end)) for x in verdict.simulated_s]
             real = rates(recording.table["done_s"].to_numpy(), (0, end))
-            middle = middle[: len(real)]
+            middle = (np.arange(len(real)) + 0.5) * RATE_WINDOW_S
             low, high = np.min(every, axis=0), np.max(every, axis=0)
-            axes[1].fill_between(middle, low[: len(middle)], high[: len(middle)], color=INKS["blue"], alpha=0.15, lw=0)
-            axes[1].plot(middle, np.median(every, axis=0)[: len(middle)], color=INKS["blue"], label="simulated")
-            axes[1].plot(middle, real[: len(middle)], color=INKS["ink"], label="Ray Serve")
+            axes[1].fill_between(middle, low, high, color=INKS["blue"], alpha=0.15, lw=0)
+            axes[1].plot(middle, every[0], color=INKS["blue"], label="simulated, one seed")
+            axes[1].plot(middle, real, color=INKS["ink"], label="Ray Serve")
             for start, stop in verdict.spans:
                 axes[1].axvspan(start, stop, color=INKS["amber"], alpha=0.10, lw=0)
-            axes[1].set(xlabel="s", ylabel="served, requests/s", ylim=(0, None), title="served in overload (shaded)")
+            axes[1].set(xlabel="s", ylabel="requests/s", ylim=(0, None), title="served; overload is shaded")
             axes[1].legend(loc="upper left")
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--data", type=Path, required=True, help="holds fidelity/ray_serve, or cases itself")
     parser.add_argument("--seed", type=int, default=1, help="the first of the routing seeds")
     parser.add_argument("--out", type=Path, default=Path("results/fidelity/ray_serve"))
@@ -201,12 +200,9 @@ def main() -> None:
         acceptance += verdict.lines
         draw(verdict, options.out / "figures" / f"{recording.name}.svg")
         print(f"{recording.name}: {verdict.regime}, {len(recording.table)} requests")
-        for row in verdict.rows:
-            spread = f"[{row['seed_low']:.1f}, {row['seed_high']:.1f}]"
-            print(
-                f"  {row['quantity']:32} measured {row['measured']:9.2f}  simulated {row['simulated']:9.2f} "
-                f"{spread:20} {row['error_percent']:+6.1f} %"
-            )
+        for r in verdict.rows:
+            compared = f"measured {r['measured']:9.2f}  simulated {r['simulated']:9.2f}"
+            print(f"  {r['quantity']:32} {compared} [{r['seed_low']:.1f}, {r['seed_high']:.1f}]")
     write_whole(options.out / "table.csv", as_csv(rows))
     write_whole(options.out / "acceptance.csv", as_csv(acceptance))
     facts = provenance("fidelity/ray_serve", [], started, {"all": round(time.perf_counter() - began, 1)})
@@ -217,7 +213,8 @@ def main() -> None:
     }
     write_whole(options.out / "run.json", json.dumps(facts, indent=2) + "\n")
     for entry in acceptance:
-        print(f"{'met    ' if entry['met'] else 'NOT MET'} {entry['line']}: {entry['measured']} ({entry['asked']})")
+        met = "met    " if entry["met"] else "NOT MET"
+        print(f"{met} {entry['line']}: {entry['measured']} (asked {entry['asked']})")
 
 
 if __name__ == "__main__":

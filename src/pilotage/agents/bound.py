@@ -39,9 +39,9 @@ may go there need most: the shares of one resource on a node add up to at most 1
 Where a node can be had that is up, start-up is only the load from the cache.
 
 *Faults.* A node that dies within a tick is paid for a part of it only; that is at most one tick less per node. If
-start-up costs every node at least one tick before it counts, that tick makes up for it: the start-up charge is reduced by one tick, and
-the bound by one tick for every initial replica. Otherwise capacity is not charged by the tick but by the work: a
-request costs its miss, or the node time of its work.
+start-up costs every node at least one tick before it counts, that tick makes up for it: the start-up charge is
+reduced by one tick, and the bound by one tick for every initial replica. Otherwise capacity is not charged by the
+tick but by the work: a request costs its miss, or the node time of its work.
 
 *Several builds (variants on pools).* Speeds are taken relative to the first build by the most favourable request,
 and capacity is bought at the best price per speed in fractions of a replica: level x is charged at the lower end of

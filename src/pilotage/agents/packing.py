@@ -41,7 +41,7 @@ from pilotage.world.pools import Pool, Resources
 from pilotage.world.spec import Name, NonNegative, Positive, Spec, SpecError, closest
 
 _ROUNDING = 1e-9
-_MOST: Final = 200_000  # lives of nodes, which take some ten seconds to list
+_MOST: Final = 100_000  # lives of nodes, which take some ten seconds to list
 _BILLING: Final = ("min_lifetime_s", "billing_granularity_s", "billing_minimum_s", "idle_removal_s", "spot")
 
 
@@ -63,6 +63,8 @@ class Instance(Spec, frozen=True, kw_only=True):
     replicas: Annotated[tuple[Replica, ...], Meta(min_length=1)]
 
     def __post_init__(self) -> None:
+        if not self.pools or not self.replicas:
+            raise SpecError("an instance has no pools or no replicas; give at least one of each")
         names = [pool.name for pool in self.pools]
         for pool in self.pools:
             if names.count(pool.name) > 1:
@@ -76,7 +78,7 @@ class Instance(Spec, frozen=True, kw_only=True):
             for name in _BILLING:
                 if getattr(pool, name):
                     raise SpecError(
-                        f"pool {pool.name!r} sets {name}; leave it out, a node is paid here while it is in use"
+                        f"pool {pool.name!r} sets {name}; leave it out, a node is paid while it is in use"
                     )
         for r, replica in enumerate(self.replicas):
             self._check(r, replica, names)
@@ -150,7 +152,7 @@ class Optimum(Packing):
 
 
 # --- the rule ---------------------------------------------------------------------------------------------
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Node:
     pool: int
     zone: str
@@ -186,13 +188,14 @@ def replay(instance: Instance, rule: str | Callable, weights: Sequence[float] | 
 
 
 def _compiled(rule: str | Callable, weights: Sequence[float] | np.ndarray) -> tuple[Callable, np.ndarray]:
-    vector = np.ascontiguousarray(weights, dtype=np.float64)
+    try:
+        vector = np.ascontiguousarray(weights, dtype=np.float64)
+    except (TypeError, ValueError):
+        vector = np.array(np.nan)
     if vector.ndim != 1 or not np.isfinite(vector).all():
-        raise SpecError(f"weights of a placement rule: {weights!r}; give a list of finite numbers")
+        raise SpecError(f"weights of a placement rule are {weights!r}; give a list of finite numbers")
     if not isinstance(rule, str):
-        if not callable(rule) or not (
-            config.DISABLE_JIT or SIGNATURE.args in getattr(rule, "signatures", ())
-        ):
+        if not ((config.DISABLE_JIT and callable(rule)) or SIGNATURE.args in getattr(rule, "signatures", ())):
             raise SpecError(
                 f"placement rule {rule!r} is not compiled; put @pilotage.engine.placement.rule above it"
             )
@@ -233,26 +236,21 @@ def _candidates(
         if sum(node.pool == p for node in opened) < instance.pools[p].max_nodes:
             options += [_Node(p, zone, 0.0, -1) for zone in instance.zones_of(r, p)]
     records = np.zeros(len(options), CANDIDATE)
+    records["needs"] = numbers.needs[r]
     service = instance.replicas[r].service
+    preferred = instance.replicas[r].pools or [pool.name for pool in instance.pools]
     here = [node.zone for node in opened for q in node.replicas if instance.replicas[q].service == service]
     for record, node in zip(records, options, strict=True):
         pool = instance.pools[node.pool]
-        record["node"], record["pool"], record["zone"] = (
-            node.number,
-            node.pool,
-            numbers.zones.index(node.zone),
-        )
-        record["preference"] = allowed.index(node.pool)
-        record["has"], record["free"], record["needs"] = (
-            numbers.has[node.pool],
-            numbers.free(node),
-            numbers.needs[r],
-        )
+        record["node"], record["pool"] = node.number, node.pool
+        record["zone"] = numbers.zones.index(node.zone)
+        record["preference"] = preferred.index(pool.name)
+        record["has"], record["free"] = numbers.has[node.pool], numbers.free(node)
         record["usd_per_hour"] = pool.price_usd_per_hour
         record["replicas"] = len(node.replicas)
         record["siblings"] = sum(instance.replicas[q].service == service for q in node.replicas)
         record["in_zone"] = here.count(node.zone)
-        record["service"] = numbers.services.index(service)
+    records["service"] = numbers.services.index(service)
     records["in_emptiest_zone"] = records["in_zone"].min(initial=len(here))
     return options, records
 

@@ -6,7 +6,6 @@ Learned, tuned and heuristic policies run behind the same guard, in training, ev
 from __future__ import annotations
 
 from collections import Counter
-
 from dataclasses import replace
 
 import numpy as np

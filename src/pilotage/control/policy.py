@@ -159,6 +159,14 @@ FEATURES: Final = (
         "replicas that finish their work before they go",
     ),
     Feature(
+        "replicas_failed",
+        "replicas",
+        lambda c: c["failed"],
+        "sum(increase(kube_pod_container_status_restarts_total{container='$service'}[$window]))"
+        " + sum(increase(replicas_evicted_total{service='$service'}[$window]))",
+        "replicas that crashed, died with their node, were interrupted, or whose node never came",
+    ),
+    Feature(
         "max_batch",
         "requests",
         lambda c: c["max_batch"],
@@ -227,11 +235,18 @@ class Decision:
 
     @staticmethod
     def towards(
-        target: int, seen: Observation, *, max_batch: int | None = None, reason: str = ""
+        target: int,
+        seen: Observation,
+        *,
+        max_batch: int | None = None,
+        variant: str | None = None,
+        reason: str = "",
     ) -> Decision:
         """A plain target count, mapped as Kubernetes maps it: the difference to what is ordered already."""
         change = target - seen.replicas
-        return Decision(order=max(0, change), release=max(0, -change), max_batch=max_batch, reason=reason)
+        return Decision(
+            order=max(0, change), release=max(0, -change), max_batch=max_batch, variant=variant, reason=reason
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,19 +21,25 @@ from pilotage.control.forecast import LoadTracker
 from pilotage.control.hpa import Hpa
 from pilotage.control.policy import Controller, Decision, Observation, Policy, Situation
 from pilotage.control.queueing import staffing as erlang_staffing
-from pilotage.world.spec import Count, SpecError, closest, decode, read_toml
+from pilotage.world.spec import Count, Name, SpecError, closest, decode, read_toml
 
 _LOG = {"log": True}
 ScaleDownDelay = Annotated[float, Meta(ge=15, le=3600, extra=_LOG)]
 
 
 class Static(Policy, frozen=True, kw_only=True, tag="static"):
-    """Always the same number of replicas."""
+    """Always the same number of replicas, of one variant (the one that is live, unless it is named)."""
 
     replicas: Annotated[int, Meta(ge=0, le=64)] = 4
+    variant: Name | None = None
 
     def begin(self, situation: Situation) -> Controller:
-        return _Targets([self.replicas])
+        names = [variant.name for variant in situation.service.variants]
+        if self.variant is not None and self.variant not in names:
+            raise SpecError(
+                f"static: variant {self.variant!r} does not exist; {closest(self.variant, names)}"
+            )
+        return _Targets([self.replicas], self.variant)
 
 
 class Schedule(Policy, frozen=True, kw_only=True, tag="schedule"):
@@ -46,14 +52,13 @@ class Schedule(Policy, frozen=True, kw_only=True, tag="schedule"):
 
 
 class _Targets:
-    def __init__(self, targets: Sequence[int]) -> None:
-        self._targets, self._tick = targets, -1
+    def __init__(self, targets: Sequence[int], variant: str | None = None) -> None:
+        self._targets, self._variant, self._tick = targets, variant, -1
 
     def decide(self, seen: Observation) -> Decision:
         self._tick += 1
-        return Decision.towards(
-            self._targets[min(self._tick, len(self._targets) - 1)], seen, reason="schedule"
-        )
+        target = self._targets[min(self._tick, len(self._targets) - 1)]
+        return Decision.towards(target, seen, variant=self._variant, reason="schedule")
 
 
 class Staffing(Policy, frozen=True, kw_only=True, tag="staffing"):

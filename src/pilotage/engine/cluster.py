@@ -6,8 +6,9 @@ import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,10 +31,11 @@ from pilotage.engine.layout import (
 )
 from pilotage.engine.nodes import POOL_NODES
 from pilotage.engine.numbers import closures, encode, lay_out
-from pilotage.engine.placement import RULES
+from pilotage.engine.placement import RULES, WEIGHTS
 from pilotage.metrics import BUCKETS
 from pilotage.scenario import Scenario
 from pilotage.world.arrivals import Arrivals, Traffic
+from pilotage.world.spec import SpecError
 
 _STREAMS = ("demand", "noise", "patience", "route", "start")
 _FRESH = np.zeros(len(FEATURES))
@@ -65,11 +67,19 @@ class Cluster:
     The batch face is `advance(orders)`: one control tick of all worlds in one compiled call. The face of a
     live cluster is `read()`, `apply(decisions)`, `wait()`, with the services of all worlds in a row. A world may
     be put back to the start of another run with `restart`; one that is not `active` stands still. With
-    `threads` above 1 the worlds are shared out over cores.
+    `threads` above 1 the rows are shared out over cores. `rule` and `weights` take the place of the scenario's
+    placement: any function compiled with `engine.placement.rule`, such as a learned scorer.
     """
 
     def __init__(
-        self, scenario: Scenario, worlds: Sequence[World], *, threads: int = 1, read_ahead_s: float = 600.0
+        self,
+        scenario: Scenario,
+        worlds: Sequence[World],
+        *,
+        threads: int = 1,
+        read_ahead_s: float = 600.0,
+        rule: Any = None,
+        weights: np.ndarray | None = None,
     ) -> None:
         self.scenario = scenario
         self.worlds = list(worlds)
@@ -87,30 +97,35 @@ class Cluster:
         self.histograms = np.zeros((w, s, BUCKETS), np.int64)
         self.replicas = np.zeros(int(self.params["replica_hi"][-1]), REPLICA)
         self.nodes = np.zeros((w, sum(pool.max_nodes for pool in scenario.pools)), NODE)
-        slots = int(self.params["slot_hi"][-1])
+        self.slots = np.zeros(int(self.params["slot_hi"][-1]), SLOT)
         self._state = State(
             rows=self.rows,
             params=self.params,
             ticks=self.ticks.reshape(-1),
             replicas=self.replicas,
             ready=np.zeros(len(self.replicas), np.int64),
-            slots=np.zeros(slots, SLOT),
-            heap=np.zeros(slots, EVENT),
+            slots=self.slots,
+            tree=np.zeros(int(self.params["winner_hi"][-1]), EVENT),
             trees=np.zeros((2, int(self.params["tree_hi"][-1]))),
             scratch=np.zeros((self.threads, BUCKETS + 4), np.int64),
             nodes=self.nodes,
             summary=np.zeros((w, POOL_NODES + len(scenario.pools)), np.int64),
             in_zone=np.zeros((w, self.numbers.zone_ok.shape[1]), np.int64),
-            cached=np.zeros((w, self.nodes.shape[1], len(self.numbers.variants)), np.uint8),
+            cached=np.zeros((w, self.nodes.shape[1], len(self.numbers.variants))),
             closures=np.zeros((w, 0), CLOSURE),
             candidate=np.zeros(w, CANDIDATE),
             seeds=np.zeros(w, np.uint64),
         )
-        self._rule = RULES[scenario.placement.rule]
-        self._weights = np.zeros(0)
+        self._rule = RULES[scenario.placement.rule] if rule is None else rule
+        self._weights = np.array(scenario.placement.weights if weights is None else weights, dtype=np.float64)
+        if rule is None and len(self._weights) not in WEIGHTS[scenario.placement.rule]:
+            raise SpecError(
+                f"placement rule {scenario.placement.rule!r} has {len(self._weights)} weights; "
+                f"valid: {' or '.join(map(str, WEIGHTS[scenario.placement.rule]))}"
+            )
         self._most = np.full(s, 64)  # per service: storage for so many arrivals
         self._capacity = np.tile(self._most, w)
-        self._arrivals, self._requests = np.zeros(0), np.zeros(0, REQUEST)
+        self.arrival_storage, self.requests = np.zeros(0), np.zeros(0, REQUEST)
         self._reserve()
         self._blank = np.zeros(1, TICK)
         self._blank["latency_p95_s"] = np.nan
@@ -222,7 +237,7 @@ class Cluster:
         self._read_arrivals()
         w, s = self.shape
         books = (self.active, self.clock_s, self.scenario.tick_s, self._state, self.numbers)
-        storage = (self._arrivals, self._requests)
+        storage = (self.arrival_storage, self.requests)
         histograms, totals = self.histograms.reshape(w * s, BUCKETS), self.totals.reshape(w * s)
         taken = (np.ascontiguousarray(orders).reshape(w * s), self._blank)
         rule = (self._rule, self._weights)
@@ -231,12 +246,9 @@ class Cluster:
         else:
             kernel.decide(0, w, *books, *taken, *rule)
             cuts = np.linspace(0, w * s, self.threads + 1).astype(int).tolist()
-            jobs = [
-                self._pool.submit(kernel.serve, lo, hi, k, *books, *storage, histograms)
-                for k, (lo, hi) in enumerate(zip(cuts, cuts[1:], strict=False))
-            ]
-            for job in jobs:
-                job.result()
+            common = (*books, *storage, histograms)
+            parts = [(lo, hi, k, *common) for k, (lo, hi) in enumerate(pairwise(cuts))]
+            list(self._pool.map(lambda part: kernel.serve(*part), parts))
             kernel.settle(0, w, *books, totals)
         return self.ticks
 
@@ -245,7 +257,7 @@ class Cluster:
         totals = self.totals.reshape(-1)
         for k in range(self.shape[0]) if indices is None else indices:
             kernel.finish(
-                k, k + 1, self.clock_s, self._state, self.numbers, self._arrivals, self._requests, totals
+                k, k + 1, self.clock_s, self._state, self.numbers, self.arrival_storage, self.requests, totals
             )
 
     # --- storage that grows ----------------------------------------------------------------------------
@@ -266,7 +278,7 @@ class Cluster:
             return
         rows = list(fresh)
         coming = np.array([len(times) for times in fresh.values()])
-        kernel.compact(np.array(rows), self._state, self.numbers, self._arrivals, self._requests)
+        kernel.compact(np.array(rows), self._state, self.numbers, self.arrival_storage, self.requests)
         needed = self.rows["arrival_hi"][rows] + coming
         if (needed > self._capacity[rows]).any():
             # what one world needs, the others will need too
@@ -275,7 +287,7 @@ class Cluster:
             self._reserve()
         at = self.rows["storage_lo"] + self.rows["arrival_hi"]
         for r, times in fresh.items():
-            self._arrivals[at[r] : at[r] + len(times)] = times
+            self.arrival_storage[at[r] : at[r] + len(times)] = times
         self.rows["arrival_hi"][rows] += coming
 
     def _reserve(self) -> None:
@@ -285,10 +297,10 @@ class Cluster:
         for row, hi, capacity in zip(self.rows, ends, self._capacity, strict=True):
             lo, kept = row["storage_lo"], row["arrival_hi"]
             at = hi - capacity
-            arrivals[at : at + kept] = self._arrivals[lo : lo + kept]
-            requests[at : at + kept] = self._requests[lo : lo + kept]
+            arrivals[at : at + kept] = self.arrival_storage[lo : lo + kept]
+            requests[at : at + kept] = self.requests[lo : lo + kept]
             row["storage_lo"], row["storage_hi"] = at, hi
-        self._arrivals, self._requests = arrivals, requests
+        self.arrival_storage, self.requests = arrivals, requests
 
     # --- the face of a live cluster --------------------------------------------------------------------
     def read(self) -> tuple[Observation, ...]:

@@ -6,7 +6,6 @@ what they mean.
 
 from __future__ import annotations
 
-import numpy as np
 from numba import boolean, float64, from_dtype, int64, njit, typeof, void
 
 from pilotage.engine import nodes, services
@@ -52,8 +51,9 @@ def context(r, thread, m, s, arrivals, requests, t0):
     return Context(
         row, param, m.ticks[r], arrivals[row["storage_lo"] : row["storage_hi"]],
         requests[row["storage_lo"] : row["storage_hi"]], m.slots[slot_lo:slot_hi], m.replicas[lo:hi],
-        m.ready[lo:hi], m.heap[slot_lo:slot_hi], m.trees[:, param["tree_lo"] : param["tree_hi"]],
-        s.laws, s.times, s.tables, s.variants, s.pools, m.scratch[thread], t0,
+        m.ready[lo:hi], m.tree[param["winner_lo"] : param["winner_hi"]],
+        m.trees[:, param["tree_lo"] : param["tree_hi"]], s.laws, s.times, s.tables, s.variants, s.pools,
+        m.scratch[thread], t0,
     )  # fmt: skip
 
 

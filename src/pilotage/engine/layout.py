@@ -5,8 +5,7 @@ One row is one service in one world; rows of a world are adjacent. Copying the a
 
 from __future__ import annotations
 
-from collections import namedtuple
-from typing import Final
+from typing import Annotated, Any, Final, NamedTuple, get_type_hints
 
 import numpy as np
 
@@ -48,6 +47,8 @@ PARAMETERS: Final = np.dtype(
         ("replica_hi", "i8"),
         ("slot_lo", "i8"),  # its execution slots
         ("slot_hi", "i8"),
+        ("winner_lo", "i8"),  # its tree of slots, if it has one queue for all replicas
+        ("winner_hi", "i8"),
         ("tree_lo", "i8"),  # its trees, if it routes to the least outstanding
         ("tree_hi", "i8"),
         ("initial", "i8"),
@@ -278,37 +279,48 @@ ORDER: Final = np.dtype(
     [("order", "i8"), ("release", "i8"), ("max_batch", "i8"), ("pool", "i8"), ("variant", "i8")], align=True
 )
 
-# --- the arrays that the kernel's entry points take, each with its type and number of axes ---------------------
-_STATE: Final = {  # what compiled code writes; a first axis of the last eight is worlds
-    "rows": (ROW, 1),
-    "params": (PARAMETERS, 1),
-    "ticks": (TICK, 1),
-    "replicas": (REPLICA, 1),
-    "ready": ("i8", 1),
-    "slots": (SLOT, 1),
-    "heap": (EVENT, 1),
-    "trees": ("f8", 2),
-    "scratch": ("i8", 2),
-    "nodes": (NODE, 2),
-    "summary": ("i8", 2),
-    "in_zone": ("i8", 2),
-    "cached": ("u1", 3),
-    "closures": (CLOSURE, 2),
-    "candidate": (CANDIDATE, 1),
-    "seeds": ("u8", 1),
-}
-_NUMBERS: Final = {  # what it only reads; see `numbers`
-    "pools": (POOL, 1),
-    "zones": ("i8", 1),
-    "variants": (VARIANT, 1),
-    "laws": (LAW, 2),
-    "times": ("f8", 1),
-    "tables": ("f8", 2),
-    "preference": ("i8", 2),
-    "zone_ok": ("u1", 2),
-    "slowdown": ("f8", 2),
-}
-State = namedtuple("State", list(_STATE))
-Numbers = namedtuple("Numbers", list(_NUMBERS))
-EMPTY_STATE: Final = State(*(np.zeros((0,) * axes, kind) for kind, axes in _STATE.values()))
-EMPTY_NUMBERS: Final = Numbers(*(np.zeros((0,) * axes, kind) for kind, axes in _NUMBERS.values()))
+
+# --- the arrays that the kernel's entry points take, each with its type and number of axes ------------------------
+class State(NamedTuple):
+    """What compiled code writes; the first axis of those with more than one, but `trees` and `scratch`, is worlds."""
+
+    rows: Annotated[np.ndarray, ROW, 1]
+    params: Annotated[np.ndarray, PARAMETERS, 1]
+    ticks: Annotated[np.ndarray, TICK, 1]
+    replicas: Annotated[np.ndarray, REPLICA, 1]
+    ready: Annotated[np.ndarray, "i8", 1]
+    slots: Annotated[np.ndarray, SLOT, 1]
+    tree: Annotated[np.ndarray, EVENT, 1]
+    trees: Annotated[np.ndarray, "f8", 2]
+    scratch: Annotated[np.ndarray, "i8", 2]
+    nodes: Annotated[np.ndarray, NODE, 2]
+    summary: Annotated[np.ndarray, "i8", 2]
+    in_zone: Annotated[np.ndarray, "i8", 2]
+    cached: Annotated[np.ndarray, "f8", 3]
+    closures: Annotated[np.ndarray, CLOSURE, 2]
+    candidate: Annotated[np.ndarray, CANDIDATE, 1]
+    seeds: Annotated[np.ndarray, "u8", 1]
+
+
+class Numbers(NamedTuple):
+    """What compiled code only reads: a scenario in numbers; see `numbers`."""
+
+    pools: Annotated[np.ndarray, POOL, 1]
+    zones: Annotated[np.ndarray, "i8", 1]
+    variants: Annotated[np.ndarray, VARIANT, 1]
+    laws: Annotated[np.ndarray, LAW, 2]
+    times: Annotated[np.ndarray, "f8", 1]
+    tables: Annotated[np.ndarray, "f8", 2]
+    preference: Annotated[np.ndarray, "i8", 2]
+    zone_ok: Annotated[np.ndarray, "u1", 2]
+    slowdown: Annotated[np.ndarray, "f8", 2]
+
+
+def _empty(kind: Any) -> Any:
+    """The arrays of a bundle, of the right types and without content: what a kernel's signature is read from."""
+    hints = get_type_hints(kind, include_extras=True)
+    return kind(*(np.zeros((0,) * hint.__metadata__[1], hint.__metadata__[0]) for hint in hints.values()))
+
+
+EMPTY_STATE: Final = _empty(State)
+EMPTY_NUMBERS: Final = _empty(Numbers)

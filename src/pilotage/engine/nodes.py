@@ -37,7 +37,7 @@ def open_node(f, p, zone, service, now):
     node["ordinal"] = f.summary[NODES_OPENED]
     f.summary[NODES_OPENED] += 1
     f.summary[POOL_NODES + p] += 1
-    f.cached[n, :] = 0
+    f.cached[n, :] = math.inf
     node["state"] = READY
     node["pool"], node["zone"], node["owner"], node["replicas"] = p, zone, service, 0
     for j in range(RESOURCE_COUNT):
@@ -76,9 +76,9 @@ def set_fate(f, node, number):
 def is_closed(f, p, zone, now):
     for i in range(f.closures.shape[0]):
         closure = f.closures[i]
-        if closure["pool"] == p and closure["zone"] == zone:
-            if closure["start_s"] - closure["notice_s"] <= now < closure["end_s"]:
-                return True
+        here = closure["pool"] == p and closure["zone"] == zone
+        if here and closure["start_s"] - closure["notice_s"] <= now < closure["end_s"]:
+            return True
     return False
 
 
@@ -92,14 +92,35 @@ def end_s(f, node, until):
 
 
 @compiled
+def bill(f, node, until):
+    """Brings a node's bill up to `until`: its life, at least the minimum, in whole granules.
+
+    A node that never came is free.
+    """
+    pool = f.pools[node["pool"]]
+    node["cost_usd"], node["cost_s"] = 0.0, 0.0
+    if node["failing"]:
+        return
+    billed_s = max(end_s(f, node, until) - node["ordered_s"], pool["minimum_s"])
+    if pool["granularity_s"] > 0:
+        billed_s = math.ceil(billed_s / pool["granularity_s"] - _ROUNDING) * pool["granularity_s"]
+    node["cost_s"] = billed_s - node["billed_s"]
+    node["cost_usd"] = node["cost_s"] * pool["usd_per_s"]
+    node["billed_s"] = billed_s
+
+
+@compiled
 def clear(f, now):
-    """Removes the nodes that have gone by now; they are billed already."""
+    """Removes the nodes that have gone by now. They are billed already, but for one that has not lived at all."""
     for n in range(f.summary[NODE_SPAN]):
         node = f.nodes[n]
-        if node["state"] != GONE:
-            if node["death_s"] < now or node["replicas"] == 0 and end_s(f, node, math.inf) <= now:
-                node["state"] = GONE
-                f.summary[POOL_NODES + node["pool"]] -= 1
+        empty = node["replicas"] == 0
+        if node["state"] != GONE and (node["death_s"] < now or (empty and end_s(f, node, math.inf) <= now)):
+            bill(f, node, now)
+            f.ticks[node["owner"]]["node_usd"] += node["cost_usd"]
+            f.ticks[node["owner"]]["node_s"] += node["cost_s"]
+            node["state"] = GONE
+            f.summary[POOL_NODES + node["pool"]] -= 1
     while f.summary[NODE_SPAN] > 0 and f.nodes[f.summary[NODE_SPAN] - 1]["state"] == GONE:
         f.summary[NODE_SPAN] -= 1
 
@@ -120,7 +141,7 @@ def detach(f, r, variant, at_s):
 @compiled
 def leave_now(f, s, k, now, until):
     """A replica that has nothing to do goes at the tick itself."""
-    param, row, tick = f.params[s], f.rows[s], f.ticks[s]
+    param, tick = f.params[s], f.ticks[s]
     r = f.replicas[param["replica_lo"] + k]
     tick["replica_s"] -= until - now
     if r["state"] != STARTING:
@@ -146,10 +167,10 @@ def stop_serving(f, s, k):
 @compiled
 def is_idle(f, s, k):
     lo, per = f.params[s]["slot_lo"], f.params[s]["slots"]
+    busy = 0
     for e in range(lo + k * per, lo + (k + 1) * per):
-        if f.slots[e]["size"] > 0:
-            return False
-    return True
+        busy += f.slots[e]["size"] > 0
+    return busy == 0
 
 
 @compiled
@@ -160,7 +181,7 @@ def drain(f, s, k, now, until):
         stop_serving(f, s, k)
         r["state"] = DRAINING
         r["gone_s"] = now
-    if r["state"] == STARTING or r["waiting"] == 0 and is_idle(f, s, k):
+    if r["state"] == STARTING or (r["waiting"] == 0 and is_idle(f, s, k)):
         leave_now(f, s, k, now, until)
 
 
@@ -230,11 +251,11 @@ def act_on_notices(f, now, until):
     for s in range(f.rows.shape[0]):
         for k in range(f.rows[s]["span"]):
             r = f.replicas[f.params[s]["replica_lo"] + k]
-            if r["state"] == STARTING or r["state"] == READY:
-                if f.nodes[r["node"]]["state"] == DRAINING:
-                    f.rows[s]["pending"] += 1
-                    f.ticks[s]["failed"] += 1
-                    drain(f, s, k, now, until)
+            serving = r["state"] == STARTING or r["state"] == READY
+            if serving and f.nodes[r["node"]]["state"] == DRAINING:
+                f.rows[s]["pending"] += 1
+                f.ticks[s]["failed"] += 1
+                drain(f, s, k, now, until)
 
 
 @compiled
@@ -311,16 +332,16 @@ def fits(f, s, node):
         return False
     if pool["whole"] or variant["whole"]:
         return node["replicas"] == 0
+    short = 0
     for j in range(RESOURCE_COUNT):
-        if variant["needs"][j] > node["free"][j] + _ROUNDING:
-            return False
-    return True
+        short += variant["needs"][j] > node["free"][j] + _ROUNDING
+    return short == 0
 
 
 @compiled
 def place(f, s, rule, weights, now):
     """Puts one pending replica of service s where the rule scores highest; returns whether it fits anywhere."""
-    row, param = f.rows[s], f.params[s]
+    row = f.rows[s]
     k = vacancy(f, s)
     if k < 0:
         return False
@@ -414,7 +435,7 @@ def assess(f, s, n, p, zone, emptiest, rule, weights, now):
     c["usd_per_hour"] = pool["usd_per_s"] * 3600
     c["spot"] = pool["spot"]
     c["interruptions_per_hour"] = pool["interruptions_per_s"] * 3600
-    warm = n >= 0 and f.cached[n, v] != 0
+    warm = n >= 0 and f.cached[n, v] <= now
     up_s = pool["boot_s"] if n < 0 else max(f.nodes[n]["up_s"] - now, 0.0)
     c["ready_in_s"] = up_s + (
         variant["load_s"] * variant["warm_share"] if warm else variant["pull_s"] + variant["load_s"]
@@ -443,16 +464,16 @@ def settle(f, s, k, n, now):
     r["state"] = STARTING
     r["node"], r["pool"], r["variant"] = n, node["pool"], v
     load_s = variant["load_s"] * quantile(f.tables, variant["load_table"], param["seed_start"], number + 1)
-    if f.cached[n, v]:
+    if f.cached[n, v] <= now:
         start_s = load_s * variant["warm_share"]
     else:
         start_s = load_s + variant["pull_s"] * quantile(
             f.tables, variant["pull_table"], param["seed_start"], number
         )
-    f.cached[n, v] = 1
     f.ticks[s]["replica_s"] += f.ticks[s]["seconds"]
     r["ordered_s"] = now
     r["ready_s"] = max(now, node["up_s"]) + start_s
+    f.cached[n, v] = min(f.cached[n, v], r["ready_s"])  # from when on another starts from the cache
     r["crash_s"], r["death_s"], r["gone_s"] = math.inf, node["death_s"], math.inf
     r["pace"] = node["pace"]
     node["replicas"] += 1
@@ -482,6 +503,7 @@ def start_initial(f, rule, weights):
         for k in range(row["span"]):
             r = f.replicas[param["replica_lo"] + k]
             r["state"], r["ready_s"], r["death_s"] = READY, 0.0, f.nodes[r["node"]]["death_s"]
+            f.cached[r["node"], r["variant"]] = 0.0
             r["crash_s"] = waiting_time(
                 param["seed_start"] + np.uint64(1), 64 * r["ordinal"], param["crashes_per_s"]
             )
@@ -536,7 +558,6 @@ def bill_nodes(f, until):
                     detach(f, r, f.variants[r["variant"]], r["gone_s"])
     for n in range(f.summary[NODE_SPAN]):
         node = f.nodes[n]
-        node["cost_usd"], node["cost_s"] = 0.0, 0.0
         if node["state"] != GONE:
             bill(f, node, until)
             if node["share"] == 0.0:
@@ -556,17 +577,3 @@ def bill_nodes(f, until):
                 r["node"] = -1
         while row["span"] > 0 and f.replicas[f.params[s]["replica_lo"] + row["span"] - 1]["state"] == GONE:
             row["span"] -= 1
-
-
-@compiled
-def bill(f, node, until):
-    """Brings a node's bill up to `until`: its life, at least the minimum, in whole granules. One that never came is free."""
-    pool = f.pools[node["pool"]]
-    if node["failing"]:
-        return
-    billed_s = max(end_s(f, node, until) - node["ordered_s"], pool["minimum_s"])
-    if pool["granularity_s"] > 0:
-        billed_s = math.ceil(billed_s / pool["granularity_s"] - _ROUNDING) * pool["granularity_s"]
-    node["cost_s"] = billed_s - node["billed_s"]
-    node["cost_usd"] = node["cost_s"] * pool["usd_per_s"]
-    node["billed_s"] = billed_s

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pilotage.engine.layout import (
+    CENTRAL,
     CLOSURE,
     FORMERS,
     LAW,
@@ -101,7 +102,7 @@ def encode(scenario: Scenario) -> tuple[Numbers, np.ndarray]:
 def lay_out(one: np.ndarray, worlds: int) -> np.ndarray:
     """The parameters of all rows; what one world's `_hi` fields give as sizes becomes slices of the state."""
     params = np.tile(one, worlds)
-    for field in ("replica", "slot", "tree"):
+    for field in ("replica", "slot", "winner", "tree"):
         ends = np.cumsum(params[f"{field}_hi"])
         params[f"{field}_lo"], params[f"{field}_hi"] = np.r_[0, ends[:-1]], ends
     return params
@@ -165,11 +166,15 @@ def _parameters(scenario: Scenario, service: Service, s: int, tables: _Tables) -
     replicas = min(room(scenario, service), 2 * service.max_replicas + 8)
     record["replica_hi"] = replicas
     record["slot_hi"] = replicas * server.batches_in_flight
-    record["tree_hi"] = (
-        2 << max(replicas - 1, 0).bit_length() if record["routing"] == LEAST_OUTSTANDING else 0
-    )
+    record["winner_hi"] = _tree(int(record["slot_hi"])) if record["routing"] == CENTRAL else 0
+    record["tree_hi"] = _tree(replicas) if record["routing"] == LEAST_OUTSTANDING else 0
     record["initial"] = min(service.initial_replicas, replicas)
     return record
+
+
+def _tree(leaves: int) -> int:
+    """The size of a binary tree with so many leaves, or the next power of two."""
+    return 2 << max(int(leaves) - 1, 0).bit_length()
 
 
 def room(scenario: Scenario, service: Service) -> int:
@@ -202,7 +207,9 @@ def closures(scenario: Scenario, start_s: float, rng: np.random.Generator) -> np
     found = []
     for p, pool in enumerate(scenario.pools):
         found += [(p, names.index(zone), begin, end, 0.0) for zone, begin, end in down if zone in pool.zones]
-        for zone in pool.zones if pool.spot else ():
+        if pool.spot is None:
+            continue
+        for zone in pool.zones:
             windows = pool.spot.market.closed_s(zone, start_s, start_s + horizon_s, data_path(scenario))
             found += [
                 (p, names.index(zone), a - start_s, b - start_s, pool.spot.notice_s) for a, b in windows

@@ -22,7 +22,7 @@ from pilotage.metrics import BUCKET_BITS, BUCKETS, LOWEST_OCTAVE
 
 Context = namedtuple(
     "Context",
-    "row param tick arrivals requests slots replicas ready heap trees laws times tables variants pools scratch t0",
+    "row param tick arrivals requests slots replicas ready tree trees laws times tables variants pools scratch t0",
 )
 LOWEST, HIGHEST, SECOND, IN_SECOND = BUCKETS, BUCKETS + 1, BUCKETS + 2, BUCKETS + 3  # after the histogram
 _LOWEST_S = 2.0**LOWEST_OCTAVE
@@ -122,14 +122,16 @@ def admit(c, queue, i, now):
     """Puts request i into a queue from which batches are taken."""
     append(c, queue, i)
     if c.param["former"] == LATE_BINDING:
-        if queue["waiting"] == c.row["max_batch"]:
+        waited = c.arrivals[queue["head"]] + c.param["batch_wait_s"] <= now
+        if queue["waiting"] == c.row["max_batch"] or waited:
             queue["able_s"] = now
     else:
         if queue["forming"] == 0:
             queue["forming_head"] = i
             queue["forming_since_s"] = now
         queue["forming"] += 1
-        if queue["forming"] >= c.row["max_batch"]:
+        waited = queue["forming_since_s"] + c.param["batch_wait_s"] <= now
+        if queue["forming"] >= c.row["max_batch"] or waited:
             close(c, queue, now)
 
 
@@ -147,28 +149,28 @@ def due(c, queue, free_s, now):
             return math.inf, False
         if queue["waiting"] >= c.row["max_batch"]:
             return max(able_s, queue["able_s"]), False
-        over_s = c.arrivals[queue["head"]] + c.param["batch_wait_s"]
-        return max(able_s, over_s), over_s > able_s
+        came_s = c.arrivals[queue["head"]]
+        over_s = came_s + c.param["batch_wait_s"]
+        return max(able_s, over_s), over_s > max(able_s, came_s, queue["able_s"])
     start_s = max(able_s, queue["able_s"]) if queue["closed"] > 0 else math.inf
     if queue["forming"] > 0:
         over_s = queue["forming_since_s"] + c.param["batch_wait_s"]
         if queue["forming"] >= c.row["max_batch"]:
             over_s = now
         if over_s < start_s:
-            return max(over_s, now), True
+            return max(over_s, now), over_s > now
     return start_s, False
 
 
 @hot
 def act(c, queue, e, free_s, now):
-    """What is due at `now`: buries a dead head, closes a batch, or starts one on slot e, which is free at free_s.
+    """What is due at `now`: buries the dead at the head, closes a batch, or starts one on slot e, free at free_s.
 
     Returns whether one started.
     """
     if c.param["former"] == LATE_BINDING:
         if is_dead(c, queue["head"], now):
-            i = pop(c, queue)
-            bury(c.tick, c.param, c.row["first_number"] + i, now, c.t0)
+            sweep(c, queue, now)
             return False
         return start(c, queue, e, c.row["max_batch"], now)
     if queue["closed"] == 0 or free_s > now:
@@ -234,19 +236,17 @@ def duration_s(c, e, n, demand, head):
 
 
 @hot
-def record(c, e):
-    """Puts the latencies of the batch that slot e has completed into the tick's histogram.
+def record(c, i, n, end_s, replica):
+    """Puts the latencies of a batch of n requests from i on, complete at end_s, into the tick's histogram.
 
-    Returns how many were late, and their sum in seconds. The first of a batch has waited longest, as a rule.
+    Returns how many were late, and their sum in seconds.
     """
-    slot = c.slots[e]
     arrivals, requests, scratch, slo_s = c.arrivals, c.requests, c.scratch, c.param["slo_s"]
-    end_s = slot["free_s"] + c.pools[c.replicas[slot["replica"]]["pool"]]["network_s"]
+    network_s = c.pools[replica["pool"]]["network_s"]
     late, latencies_s = 0, 0.0
-    i = slot["head"]
     most, least = 0.0, math.inf
-    for _ in range(slot["size"]):
-        latency_s = end_s - arrivals[i]
+    for _ in range(n):
+        latency_s = end_s - arrivals[i] + network_s
         latencies_s += latency_s
         late += latency_s > slo_s
         most, least = max(most, latency_s), min(least, latency_s)
@@ -263,12 +263,13 @@ def retire(c, e):
     slot, tick = c.slots[e], c.tick
     n = slot["size"]
     if n > 0:
-        late, latencies_s = record(c, e)
+        replica = c.replicas[slot["replica"]]
+        late, latencies_s = record(c, slot["head"], n, slot["free_s"], replica)
         slot["size"] = 0
         tick["late"] += late
         tick["latency_s"] += latencies_s
         tick["served"] += n
-        tick["wrong"] += n * c.variants[c.replicas[slot["replica"]]["variant"]]["error_share"]
+        tick["wrong"] += n * c.variants[replica["variant"]]["error_share"]
         tick["inside_s"] += n * (slot["free_s"] - c.t0)
 
 
@@ -321,37 +322,44 @@ def reject(c, now):
 
 # --- the central queue -------------------------------------------------------------------------------------
 @hot
-def sift(heap, n, i, time_s, number):
-    """Puts (time, number) into a binary heap of n entries, of which entry i may be overwritten."""
-    while True:
-        child = 2 * i + 1
-        if child >= n:
-            break
-        t, k = heap[child]["time_s"], heap[child]["number"]
-        if child + 1 < n:
-            t2, k2 = heap[child + 1]["time_s"], heap[child + 1]["number"]
-            if t2 < t or (t2 == t and k2 < k):
-                child, t, k = child + 1, t2, k2
-        if time_s < t or (time_s == t and number <= k):
-            break
-        heap[i]["time_s"], heap[i]["number"] = t, k
-        i = child
-    heap[i]["time_s"], heap[i]["number"] = time_s, number
+def enter(tree, leaves, e, time_s):
+    """Writes when slot e is free into a tree of winners, whose root is then the slot that is free first.
+
+    A node of the tree holds the earlier of its children, the lower number among equals; there is no branch to
+    mispredict on the way to the root.
+    """
+    i, number = leaves + e, e
+    tree[i]["time_s"], tree[i]["number"] = time_s, number
+    while i > 1:
+        other_s, other = tree[i ^ 1]["time_s"], tree[i ^ 1]["number"]
+        loses = (other_s < time_s) | ((other_s == time_s) & (other < number))
+        time_s = other_s if loses else time_s
+        number = other if loses else number
+        i >>= 1
+        tree[i]["time_s"], tree[i]["number"] = time_s, number
 
 
 @compiled
-def gather_slots(c):
-    """Fills the heap with the slots of ready replicas, by the time at which they are free; returns how many."""
-    n = 0
-    per = c.param["slots"]
+def gather_slots(c, end):
+    """Fills the tree with the slots of ready replicas, and retires what they complete before `end`.
+
+    Returns the number of leaves; slots of other replicas are never free.
+    """
+    per, tree = c.param["slots"], c.tree
+    leaves = 1
+    while leaves < c.row["span"] * per:
+        leaves *= 2
+    for i in range(leaves):
+        tree[leaves + i]["time_s"], tree[leaves + i]["number"] = math.inf, i
     for j in range(c.row["ready"]):
         for e in range(c.ready[j] * per, (c.ready[j] + 1) * per):
-            c.heap[n]["time_s"] = c.slots[e]["free_s"]
-            c.heap[n]["number"] = e
-            n += 1
-    for i in range(n // 2 - 1, -1, -1):
-        sift(c.heap, n, i, c.heap[i]["time_s"], c.heap[i]["number"])
-    return n
+            tree[leaves + e]["time_s"] = c.slots[e]["free_s"]
+            if c.slots[e]["free_s"] < end:
+                retire(c, e)
+    for i in range(leaves - 1, 0, -1):
+        winner = 2 * i + (tree[2 * i + 1]["time_s"] < tree[2 * i]["time_s"])
+        tree[i]["time_s"], tree[i]["number"] = tree[winner]["time_s"], tree[winner]["number"]
+    return leaves
 
 
 @compiled
@@ -360,44 +368,47 @@ def serve_central(c, now, end):
     if c.param["former"] == LATE_BINDING and c.row["ready"] > 0:
         serve_late(c, now, end)
         return
-    row, heap = c.row, c.heap
-    n = gather_slots(c)
-    free_s = heap[0]["time_s"] if n > 0 else math.inf
+    row, tree = c.row, c.tree
+    leaves = gather_slots(c, end)
+    free_s = tree[1]["time_s"]
     lo = row["arrival_lo"]
     hi = upto(c.arrivals, lo, row["arrival_hi"], end)
     a = lo
     while True:
         next_s, after = due(c, row, free_s, now)
         if a < hi and (c.arrivals[a] < next_s or (after and c.arrivals[a] == next_s)):
-            now = c.arrivals[a]
             if row["waiting"] >= c.param["queue_limit"]:
-                reject(c, now)
+                reject(c, c.arrivals[a])
             else:
+                now = c.arrivals[a]
                 admit(c, row, a, now)
             a += 1
             continue
         if next_s >= end:
             break
         now = next_s
-        e = heap[0]["number"] if n > 0 else 0
+        e = tree[1]["number"]
         if act(c, row, e, free_s, now):
-            sift(heap, n, 0, c.slots[e]["free_s"], e)
-            free_s = heap[0]["time_s"]
+            enter(tree, leaves, e, c.slots[e]["free_s"])
+            free_s = tree[1]["time_s"]
     count_arrivals(c, lo, hi)
 
 
 @compiled
 def serve_late(c, now, end):
-    """`serve_central` for late binding, with the queue and the counters in registers."""
-    row, tick, heap, slots = c.row, c.tick, c.heap, c.slots
+    """`serve_central` for late binding, with the queue and the counters in registers.
+
+    A batch that completes before `end` is accounted when it starts: nothing can come between.
+    """
+    row, tick, tree, slots = c.row, c.tick, c.tree, c.slots
     arrivals, requests = c.arrivals, c.requests
     limit, size, wait_s = c.param["queue_limit"], row["max_batch"], c.param["batch_wait_s"]
     first_number, mortal = row["first_number"], c.param["timeout_s"] < math.inf or c.param["abandoning"] > 0
     waiting, head, tail = row["waiting"], row["head"], row["tail"]
     batches, batched, served, late = 0, 0, 0, 0
     busy_s, latency_s, left_s, wrong = 0.0, 0.0, 0.0, 0.0
-    n = gather_slots(c)
-    free_s = heap[0]["time_s"]
+    leaves = gather_slots(c, end)
+    free_s = tree[1]["time_s"]
     lo = row["arrival_lo"]
     hi = upto(arrivals, lo, row["arrival_hi"], end)
     a = lo
@@ -415,18 +426,18 @@ def serve_late(c, now, end):
                 break
             recompute = False
             while not recompute and (arrival_s < next_s or (after and arrival_s == next_s)):
-                now = arrival_s
                 if waiting >= limit:
                     tick["rejected"] += 1
-                    left_s += now - c.t0
+                    left_s += arrival_s - c.t0
                 else:
+                    now = arrival_s
                     if waiting > 0:
                         requests[tail]["next"] = a
                     else:
                         head = a
                     tail = a
                     waiting += 1
-                    recompute = waiting == 1 or waiting == size
+                    recompute = waiting == 1 or waiting == size or now == next_s
                 a += 1
                 arrival_s = arrivals[a] if a < hi else math.inf
             continue
@@ -434,19 +445,12 @@ def serve_late(c, now, end):
             break
         now = next_s
         if mortal and is_dead(c, head, now):
-            bury(tick, c.param, first_number + head, now, c.t0)
-            head = requests[head]["next"]
-            waiting -= 1
+            while waiting > 0 and is_dead(c, head, now):
+                bury(tick, c.param, first_number + head, now, c.t0)
+                head = requests[head]["next"]
+                waiting -= 1
             continue
-        e = heap[0]["number"]
-        m = slots[e]["size"]
-        if m > 0:
-            more_late, more_s = record(c, e)
-            late += more_late
-            latency_s += more_s
-            served += m
-            left_s += m * (free_s - c.t0)
-            wrong += m * c.variants[c.replicas[slots[e]["replica"]]["variant"]]["error_share"]
+        e = tree[1]["number"]
         first, last, m, demand = head, head, 1, demand_of(c, head)
         head = requests[head]["next"]
         waiting -= 1
@@ -462,14 +466,24 @@ def serve_late(c, now, end):
             m += 1
             demand += demand_of(c, i)
         seconds = duration_s(c, e, m, demand, first)
-        slots[e]["head"] = first
-        slots[e]["size"] = m
-        slots[e]["free_s"] = now + seconds
+        free_s = now + seconds
+        slots[e]["free_s"] = free_s
         batches += 1
         batched += m
         busy_s += seconds
-        sift(heap, n, 0, now + seconds, e)
-        free_s = heap[0]["time_s"]
+        if free_s < end:
+            replica = c.replicas[slots[e]["replica"]]
+            more_late, more_s = record(c, first, m, free_s, replica)
+            late += more_late
+            latency_s += more_s
+            served += m
+            left_s += m * (free_s - c.t0)
+            wrong += m * c.variants[replica["variant"]]["error_share"]
+        else:
+            slots[e]["head"] = first
+            slots[e]["size"] = m
+        enter(tree, leaves, e, free_s)
+        free_s = tree[1]["time_s"]
     row["waiting"], row["head"], row["tail"] = waiting, head, tail
     tick["batches"] += batches
     tick["batched"] += batched

@@ -38,6 +38,8 @@ def run(c, until):
         if at_s > now:
             serve(c, now, at_s)
             now = at_s
+        if kind != NOTHING and c.replicas[k]["state"] == GONE:
+            continue  # it has drained in the meantime
         if kind == DEATH:
             die(c, k, now, until)
         elif kind == CRASH:

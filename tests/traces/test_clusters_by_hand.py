@@ -1,0 +1,138 @@
+"""Nodes, faults and rollouts, worked out by hand; the first is the life of a small Kubernetes-like cluster."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pilotage.engine.cluster import Cluster, World
+from pilotage.engine.layout import GONE
+from pilotage.world.faults import Outage
+from pilotage.world.pools import Pool, Resources
+from pilotage.world.servers import Affine, Variant
+from tests.strategies import Times, scenario, service
+
+
+def run(the_scenario, times, orders: dict[int, dict]) -> tuple[Cluster, list[np.ndarray]]:
+    """All ticks, with the orders {tick: {service: {field: value}}}; counters per tick, of shape (services,)."""
+    cluster = Cluster(the_scenario, [World(0, traffic=tuple(Times(t) for t in times))])
+    seen = []
+    for tick in range(the_scenario.ticks):
+        now = cluster.no_orders()
+        for s, fields in orders.get(tick, {}).items():
+            for name, value in fields.items():
+                now[name][0, s] = value
+        seen.append(cluster.advance(now)[0].copy())
+        seen[-1].setflags(write=False)
+    return cluster, seen
+
+
+def states(ticks, s=0) -> list[tuple[int, int, int]]:
+    return [(int(t["ready"][s]), int(t["starting"][s]), int(t["pending"][s])) for t in ticks]
+
+
+def build(name="v", resources=None, **fields) -> Variant:
+    law = Affine(base_ms=100.0, per_item_ms=0.0)
+    return Variant(name=name, latency={"cpu": law}, resources=resources, **fields)
+
+
+def test_the_life_of_a_kubernetes_like_cluster() -> None:
+    """Two pods to a node; a node boots for 60 s, an image is pulled for 20 s, weights load for 10 s, from the cache
+    for 5 s; at most two nodes; an empty node goes after 120 s.
+
+    t = 0: one pod on node 0. t = 15: three more. One fits on node 0, which has the image: ready at 20. Two need
+    node 1: it is up at 75, and they are ready at 105. t = 30: a fifth; no node may be opened, it stays pending.
+    t = 120: three are released: the pending one, and the youngest two. So node 1 is empty, and goes at 240.
+    """
+    pool = Pool(
+        name="cpu",
+        price_usd_per_hour=3600.0,
+        boot_s=60.0,
+        max_nodes=2,
+        idle_removal_s=120.0,
+        node=Resources(cpu=4.0),
+    )
+    variant = build(resources=Resources(cpu=2.0), image_pull_s=20.0, load_s=10.0, warm_load_share=0.5)
+    one = service(initial_replicas=1).replace(variants=(variant,))
+    orders = {1: {0: {"order": 3}}, 2: {0: {"order": 1}}, 8: {0: {"release": 3}}}
+    cluster, ticks = run(scenario([one], [pool], tick_s=15.0, ticks=20), [[]], orders)
+    expected = [(1, 0, 0), (2, 2, 0), *[(2, 2, 1)] * 5, (4, 0, 1), *[(2, 0, 0)] * 12]
+    assert states(ticks) == expected
+    per_tick = [15.0, *[30.0] * 15, *[15.0] * 4]  # node 1 from 15 to 240
+    np.testing.assert_allclose([t["node_s"][0] for t in ticks], per_tick)
+    np.testing.assert_allclose(cluster.totals["node_usd"][0, 0], 300.0 + 225.0)
+    np.testing.assert_allclose(ticks[1]["ready_s"][0], 15.0 + 10.0)
+    np.testing.assert_allclose(ticks[7]["ready_s"][0], 4 * 15.0)
+
+
+def outage(on_failure: str) -> tuple[Cluster, list[np.ndarray]]:
+    """The only zone is down from 2.05 to 3.05 s; a request arrives at 2.0 and takes 0.1 s."""
+    one = service(initial_replicas=1, on_failure=on_failure).replace(variants=(build(),))
+    pool = Pool(name="cpu", price_usd_per_hour=3600.0)
+    the_scenario = scenario([one], [pool], ticks=6).replace(
+        outages=(Outage(zone="local", start_h=2.05 / 3600, duration_h=1.0 / 3600),)
+    )
+    return run(the_scenario, [[0.5, 2.0, 2.5]], {})
+
+
+def test_requests_of_a_node_that_dies_are_served_again() -> None:
+    """The replica is ordered anew at once; at 3 s the zone is still down, at 4 s there is a node. What executed at
+    2.05 s is served from 4.0 to 4.1, before what came at 2.5 s."""
+    cluster, ticks = outage("retry")
+    assert states(ticks) == [(1, 0, 0), (1, 0, 0), (0, 0, 1), (0, 0, 1), (1, 0, 0), (1, 0, 0)]
+    assert [int(t["served"][0]) for t in ticks] == [1, 0, 0, 0, 2, 0]
+    assert [int(t["failed"][0]) for t in ticks] == [0, 0, 1, 0, 0, 0]
+    np.testing.assert_allclose(ticks[4]["latency_s"][0], (4.1 - 2.0) + (4.2 - 2.5))
+    np.testing.assert_allclose(ticks[2]["busy_s"][0], 0.05)
+    np.testing.assert_allclose([t["node_usd"][0] for t in ticks], [1.0, 1.0, 0.05, 0.0, 1.0, 1.0], atol=1e-9)
+    assert cluster.totals["lost"][0, 0] == 0
+
+
+def test_requests_of_a_node_that_dies_are_lost() -> None:
+    """Only what was on the replica is: what comes while there is none waits at the door."""
+    cluster, ticks = outage("lost")
+    assert [int(t["lost"][0]) for t in ticks] == [0, 0, 1, 0, 0, 0]
+    assert [int(t["served"][0]) for t in ticks] == [1, 0, 0, 0, 1, 0]
+    assert cluster.totals["arrived"][0, 0] == 3
+
+
+def test_services_share_a_node_and_its_bill() -> None:
+    """One core and three cores of four: a quarter and three quarters of the dollar per second. When the larger one
+    goes, the other pays for all."""
+    pool = Pool(name="cpu", price_usd_per_hour=3600.0, max_nodes=1, node=Resources(cpu=4.0))
+    services = [
+        service(name, initial_replicas=1).replace(variants=(build(resources=Resources(cpu=cpu)),))
+        for name, cpu in (("a", 1.0), ("b", 3.0))
+    ]
+    cluster, ticks = run(scenario(services, [pool], ticks=4), [[], []], {2: {1: {"release": 1}}})
+    np.testing.assert_allclose([t["node_usd"] for t in ticks], [[0.25, 0.75]] * 2 + [[1.0, 0.0]] * 2)
+    assert (cluster.nodes["state"] != GONE).sum() == 1
+
+
+def test_a_variant_is_rolled_out_one_by_one() -> None:
+    """Two replicas; the new build loads for 0.5 s. It is ordered beside the old at 1 s and ready at 1.5 s; at 2 s one
+    old replica goes and the second replacement is ordered, at 3 s the last old one goes. Monitors see two all along."""
+    variants = (build("v", accuracy=1.0), build("w", accuracy=0.9, load_s=0.5))
+    one = service(initial_replicas=2).replace(variants=variants)
+    pool = Pool(name="cpu", price_usd_per_hour=3600.0)
+    the_scenario = scenario([one], [pool], ticks=5)
+    cluster, ticks = run(the_scenario, [[0.2, 4.2]], {1: {0: {"variant": 1}}})
+    assert states(ticks) == [(2, 0, 0)] * 5
+    np.testing.assert_allclose([t["node_usd"][0] for t in ticks], [2.0, 3.0, 3.0, 2.0, 2.0])
+    np.testing.assert_allclose(cluster.totals["wrong"][0, 0], 0.1)
+    alive = cluster.replicas[cluster.replicas["state"] != GONE]
+    assert alive["variant"].tolist() == [1, 1]
+
+
+def test_a_crashed_process_starts_again_from_the_cache() -> None:
+    """It is not ordered anew, keeps its node, and takes a tenth of the load time."""
+    one = service(initial_replicas=1, crashes_per_hour=3600.0).replace(
+        variants=(build(load_s=4.0, warm_load_share=0.1),)
+    )
+    pool = Pool(name="cpu", price_usd_per_hour=3600.0, boot_s=50.0)
+    cluster, ticks = run(scenario([one], [pool], ticks=40), [[]], {})
+    crashes = int(cluster.totals["failed"][0, 0])
+    assert crashes > 5
+    down_s = 40.0 - float(cluster.totals["ready_s"][0, 0])
+    assert 0.4 * (crashes - 1) - 1e-9 <= down_s <= 0.4 * crashes + 1e-9
+    assert cluster.totals["node_s"][0, 0] == 40.0
+    assert all(pending == 0 for _, _, pending in states(ticks))
