@@ -13,7 +13,16 @@ from pilotage.scenario import Interference, Placement, Scenario
 from pilotage.world.arrivals import Poisson
 from pilotage.world.faults import Hazard, Outage, Spot
 from pilotage.world.pools import Pool, Resources
-from pilotage.world.servers import Affine, BatchServer, Constant, Exponential, LogNormal, Table, Variant
+from pilotage.world.servers import (
+    Affine,
+    BatchServer,
+    Constant,
+    Exponential,
+    LogNormal,
+    Router,
+    Table,
+    Variant,
+)
 from pilotage.world.services import Economics, Service
 
 PLACEMENTS = ("first-fit", "best-fit", "least-allocated", "most-allocated", "balanced", "cheapest", "spread")
@@ -129,23 +138,57 @@ def node_kinds(draw):
 
 
 @st.composite
-def servers(draw):
+def routers(draw):
+    return Router(
+        max_ongoing_requests=draw(st.integers(1, 6)),
+        tasks_per_replica=draw(one_of(1, 2, 3)),
+        max_tasks=draw(one_of(2, 5, 50)),
+        tries_at_once=draw(one_of(0, 2)),
+        backoff_ms=draw(one_of(5.0, 25.0, 400.0)),
+        max_backoff_ms=draw(one_of(100.0, 500.0)),
+        send_ms=draw(one_of(0.0, 1.0, 40.0)),
+        answer_ms=draw(one_of(0.0, 0.5, 25.0)),
+        reject_ms=draw(one_of(0.0, 1.5, 30.0)),
+        hop_ms=draw(one_of(0.0, 1.5, 60.0)),
+        hop_spread=draw(one_of(0.0, 1.0)),
+    )
+
+
+@st.composite
+def ways(draw):
+    """How requests reach replicas, with what is known of Ray Serve's router and of time outside the server."""
+    routing = draw(one_of("central", "round-robin", "least-outstanding", "power-of-two", "ray-serve"))
+    return {
+        "routing": routing,
+        "router": draw(routers()) if routing == "ray-serve" else None,
+        "overhead_ms": draw(one_of(0.0, 0.0, 40.0)),
+        "overhead_cv": draw(one_of(0.0, 1.0)),
+    }
+
+
+def plain_ways():
+    routings = one_of("central", "round-robin", "least-outstanding", "power-of-two")
+    return st.fixed_dictionaries({"routing": routings})
+
+
+@st.composite
+def servers(draw, routed):
     max_batch = draw(one_of(1, 2, 3, 5))
     return BatchServer(
         max_batch=max_batch,
         batch_wait_ms=draw(one_of(0.0, 125.0, 250.0, 400.0)),
         former=draw(one_of("late-binding", "closed")),
-        routing=draw(one_of("central", "round-robin", "least-outstanding", "power-of-two")),
         batches_in_flight=draw(st.integers(1, 3)),
         queue_limit=draw(one_of(None, None, 1, 2, 4)),
         request_timeout_s=draw(one_of(None, None, 0.25, 0.6, 2.0)),
         patience_s=draw(one_of(None, None, 0.3, 1.5)),
+        **draw(ways() if routed else plain_ways()),
     )
 
 
 @st.composite
 def services(draw, name, the_pools, clusters):
-    server = draw(servers())
+    server = draw(servers(routed=clusters))
     names = [pool.name for pool in the_pools]
     mine = draw(st.permutations(names))[: draw(st.integers(1, len(names)))]
     one = service(

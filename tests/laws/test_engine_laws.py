@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pilotage.engine.cluster import Cluster, World
 from pilotage.engine.layout import ANY_POOL, COUNTS, DRAINING, GONE, ORDER, READY, SAME_VARIANT, STARTING
+from pilotage.engine.router import ANSWERS
 from pilotage.metrics import BUCKET_MIDPOINTS_S, ITEMS, attainment, dollars
 from pilotage.world.arrivals import Poisson
 from pilotage.world.pools import Pool
@@ -44,10 +45,27 @@ def requests_of(cluster: Cluster, row, head: int, count: int) -> list[int]:
     return found
 
 
-def requests_inside(cluster: Cluster, row, replicas, slots) -> list[int]:
+def requests_in_transit(cluster: Cluster, row, param) -> list[int]:
+    """Requests between a router and its replicas, and those that the router has not looked at."""
+    if param["router_lo"] == param["router_hi"]:
+        return []
+    router = cluster.routers[param["router_lo"]]
+    messages = cluster.messages[row["storage_lo"] : row["storage_hi"]]
+    found = list(range(router["seen"], row["arrival_lo"]))
+    for which, line in enumerate(router["lines"]):
+        i = int(line["head"])
+        for _ in range(line["count"]):
+            if which != ANSWERS or messages[i]["refused"]:
+                found.append(i)
+            i = int(messages[i]["next"])
+    return found
+
+
+def requests_inside(cluster: Cluster, row, param, replicas, slots) -> list[int]:
     """All requests that wait or are executed."""
     queues = [row, *replicas[replicas["state"] != GONE]]
     waiting = [i for q in queues for i in requests_of(cluster, row, q["head"], q["waiting"])]
+    waiting += requests_in_transit(cluster, row, param)
     return waiting + [
         i for e in slots[slots["size"] > 0] for i in requests_of(cluster, row, e["head"], e["size"])
     ]
@@ -70,8 +88,8 @@ def test_requests_are_conserved(case: Case) -> None:
         np.testing.assert_array_equal(cluster.histograms.sum(axis=-1), totals["served"])
         assert (totals["late"] <= totals["served"]).all()
         assert (ticks["peak_second"] <= ticks["arrived"]).all()
-        for w, s, row, _, replicas, slots in rows_of(cluster):
-            places = requests_inside(cluster, row, replicas, slots)
+        for w, s, row, param, replicas, slots in rows_of(cluster):
+            places = requests_inside(cluster, row, param, replicas, slots)
             assert len(places) == len(set(places)) == ticks["waiting"][w, s] + ticks["executing"][w, s]
             assert slots["size"].sum() == ticks["executing"][w, s]
             if case.scenario.services[s].on_failure == "retry":
@@ -117,7 +135,7 @@ def test_nothing_is_served_before_it_arrives_or_by_what_is_not_ready(case: Case)
         never = cluster.totals["ready_s"] == 0
         assert not cluster.totals["batches"][never].any()
         for w, s, row, param, replicas, slots in rows_of(cluster):
-            inside = times_of(cluster, row, requests_inside(cluster, row, replicas, slots))
+            inside = times_of(cluster, row, requests_inside(cluster, row, param, replicas, slots))
             assert (inside < cluster.clock_s[w]).all()
             idle = replicas["state"] <= STARTING
             assert not slots["size"][idle].any()
@@ -159,7 +177,7 @@ def test_no_slot_idles_while_a_batch_is_due(case: Case) -> None:
                 queues = [row] if free else []
             else:
                 queues = list(replicas[serving & (slots["size"] == 0).any(axis=1)])
-                if (replicas["state"] == READY).any():
+                if server.routing != "ray-serve" and (replicas["state"] == READY).any():
                     assert row["waiting"] == 0, "the door is shut while a replica is ready"
             for queue in queues:
                 waiting = requests_of(cluster, row, queue["head"], queue["waiting"])
@@ -195,7 +213,10 @@ def test_capacity_is_never_exceeded(case: Case) -> None:
             shown = [ticks[name][w, s] for name in ("starting", "ready", "draining")]
             assert sum(counts) - sum(shown) in range(row["replacing"] + 1)
             assert slots["size"].max(initial=0) <= one.server.max_batch
-            if one.on_failure == "lost":  # what goes back to a queue is not refused
+            if one.server.routing == "ray-serve":
+                in_hand = replicas["waiting"] + slots["size"].sum(axis=1)
+                assert in_hand[replicas["state"] != GONE].max(initial=0) <= param["max_ongoing_requests"]
+            elif one.on_failure == "lost":  # what goes back to a queue is not refused
                 limit = one.server.queue_limit or math.inf
                 assert row["waiting"] <= limit
                 assert replicas["waiting"].max(initial=0) <= limit
@@ -425,8 +446,8 @@ def test_policies_meet_the_same_requests(the_scenario, data: st.DataObject) -> N
         known: dict[tuple[int, int, int], float] = {}
         for now in data.draw(orders(there, worlds=2), label=f"orders {k}"):
             cluster.advance(now)
-            for w, s, row, _, replicas, slots in rows_of(cluster):
-                places = requests_inside(cluster, row, replicas, slots)
+            for w, s, row, param, replicas, slots in rows_of(cluster):
+                places = requests_inside(cluster, row, param, replicas, slots)
                 for i, at_s in zip(places, times_of(cluster, row, places), strict=True):
                     key = (w, s, int(row["first_number"]) + i)
                     assert known.setdefault(key, float(at_s)) == at_s
@@ -452,7 +473,9 @@ def test_little(case: Case) -> None:
     they were noticed), and of those still inside."""
     patient = [
         one.replace(
-            server=one.server.replace(request_timeout_s=None, patience_s=None, queue_limit=None),
+            server=one.server.replace(
+                request_timeout_s=None, patience_s=None, queue_limit=None, overhead_ms=0.0
+            ),
             on_failure="retry",
         )
         for one in case.scenario.services
@@ -462,8 +485,8 @@ def test_little(case: Case) -> None:
     cluster = case._replace(scenario=case.scenario.replace(pools=pools)).cluster()
     for now in case.orders:
         cluster.advance(now)
-    for w, s, row, _, replicas, slots in rows_of(cluster):
-        inside = times_of(cluster, row, requests_inside(cluster, row, replicas, slots))
+    for w, s, row, param, replicas, slots in rows_of(cluster):
+        inside = times_of(cluster, row, requests_inside(cluster, row, param, replicas, slots))
         unfinished = (cluster.clock_s[w] - inside).sum()
         total = cluster.totals[w, s]
         np.testing.assert_allclose(total["inside_s"], total["latency_s"] + unfinished, rtol=1e-9, atol=1e-9)

@@ -97,6 +97,7 @@ _names = (
     "queues",
     "randomness",
     "relaxation",
+    "router",
     "services",
     "traffic",
 )

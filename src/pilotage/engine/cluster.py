@@ -19,10 +19,12 @@ from pilotage.engine.layout import (
     CANDIDATE,
     CLOSURE,
     EVENT,
+    MESSAGE,
     NODE,
     ORDER,
     REPLICA,
     REQUEST,
+    ROUTER,
     ROW,
     SAME_VARIANT,
     SLOT,
@@ -115,6 +117,8 @@ class Cluster:
             closures=np.zeros((w, 0), CLOSURE),
             candidate=np.zeros(w, CANDIDATE),
             seeds=np.zeros(w, np.uint64),
+            routers=np.zeros(int(self.params["router_hi"][-1]) + 1, ROUTER),
+            messages=np.zeros(0, MESSAGE),
         )
         self._rule = RULES[scenario.placement.rule] if rule is None else rule
         self._weights = np.array(scenario.placement.weights if weights is None else weights, dtype=np.float64)
@@ -148,6 +152,15 @@ class Cluster:
     def seed_nodes(self, world: int) -> int:
         """The 64-bit seed of what happens to a world's nodes."""
         return int(_sequence(self.worlds[world].seed, "nodes").generate_state(1, np.uint64)[0])
+
+    @property
+    def routers(self) -> np.ndarray:
+        """The routers of the rows that have one, as ROUTER records; what they send is in `messages`."""
+        return self._state.routers
+
+    @property
+    def messages(self) -> np.ndarray:
+        return self._state.messages
 
     # --- runs ------------------------------------------------------------------------------------------
     def restart(self, indices: Sequence[int] | range, worlds: Sequence[World]) -> None:
@@ -294,13 +307,17 @@ class Cluster:
         """Gives every row as much storage as its capacity says, and moves what it has."""
         ends = np.cumsum(self._capacity)
         arrivals, requests = np.zeros(ends[-1]), np.zeros(ends[-1], REQUEST)
+        known = self._state.messages
+        messages = np.zeros(ends[-1] if self.params["router_hi"][-1] > 0 else 0, MESSAGE)
         for row, hi, capacity in zip(self.rows, ends, self._capacity, strict=True):
             lo, kept = row["storage_lo"], row["arrival_hi"]
             at = hi - capacity
             arrivals[at : at + kept] = self.arrival_storage[lo : lo + kept]
             requests[at : at + kept] = self.requests[lo : lo + kept]
+            messages[at : at + kept] = known[lo : lo + kept]
             row["storage_lo"], row["storage_hi"] = at, hi
         self.arrival_storage, self.requests = arrivals, requests
+        self._state = self._state._replace(messages=messages)
 
     # --- the face of a live cluster --------------------------------------------------------------------
     def read(self) -> tuple[Observation, ...]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from numba import boolean, float64, from_dtype, int64, njit, typeof, void
 
 from pilotage.engine import nodes, services
-from pilotage.engine.layout import EMPTY_NUMBERS, EMPTY_STATE, GONE, ORDER, REQUEST, TICK
+from pilotage.engine.layout import EMPTY_NUMBERS, EMPTY_STATE, GONE, ORDER, RAY_SERVE, REQUEST, TICK
 from pilotage.engine.nodes import Fleet
 from pilotage.engine.placement import RULE
 from pilotage.engine.queues import Context, is_dead, patience_s
 from pilotage.engine.randomness import compiled
+from pilotage.engine.router import move_messages, oldest_known, queue_transit, reset
 
 # a record cannot be returned, so that what makes a `Context` must not be a function of its own
 inlined = njit(inline="always")
@@ -48,12 +49,14 @@ def context(r, thread, m, s, arrivals, requests, t0):
     row, param = m.rows[r], m.params[r]
     lo, hi = param["replica_lo"], param["replica_hi"]
     slot_lo, slot_hi = param["slot_lo"], param["slot_hi"]
+    routed = param["router_hi"] - param["router_lo"]
     return Context(
         row, param, m.ticks[r], arrivals[row["storage_lo"] : row["storage_hi"]],
         requests[row["storage_lo"] : row["storage_hi"]], m.slots[slot_lo:slot_hi], m.replicas[lo:hi],
         m.ready[lo:hi], m.tree[param["winner_lo"] : param["winner_hi"]],
         m.trees[:, param["tree_lo"] : param["tree_hi"]], s.laws, s.times, s.tables, s.variants, s.pools,
-        m.scratch[thread], t0,
+        m.scratch[thread], m.routers[param["router_lo"]],
+        m.messages[routed * row["storage_lo"] : routed * row["storage_hi"]], t0,
     )  # fmt: skip
 
 
@@ -72,6 +75,8 @@ def begin(lo, hi, m, s, rule, weights):
             row["arrival_lo"], row["arrival_hi"], row["first_number"] = 0, 0, 0
             row["pool"], row["variant"], row["max_batch"] = -1, param["variant_lo"], param["batch_limit"]
             row["ordinal"] = 0
+            if param["router_hi"] > param["router_lo"]:
+                reset(m.routers[param["router_lo"]])
             for k in range(param["replica_lo"], param["replica_hi"]):
                 m.replicas[k]["state"], m.replicas[k]["node"] = GONE, -1
             for e in range(param["slot_lo"], param["slot_hi"]):
@@ -90,7 +95,11 @@ def compact(which, m, s, arrivals, requests):
             oldest = oldest_in_list(c, c.replicas[k]["head"], c.replicas[k]["waiting"], oldest)
             for e in range(k * c.param["slots"], (k + 1) * c.param["slots"]):
                 oldest = oldest_in_list(c, c.slots[e]["head"], c.slots[e]["size"], oldest)
+        if c.param["routing"] == RAY_SERVE:
+            oldest = oldest_known(c, oldest)
         if oldest > 0:
+            if c.param["routing"] == RAY_SERVE:
+                move_messages(c, oldest)
             move(c, oldest)
 
 
@@ -206,6 +215,8 @@ def finish(lo, hi, clock, m, s, arrivals, requests, totals):
     for r in range(lo * count, hi * count):
         c = context(r, 0, m, s, arrivals, requests, clock[r // count])
         timed_out, abandoned = c.tick["timed_out"], c.tick["abandoned"]
+        if c.param["routing"] == RAY_SERVE:
+            queue_transit(c)
         count_unfinished(c, c.row["head"], c.row["waiting"], True)
         for k in range(c.row["span"]):
             count_unfinished(c, c.replicas[k]["head"], c.replicas[k]["waiting"], True)

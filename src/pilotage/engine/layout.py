@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, NamedTuple, get_type_hints
 import numpy as np
 
 LATE_BINDING, CLOSED = 0, 1
-CENTRAL, ROUND_ROBIN, LEAST_OUTSTANDING, POWER_OF_TWO = 0, 1, 2, 3
+CENTRAL, ROUND_ROBIN, LEAST_OUTSTANDING, POWER_OF_TWO, RAY_SERVE = 0, 1, 2, 3, 4
 ANY_POOL: Final = -1
 SAME_VARIANT: Final = -1
 
@@ -20,8 +20,10 @@ ROUTINGS: Final = {
     "round-robin": ROUND_ROBIN,
     "least-outstanding": LEAST_OUTSTANDING,
     "power-of-two": POWER_OF_TWO,
+    "ray-serve": RAY_SERVE,
 }
 
+MOST_TASKS: Final = 64  # of one router
 RESOURCE_COUNT: Final = 4  # in the order of `world.pools.RESOURCES`
 
 PARAMETERS: Final = np.dtype(
@@ -51,7 +53,23 @@ PARAMETERS: Final = np.dtype(
         ("winner_hi", "i8"),
         ("tree_lo", "i8"),  # its trees, if it routes to the least outstanding
         ("tree_hi", "i8"),
+        ("router_lo", "i8"),  # its router, if it has one
+        ("router_hi", "i8"),
         ("initial", "i8"),
+        ("overhead_s", "f8"),  # of a request on its way, outside the server
+        ("overhead_table", "i8"),
+        ("max_ongoing_requests", "i8"),  # from here on, of the router
+        ("tasks_per_replica", "i8"),
+        ("max_tasks", "i8"),
+        ("tries_at_once", "i8"),
+        ("backoff_s", "f8"),
+        ("max_backoff_s", "f8"),
+        ("timer_s", "f8"),
+        ("send_s", "f8"),
+        ("answer_s", "f8"),
+        ("reject_s", "f8"),
+        ("hop_s", "f8"),
+        ("hop_spread", "f8"),
         ("seed_demand", "u8"),
         ("seed_noise", "u8"),
         ("seed_patience", "u8"),
@@ -208,12 +226,60 @@ REPLICA: Final = np.dtype(
         ("gone_s", "f8"),
         ("pace", "f8"),
         ("share", "f8"),  # dominant share of the node
+        ("cached", "i8"),  # what its router believes that it has in hand
+        ("answered_s", "f8"),  # when it has dealt with what the router sent
+        (
+            "told_head",
+            "i8",
+        ),  # batches whose completion the router has not heard of, each by its first request
+        ("told_tail", "i8"),
+        ("told", "i8"),
     ],
     align=True,
 )
 
 # parallel to the arrivals: the next in its queue or batch, and the size of the closed batch that it heads
 REQUEST: Final = np.dtype([("next", "i4"), ("batch", "i4")], align=True)
+
+# parallel to the requests of services with a router: one on its way to a replica, or the replica's answer
+MESSAGE: Final = np.dtype(
+    [
+        ("ready_s", "f8"),  # when it is there
+        ("done_s", "f8"),  # when the batch that the request heads is complete
+        ("next", "i4"),
+        ("replica", "i4"),
+        ("ordinal", "i4"),  # of that replica
+        ("count", "i4"),  # what the replica had in hand
+        ("refused", "i4"),
+        ("size", "i4"),  # of the batch that the request heads
+        ("told_next", "i4"),
+    ],
+    align=True,
+)
+LINE: Final = np.dtype([("head", "i8"), ("tail", "i8"), ("count", "i8")], align=True)
+TASK: Final = np.dtype(
+    [
+        ("wake_s", "f8"),  # infinite: cancelled
+        ("own", "i8"),  # the request that it is to place; -1: none yet
+        ("tries", "i8"),
+        ("attempt", "i8"),
+        ("first", "i8"),  # the replicas that it has asked; -1: none
+        ("second", "i8"),
+    ],
+    align=True,
+)
+ROUTER: Final = np.dtype(
+    [
+        ("busy_s", "f8"),  # its loop has work until then
+        ("seen", "i8"),  # arrivals from here on have not been looked at
+        ("transit", "i8"),  # requests that are neither in its queue nor in a replica's
+        ("draws", "u8"),
+        ("tasks", "i8"),
+        ("lines", LINE, 3),
+        ("task", TASK, MOST_TASKS),
+    ],
+    align=True,
+)
 EVENT: Final = np.dtype([("time_s", "f8"), ("number", "i8")], align=True)
 SLOT: Final = np.dtype([("free_s", "f8"), ("head", "i8"), ("size", "i8"), ("replica", "i8")], align=True)
 
@@ -300,6 +366,8 @@ class State(NamedTuple):
     closures: Annotated[np.ndarray, CLOSURE, 2]
     candidate: Annotated[np.ndarray, CANDIDATE, 1]
     seeds: Annotated[np.ndarray, "u8", 1]
+    routers: Annotated[np.ndarray, ROUTER, 1]
+    messages: Annotated[np.ndarray, MESSAGE, 1]
 
 
 class Numbers(NamedTuple):

@@ -476,6 +476,7 @@ def settle(f, s, k, n, now):
     f.cached[n, v] = min(f.cached[n, v], r["ready_s"])  # from when on another starts from the cache
     r["crash_s"], r["death_s"], r["gone_s"] = math.inf, node["death_s"], math.inf
     r["pace"] = node["pace"]
+    r["cached"], r["answered_s"], r["told"] = 0, 0.0, 0
     node["replicas"] += 1
     whole = variant["whole"] or pool["whole"]
     r["share"] = 1.0 if whole else 0.0

@@ -18,13 +18,14 @@ from pilotage.engine.layout import (
     LEAST_OUTSTANDING,
     PARAMETERS,
     POOL,
+    RAY_SERVE,
     ROUTINGS,
     VARIANT,
     Numbers,
 )
 from pilotage.scenario import Scenario
 from pilotage.world.pools import RESOURCES, Pool
-from pilotage.world.servers import TABLE_CELLS, Variant, log_normal_table
+from pilotage.world.servers import TABLE_CELLS, Router, Variant, log_normal_table
 from pilotage.world.services import Service
 
 _UNLIMITED = np.iinfo(np.int64).max
@@ -102,7 +103,7 @@ def encode(scenario: Scenario) -> tuple[Numbers, np.ndarray]:
 def lay_out(one: np.ndarray, worlds: int) -> np.ndarray:
     """The parameters of all rows; what one world's `_hi` fields give as sizes becomes slices of the state."""
     params = np.tile(one, worlds)
-    for field in ("replica", "slot", "winner", "tree"):
+    for field in ("replica", "slot", "winner", "tree", "router"):
         ends = np.cumsum(params[f"{field}_hi"])
         params[f"{field}_lo"], params[f"{field}_hi"] = np.r_[0, ends[:-1]], ends
     return params
@@ -169,6 +170,16 @@ def _parameters(scenario: Scenario, service: Service, s: int, tables: _Tables) -
     record["winner_hi"] = _tree(int(record["slot_hi"])) if record["routing"] == CENTRAL else 0
     record["tree_hi"] = _tree(replicas) if record["routing"] == LEAST_OUTSTANDING else 0
     record["initial"] = min(service.initial_replicas, replicas)
+    record["overhead_s"], table = server.overhead_law()
+    record["overhead_table"] = tables.number(table)
+    record["router_hi"] = record["routing"] == RAY_SERVE
+    router = server.router or Router()
+    for name in router.__struct_fields__:
+        value = getattr(router, name)
+        if name.endswith("_ms"):
+            record[f"{name[:-3]}_s"] = value / 1e3
+        else:
+            record[name] = value
     return record
 
 

@@ -17,12 +17,13 @@ from collections import namedtuple
 import numpy as np
 
 from pilotage.engine.layout import CLOSED, LATE_BINDING, LEAST_OUTSTANDING, POWER_OF_TWO, READY, ROUND_ROBIN
-from pilotage.engine.randomness import compiled, draw, from_table, hot, uniform
+from pilotage.engine.randomness import compiled, draw, from_table, hot, quantile, uniform
 from pilotage.metrics import BUCKET_BITS, BUCKETS, LOWEST_OCTAVE
 
 Context = namedtuple(
     "Context",
-    "row param tick arrivals requests slots replicas ready tree trees laws times tables variants pools scratch t0",
+    "row param tick arrivals requests slots replicas ready tree trees laws times tables variants pools scratch "
+    "router messages t0",
 )
 LOWEST, HIGHEST, SECOND, IN_SECOND = BUCKETS, BUCKETS + 1, BUCKETS + 2, BUCKETS + 3  # after the histogram
 _LOWEST_S = 2.0**LOWEST_OCTAVE
@@ -245,8 +246,14 @@ def record(c, i, n, end_s, replica):
     network_s = c.pools[replica["pool"]]["network_s"]
     late, latencies_s = 0, 0.0
     most, least = 0.0, math.inf
+    overhead_s = c.param["overhead_s"]
     for _ in range(n):
         latency_s = end_s - arrivals[i] + network_s
+        if overhead_s > 0:
+            number = c.row["first_number"] + i
+            latency_s += overhead_s * quantile(
+                c.tables, c.param["overhead_table"], c.param["seed_noise"] + np.uint64(1), number
+            )
         latencies_s += latency_s
         late += latency_s > slo_s
         most, least = max(most, latency_s), min(least, latency_s)
@@ -265,12 +272,44 @@ def retire(c, e):
     if n > 0:
         replica = c.replicas[slot["replica"]]
         late, latencies_s = record(c, slot["head"], n, slot["free_s"], replica)
+        if c.messages.shape[0] > 0:
+            tell(c, replica, slot["head"], n, slot["free_s"])
         slot["size"] = 0
         tick["late"] += late
         tick["latency_s"] += latencies_s
         tick["served"] += n
         tick["wrong"] += n * c.variants[replica["variant"]]["error_share"]
         tick["inside_s"] += n * (slot["free_s"] - c.t0)
+
+
+@compiled
+def tell(c, replica, i, n, done_s):
+    """Puts a completed batch, which request i heads, where the router will hear of it: in order of completion."""
+    message = c.messages[i]
+    message["done_s"], message["size"] = done_s, n
+    before, after = -1, replica["told_head"]
+    if replica["told"] > 0 and c.messages[replica["told_tail"]]["done_s"] <= done_s:
+        before = replica["told_tail"]
+    else:
+        for _ in range(replica["told"]):
+            if c.messages[after]["done_s"] > done_s:
+                break
+            before, after = after, c.messages[after]["told_next"]
+        message["told_next"] = after
+    if before < 0:
+        replica["told_head"] = i
+    else:
+        c.messages[before]["told_next"] = i
+    if replica["told"] == 0 or before == replica["told_tail"]:
+        replica["told_tail"] = i
+    replica["told"] += 1
+
+
+@hot
+def hear_of_deaths(c, replica, count):
+    """The router hears at once of requests that died waiting at a replica."""
+    if c.messages.shape[0] > 0:
+        replica["cached"] = max(replica["cached"] - count, 0)
 
 
 # --- arrivals ----------------------------------------------------------------------------------------------
@@ -533,8 +572,12 @@ def catch_up(c, k, now, until, arriving):
         if next_s > until or (next_s == until and (after or not arriving)):
             break
         now = next_s
-        if not act(c, replica, e, free_s, now):
+        waiting = replica["waiting"]
+        if act(c, replica, e, free_s, now):
+            waiting -= c.slots[e]["size"]
+        else:
             replica["gone_s"] = now  # if it drains, this may have been the end of its queue
+        hear_of_deaths(c, replica, waiting - replica["waiting"])
     for e in range(k * c.param["slots"], (k + 1) * c.param["slots"]):
         if c.slots[e]["free_s"] < until or (arriving and c.slots[e]["free_s"] == until):
             retire(c, e)
@@ -543,10 +586,14 @@ def catch_up(c, k, now, until, arriving):
 @hot
 def pair(c, number):
     """The two places in the ready list that power of two choices draws for request `number`."""
-    m = c.row["ready"]
+    return two_of(c.row["ready"], draw(c.param["seed_route"], number))
+
+
+@hot
+def two_of(m, bits):
+    """Two different numbers below m, in random order, from 64 random bits; of 1, twice the 0."""
     if m == 1:
         return np.int64(0), np.int64(0)
-    bits = draw(c.param["seed_route"], number)
     first = np.int64(((bits >> np.uint64(32)) * np.uint64(m)) >> np.uint64(32))
     second = np.int64(((bits & np.uint64(0xFFFFFFFF)) * np.uint64(m - 1)) >> np.uint64(32))
     return first, second + np.int64(second >= first)

@@ -27,6 +27,13 @@ def uniform(seed, number):
     return np.float64(draw(seed, number) >> np.uint64(11)) * 2.0**-53
 
 
+@compiled
+def normal(seed, number):
+    """A standard normal draw (Box & Muller 1958) from draws `number` and `number + 1`."""
+    radius = math.sqrt(-2 * math.log1p(-uniform(seed, number)))
+    return radius * math.cos(2 * math.pi * uniform(seed, number + np.uint64(1)))
+
+
 @hot
 def from_table(table, u):
     """Quantile at probability u of a table made by `world.servers.quantile_table`."""

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from pilotage.engine.layout import CENTRAL, CLOSED, DRAINING, GONE, READY, STARTING
+from pilotage.engine.layout import CENTRAL, CLOSED, DRAINING, GONE, RAY_SERVE, READY, STARTING
 from pilotage.engine.queues import (
     HIGHEST,
     IN_SECOND,
@@ -15,12 +15,14 @@ from pilotage.engine.queues import (
     bind_all,
     bring,
     executing,
+    hear_of_deaths,
     open_door,
     serve_bound,
     serve_central,
     sweep,
 )
 from pilotage.engine.randomness import compiled, quantile, waiting_time
+from pilotage.engine.router import forget, in_transit, serve_routed, start_tasks, sweep_pending
 from pilotage.metrics import BUCKET_MIDPOINTS_S, BUCKETS
 
 DEATH, CRASH, READINESS, NOTHING = 0, 1, 2, 3  # in the order in which events of the same time happen
@@ -79,12 +81,17 @@ def next_event(c, until):
 
 @compiled
 def sweep_all(c, now):
-    sweep(c, c.row, now)
+    if c.param["routing"] == RAY_SERVE:
+        sweep_pending(c, now)
+    else:
+        sweep(c, c.row, now)
     if c.param["routing"] != CENTRAL:
         for k in range(c.row["span"]):
             r = c.replicas[k]
             if r["state"] >= READY:
+                waiting = r["waiting"]
                 sweep(c, r, now)
+                hear_of_deaths(c, r, waiting - r["waiting"])
                 if r["state"] == DRAINING and r["waiting"] == 0 and executing(c, k) == 0:
                     vanish(c, k, now, c.t0 + c.tick["seconds"])
 
@@ -96,6 +103,8 @@ def serve(c, now, end):
         serve_central(c, now, end)
         for k in range(c.row["span"]):
             bring(c, k, now, end)
+    elif c.param["routing"] == RAY_SERVE:
+        serve_routed(c, now, end)
     else:
         serve_bound(c, now, end)
     until = c.t0 + c.tick["seconds"]
@@ -132,7 +141,9 @@ def get_ready(c, k, now, until):
     c.tick["ready_s"] += (until - now) * c.param["slots"]
     c.ready[c.row["ready"]] = k
     c.row["ready"] += 1
-    if c.param["routing"] != CENTRAL and c.row["waiting"] > 0:
+    if c.param["routing"] == RAY_SERVE:
+        start_tasks(c, now)
+    elif c.param["routing"] != CENTRAL and c.row["waiting"] > 0:
         open_door(c, now)
 
 
@@ -198,6 +209,8 @@ def abandon_work(c, k, now):
             c.tick["lost"] += 1
             c.tick["inside_s"] += now - c.t0
             first = following
+    if c.param["routing"] == RAY_SERVE:
+        forget(c, k, first, now)
     elif first >= 0 and (c.param["routing"] == CENTRAL or c.row["ready"] == 0):
         put_back(c, first)
     elif first >= 0:
@@ -258,6 +271,8 @@ def close_books(c, hist, until):
     row, tick = c.row, c.tick
     carry_over(c, until, -1.0)
     waiting, in_execution = row["waiting"], 0
+    if c.param["routing"] == RAY_SERVE:
+        waiting += in_transit(c)
     for k in range(row["span"]):
         state = c.replicas[k]["state"]
         if state != GONE:

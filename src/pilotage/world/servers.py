@@ -12,7 +12,16 @@ import numpy as np
 from msgspec import Meta
 
 from pilotage.world.pools import Resources
-from pilotage.world.spec import Name, NonNegative, Positive, PositiveCount, Probability, Spec, SpecError
+from pilotage.world.spec import (
+    Count,
+    Name,
+    NonNegative,
+    Positive,
+    PositiveCount,
+    Probability,
+    Spec,
+    SpecError,
+)
 
 # A distribution is drawn through a table of its quantiles: TABLE_CELLS equal steps of probability, of which
 # the last is divided into TABLE_CELLS once more, so that the tail is resolved to 1 in TABLE_CELLS**2.
@@ -43,6 +52,31 @@ def log_normal_table(cv: float) -> np.ndarray:
     table = quantile_table(lambda p: math.exp(sigma * normal.inv_cdf(p))) if cv else np.ones(2 * TABLE_CELLS)
     table.setflags(write=False)
     return table
+
+
+def _measured_law(
+    mean_s: float, cv: float, quantiles: tuple[float, ...] | None, unit_s: float
+) -> tuple[float, np.ndarray]:
+    """Mean in seconds and relative quantile table of a duration: log-normal, or as measured in `unit_s`."""
+    if quantiles is None:
+        return mean_s, log_normal_table(cv)
+    steps, seconds = np.linspace(0, 1, len(quantiles)), np.asarray(quantiles) * unit_s
+    mean_s = float(np.sum((seconds[1:] + seconds[:-1]) / 2) / (len(seconds) - 1))
+    return mean_s, quantile_table(lambda p: float(np.interp(p, steps, seconds)))
+
+
+def _check_quantiles(spec: Spec, what: str, unit: str) -> None:
+    """Refuses measured quantiles of a duration that make no sense, or stand beside a log-normal law."""
+    name, mean = f"{what}_quantiles_{unit}", f"{what}_{unit}"
+    quantiles = getattr(spec, name)
+    if quantiles is None:
+        return
+    if getattr(spec, mean) or getattr(spec, f"{what}_cv"):
+        raise SpecError(f"{name} is given beside {mean} or {what}_cv; give one or the other")
+    if len(quantiles) < 2 or list(quantiles) != sorted(quantiles):
+        raise SpecError(f"{name} must be at least two times in ascending order")
+    if quantiles[-1] <= 0:
+        raise SpecError(f"{name} are all 0; leave it out for what takes no time")
 
 
 class Demand(Spec, frozen=True, kw_only=True, tag_field="kind"):
@@ -145,28 +179,41 @@ class Variant(Spec, frozen=True, kw_only=True):
     warm_load_share: Probability = 1.0
 
     def __post_init__(self) -> None:
-        if self.load_quantiles_s is None:
-            return
-        if self.load_s or self.load_cv:
-            raise SpecError("load_quantiles_s is given beside load_s or load_cv; give one or the other")
-        if len(self.load_quantiles_s) < 2 or list(self.load_quantiles_s) != sorted(self.load_quantiles_s):
-            raise SpecError("load_quantiles_s must be at least two load times in ascending order")
-        if self.load_quantiles_s[-1] <= 0:
-            raise SpecError("load_quantiles_s are all 0; leave it out for a model that loads in no time")
+        _check_quantiles(self, "load", "s")
 
     def load_law(self) -> tuple[float, np.ndarray]:
         """Mean cold load time in seconds, and the quantile table of its relative value."""
-        if self.load_quantiles_s is None:
-            return self.load_s, log_normal_table(self.load_cv)
-        steps = np.linspace(0, 1, len(self.load_quantiles_s))
-        seconds = np.asarray(self.load_quantiles_s)
-        mean_s = float(np.sum((seconds[1:] + seconds[:-1]) / 2) / (len(seconds) - 1))
-        return mean_s, quantile_table(lambda p: float(np.interp(p, steps, seconds)))
+        return _measured_law(self.load_s, self.load_cv, self.load_quantiles_s, 1.0)
 
     @property
     def start_up_s(self) -> float:
         """Expected time from a node that is up to readiness, with nothing cached, in seconds."""
         return self.image_pull_s + self.load_law()[0]
+
+
+class Router(Spec, frozen=True, kw_only=True):
+    """Ray Serve's router (semantics and sources: `engine.router`); defaults as in Ray 2.60, times as measured on it.
+
+    A replica takes at most `max_ongoing_requests`. While none has room, up to `max_tasks` tasks,
+    `tasks_per_replica` for every replica, poll for the waiting requests: `tries_at_once` times more at once,
+    then after `backoff_ms`, doubled up to `max_backoff_ms`, and up to `timer_ms` late. The router is one event
+    loop: a request sent takes it `send_ms`, an answer `answer_ms`; a replica takes or refuses a request in
+    `reject_ms`. The way between them takes `hop_ms` in the median (log-normal; `hop_spread`: standard deviation
+    of the logarithm).
+    """
+
+    max_ongoing_requests: PositiveCount = 5
+    tasks_per_replica: PositiveCount = 2
+    max_tasks: Annotated[int, Meta(ge=1, le=64)] = 50
+    tries_at_once: Count = 2
+    backoff_ms: Positive = 25.0
+    max_backoff_ms: Positive = 500.0
+    timer_ms: NonNegative = 1.0
+    send_ms: NonNegative = 1.0
+    answer_ms: NonNegative = 0.5
+    reject_ms: NonNegative = 1.5
+    hop_ms: NonNegative = 1.5
+    hop_spread: Annotated[float, Meta(ge=0, le=3)] = 1.0
 
 
 class BatchServer(Spec, frozen=True, kw_only=True):
@@ -179,18 +226,34 @@ class BatchServer(Spec, frozen=True, kw_only=True):
 
     `routing`: *central* keeps one queue for all replicas; *round-robin*, *least-outstanding* and
     *power-of-two* bind a request to a replica on arrival, for good. Without a ready replica requests wait at
-    the door. `queue_limit` bounds the requests waiting in each queue (a request beyond it is rejected);
-    `request_timeout_s` bounds the time until service starts; `patience_s` is the mean of the exponential
-    time after which a client leaves. A request that has timed out or whose client has left keeps its place
-    until a batch former reaches it, or the sweep at a control tick: servers learn of it no earlier.
-    `batches_in_flight` is the number of batches one replica executes at the same time.
+    the door. *ray-serve* is Ray Serve's `router`, with its limit on what a replica has in hand.
+    `queue_limit` bounds the requests waiting in each queue, or in the router (a request beyond it is
+    rejected); `request_timeout_s` bounds the time until service starts; `patience_s` is the mean of the
+    exponential time after which a client leaves. A request that has timed out or whose client has left keeps
+    its place until a batch former reaches it, or the sweep at a control tick: servers learn of it no earlier.
+    `batches_in_flight` is the number of batches one replica executes at the same time. `overhead_ms` is the
+    mean time that a request spends outside the server (client, proxy, serialisation; log-normal, `overhead_cv`;
+    or `overhead_quantiles_ms` at equal steps of probability from 0 to 1); it is added to its latency.
     """
 
     max_batch: Annotated[int, Meta(ge=1, le=1024)] = 1
     batch_wait_ms: NonNegative = 0.0
     former: Literal["late-binding", "closed"] = "late-binding"
-    routing: Literal["central", "round-robin", "least-outstanding", "power-of-two"] = "central"
+    routing: Literal["central", "round-robin", "least-outstanding", "power-of-two", "ray-serve"] = "central"
+    router: Router | None = None
     batches_in_flight: Annotated[int, Meta(ge=1, le=64)] = 1
     queue_limit: PositiveCount | None = None
     request_timeout_s: Positive | None = None
     patience_s: Positive | None = None
+    overhead_ms: NonNegative = 0.0
+    overhead_cv: NonNegative = 0.0
+    overhead_quantiles_ms: tuple[NonNegative, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.router is not None and self.routing != "ray-serve":
+            raise SpecError(f"router is given, but routing is {self.routing!r}; it belongs to 'ray-serve'")
+        _check_quantiles(self, "overhead", "ms")
+
+    def overhead_law(self) -> tuple[float, np.ndarray]:
+        """Mean time of a request outside the server in seconds, and the quantile table of its relative value."""
+        return _measured_law(self.overhead_ms / 1e3, self.overhead_cv, self.overhead_quantiles_ms, 1e-3)
