@@ -41,6 +41,7 @@ reproduce: $(STAMP) bench
 	$(BIN)/pilotage study experiments/quickstart.toml
 	$(BIN)/pilotage study experiments/real_traffic.toml --data $(DATA)
 	$(BIN)/python experiments/traffic_fit.py --data $(DATA)
+	$(BIN)/python experiments/fidelity/ray_serve/run.py --data $(DATA)
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from recording import Overheads, Recording, find, read
-from simulate import simulate_case
+from simulate import simulate
 
 from pilotage.results import as_csv, provenance, write_whole
 
@@ -50,7 +50,7 @@ class Verdict:
     regime: str  # below saturation, or overload
     rows: list[dict[str, Any]]
     lines: list[dict[str, Any]]
-    simulated_s: list[np.ndarray]  # latencies, per seed
+    simulated_s: np.ndarray  # latencies, per seed
     spans: list[tuple[float, float]]
 
 
@@ -102,9 +102,7 @@ def line(recording: Recording, what: str, asked: str, values: np.ndarray, met: b
 def judge(recording: Recording, others: Sequence[Recording], seeds: Sequence[int]) -> Verdict:
     overheads = overheads_of(recording, others)
     spans = recording.overloads(overheads)
-    simulated_s = [
-        simulate_case(recording.deployment, recording.send_s, overheads, seed)["latency_s"] for seed in seeds
-    ]
+    simulated_s = simulate(recording.deployment, recording.send_s, overheads, seeds)
     rows, lines = [], []
     if not spans:
         kept = recording.on_time
@@ -158,6 +156,7 @@ def draw(verdict: Verdict, path: Path) -> None:
             (recording.latency_s[kept], "ink", "Ray Serve"),
             (np.concatenate([x[kept] for x in verdict.simulated_s]), "blue", "simulated"),
         ):
+            latency = latency[np.isfinite(latency)]
             share = np.linspace(0, 1, min(len(latency), 400))
             left.plot(np.quantile(latency, share) * 1e3, share, color=INKS[ink], label=name)
         left.set(xscale="log", xlabel="latency, ms", ylabel="share of requests", title=recording.name)

@@ -2,10 +2,10 @@
 
 Here belongs what happens between two decisions. Not here: what exists (`world`), what a number means in dollars
 (`metrics`), who decides (`control`). Compiled code knows only numbers: `layout` says how a scenario becomes
-numbers, `numbers` makes them, `randomness` draws, `traffic` draws arrivals, `queues` serves requests,
-`services` takes one service through a tick, `placement` holds the rules that choose a node, `nodes` keeps
-nodes, replicas and their bills, and `kernel` puts these together. `cluster` shows a world with the same
-`read`/`apply` face as a live one.
+numbers, `numbers` makes them, `randomness` draws, `traffic` draws arrivals, `queues` serves requests, `router` is
+Ray Serve's way to bring them to replicas, `services` takes one service through a tick, `placement` holds the
+rules that choose a node, `nodes` keeps nodes, replicas and their bills, and `kernel` puts these together.
+`cluster` shows a world with the same `read`/`apply` face as a live one.
 
 Semantics, which the plain-Python reference in `tests/traces` repeats event by event:
 
@@ -28,7 +28,8 @@ its service has not started; it is noticed, and counts as waiting until then, wh
 of which a batch is to start, when a batch is taken that would hold it, or at a tick.
 
 *Queues.* Central routing has one queue; otherwise every replica has one, and the central one is the door at
-which requests wait while no replica is ready, to be routed one by one, in order, when one is.
+which requests wait while no replica is ready, to be routed one by one, in order, when one is. Ray Serve's router has
+rules of its own (`router`): a replica takes a limited number, and the rest waits in the router.
 
 *Batches.* Late binding: a queue is due when `max_batch` wait or its oldest has waited `batch_wait_ms`. When it
 is due and a slot is free, the dead at its head are swept; if it is still due, the slot takes up to `max_batch`

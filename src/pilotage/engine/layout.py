@@ -241,11 +241,12 @@ REPLICA: Final = np.dtype(
 # parallel to the arrivals: the next in its queue or batch, and the size of the closed batch that it heads
 REQUEST: Final = np.dtype([("next", "i4"), ("batch", "i4")], align=True)
 
-# parallel to the requests of services with a router: one on its way to a replica, or the replica's answer
+# parallel to the requests of services with a router: one on its way to a replica, the answer, what became of it
 MESSAGE: Final = np.dtype(
     [
         ("ready_s", "f8"),  # when it is there
         ("done_s", "f8"),  # when the batch that the request heads is complete
+        ("latency_s", "f8"),  # of the request, once it is served
         ("next", "i4"),
         ("replica", "i4"),
         ("ordinal", "i4"),  # of that replica

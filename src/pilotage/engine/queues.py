@@ -246,7 +246,7 @@ def record(c, i, n, end_s, replica):
     network_s = c.pools[replica["pool"]]["network_s"]
     late, latencies_s = 0, 0.0
     most, least = 0.0, math.inf
-    overhead_s = c.param["overhead_s"]
+    overhead_s, routed = c.param["overhead_s"], c.messages.shape[0] > 0
     for _ in range(n):
         latency_s = end_s - arrivals[i] + network_s
         if overhead_s > 0:
@@ -254,6 +254,8 @@ def record(c, i, n, end_s, replica):
             latency_s += overhead_s * quantile(
                 c.tables, c.param["overhead_table"], c.param["seed_noise"] + np.uint64(1), number
             )
+        if routed:
+            c.messages[i]["latency_s"] = latency_s
         latencies_s += latency_s
         late += latency_s > slo_s
         most, least = max(most, latency_s), min(least, latency_s)
