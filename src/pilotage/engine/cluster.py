@@ -135,6 +135,7 @@ class Cluster:
         self._blank["latency_p95_s"] = np.nan
         self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
         self._known_s = np.zeros(w)
+        self._dry_s = 0.0  # how long the traffic read so far lasts
         self._start_s = np.zeros(w)
         self._sources: dict[int, Arrivals] = {}
         self._history: list[np.ndarray] = [np.zeros(0)] * (w * s)
@@ -173,6 +174,7 @@ class Cluster:
             self._start_s[w] = start_s
             self.clock_s[w] = 0.0
             self._known_s[w] = 0.0
+            self._dry_s = 0.0
             self.ticks[w] = self._blank[0]
             self.totals[w] = np.zeros((), TICK)
             self.histograms[w] = 0
@@ -247,7 +249,9 @@ class Cluster:
 
     def advance(self, orders: np.ndarray) -> np.ndarray:
         """One control tick of every world. Takes orders and returns counters, both of shape (worlds, services)."""
-        self._read_arrivals()
+        if self._dry_s < self.scenario.tick_s + 1e-6:  # sums of ticks are rounded
+            self._read_arrivals()
+        self._dry_s -= self.scenario.tick_s
         w, s = self.shape
         books = (self.active, self.clock_s, self.scenario.tick_s, self._state, self.numbers)
         storage = (self.arrival_storage, self.requests)
@@ -255,14 +259,17 @@ class Cluster:
         taken = (np.ascontiguousarray(orders).reshape(w * s), self._blank)
         rule = (self._rule, self._weights)
         if self._pool is None:
-            kernel.advance(*books, *storage, *taken, histograms, totals, *rule)
+            if kernel.advance(*books, *storage, *taken, histograms, totals):
+                kernel.place(*books, *rule)
+                kernel.complete(*books, *storage, histograms, totals)
         else:
-            kernel.decide(0, w, *books, *taken, *rule)
+            if kernel.decide(*books, *taken):
+                kernel.place(*books, *rule)
             cuts = np.linspace(0, w * s, self.threads + 1).astype(int).tolist()
             common = (*books, *storage, histograms)
             parts = [(lo, hi, k, *common) for k, (lo, hi) in enumerate(pairwise(cuts))]
             list(self._pool.map(lambda part: kernel.serve(*part), parts))
-            kernel.settle(0, w, *books, totals)
+            kernel.settle(*books, totals)
         return self.ticks
 
     def finish(self, indices: Sequence[int] | None = None) -> None:
@@ -287,6 +294,7 @@ class Cluster:
             for r in range(w * services, (w + 1) * services):
                 fresh[r] = self._sources[r].until(self._start_s[w] + known) - self._start_s[w]
             self._known_s[w] = known
+        self._dry_s = float((self._known_s - self.clock_s).min())
         if not fresh:
             return
         rows = list(fresh)

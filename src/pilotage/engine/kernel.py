@@ -6,10 +6,10 @@ what they mean.
 
 from __future__ import annotations
 
-from numba import boolean, float64, from_dtype, int64, njit, typeof, void
+from numba import boolean, float64, int64, njit, typeof, void
 
 from pilotage.engine import nodes, services
-from pilotage.engine.layout import EMPTY_NUMBERS, EMPTY_STATE, GONE, ORDER, RAY_SERVE, REQUEST, TICK
+from pilotage.engine.layout import EMPTY_NUMBERS, EMPTY_STATE, GONE, RAY_SERVE
 from pilotage.engine.nodes import Fleet
 from pilotage.engine.placement import RULE
 from pilotage.engine.queues import Context, is_dead, patience_s
@@ -21,7 +21,6 @@ inlined = njit(inline="always")
 
 # A placement rule is passed as a function of a declared type: only so does a kernel that takes it get cached.
 _state, _numbers = typeof(EMPTY_STATE), typeof(EMPTY_NUMBERS)
-_orders, _ticks = from_dtype(ORDER)[::1], from_dtype(TICK)[::1]
 _books = (boolean[::1], float64[::1], float64, _state, _numbers)
 _rule = (RULE, float64[::1])
 
@@ -134,11 +133,15 @@ def oldest_in_list(c, i, count, oldest):
     return oldest
 
 
-@entry(int64, int64, *_books, _orders, _ticks, *_rule)
-def decide(lo, hi, active, clock, tick_s, m, s, orders, blank, rule, weights):
-    """The part of a tick in which the services of a world meet: decisions, notices, rollouts, placement."""
+@compiled
+def decide(active, clock, tick_s, m, s, orders, blank):
+    """The part of a tick in which the services of a world meet: decisions, notices, rollouts.
+
+    Returns whether replicas are to be placed; if not, the tick may be served.
+    """
     count = s.preference.shape[0]
-    for w in range(lo, hi):
+    any_pending = False
+    for w in range(clock.shape[0]):
         if not active[w]:
             continue
         now = clock[w]
@@ -156,9 +159,27 @@ def decide(lo, hi, active, clock, tick_s, m, s, orders, blank, rule, weights):
             nodes.roll_out(f, service, now, until)
             pending += f.rows[service]["pending"]
         nodes.clear(f, now)
-        if pending > 0:
-            nodes.place_all(f, rule, weights, now)
-        nodes.set_paces(f)
+        any_pending |= pending > 0
+    if not any_pending:
+        set_paces(active, m, s)
+    return any_pending
+
+
+@compiled
+def set_paces(active, m, s):
+    if s.slowdown.shape[0] > 0:
+        for w in range(active.shape[0]):
+            if active[w]:
+                nodes.set_paces(fleet(w, m, s))
+
+
+@entry(*_books, *_rule)
+def place(active, clock, tick_s, m, s, rule, weights):
+    """Gives pending replicas nodes. By itself, for to hand over a rule takes longer than a whole tick."""
+    for w in range(clock.shape[0]):
+        if active[w]:
+            nodes.place_all(fleet(w, m, s), rule, weights, clock[w])
+    set_paces(active, m, s)
 
 
 @compiled
@@ -174,10 +195,10 @@ def serve(lo, hi, thread, active, clock, tick_s, m, s, arrivals, requests, histo
 
 
 @compiled
-def settle(lo, hi, active, clock, tick_s, m, s, totals):
+def settle(active, clock, tick_s, m, s, totals):
     """The end of a tick: nodes are billed, counters added up, time goes on."""
     count = s.preference.shape[0]
-    for w in range(lo, hi):
+    for w in range(clock.shape[0]):
         if active[w]:
             nodes.bill_nodes(fleet(w, m, s), clock[w] + tick_s)
             for r in range(w * count, (w + 1) * count):
@@ -241,12 +262,17 @@ def count_unfinished(c, i, count, waiting):
         i = c.requests[i]["next"]
 
 
-@entry(*_books, float64[::1], from_dtype(REQUEST)[::1], _orders, _ticks, int64[:, ::1], _ticks, *_rule)
-def advance(
-    active, clock, tick_s, m, s, arrivals, requests, orders, blank, histograms, totals, rule, weights
-):
-    """One tick of all active worlds, on one thread."""
-    worlds, rows = clock.shape[0], m.rows.shape[0]
-    decide(0, worlds, active, clock, tick_s, m, s, orders, blank, rule, weights)
-    serve(0, rows, 0, active, clock, tick_s, m, s, arrivals, requests, histograms)
-    settle(0, worlds, active, clock, tick_s, m, s, totals)
+@compiled
+def complete(active, clock, tick_s, m, s, arrivals, requests, histograms, totals):
+    """The rest of a tick, once replicas are placed, on one thread."""
+    serve(0, m.rows.shape[0], 0, active, clock, tick_s, m, s, arrivals, requests, histograms)
+    settle(active, clock, tick_s, m, s, totals)
+
+
+@compiled
+def advance(active, clock, tick_s, m, s, arrivals, requests, orders, blank, histograms, totals):
+    """One tick of all active worlds on one thread, unless replicas are to be placed first: then returns True."""
+    if decide(active, clock, tick_s, m, s, orders, blank):
+        return True
+    complete(active, clock, tick_s, m, s, arrivals, requests, histograms, totals)
+    return False

@@ -519,8 +519,6 @@ def start_initial(f, rule, weights):
 @compiled
 def set_paces(f):
     """How much slower replicas are than the law says: their node's slowness, and their neighbours'."""
-    if f.slowdown.shape[0] == 0:
-        return
     for s in range(f.rows.shape[0]):
         for k in range(f.rows[s]["span"]):
             r = f.replicas[f.params[s]["replica_lo"] + k]

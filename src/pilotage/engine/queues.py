@@ -237,10 +237,11 @@ def duration_s(c, e, n, demand, head):
 
 
 @hot
-def record(c, i, n, end_s, replica):
+def record(c, i, n, end_s, replica, linked):
     """Puts the latencies of a batch of n requests from i on, complete at end_s, into the tick's histogram.
 
-    Returns how many were late, and their sum in seconds.
+    The requests are `linked`, or follow each other. Returns how many were late, the sum of the latencies, the
+    least and the greatest, in seconds.
     """
     arrivals, requests, scratch, slo_s = c.arrivals, c.requests, c.scratch, c.param["slo_s"]
     network_s = c.pools[replica["pool"]]["network_s"]
@@ -260,10 +261,15 @@ def record(c, i, n, end_s, replica):
         late += latency_s > slo_s
         most, least = max(most, latency_s), min(least, latency_s)
         scratch[bucket(latency_s)] += 1
-        i = requests[i]["next"]
-    scratch[LOWEST] = min(scratch[LOWEST], bucket(least))
-    scratch[HIGHEST] = max(scratch[HIGHEST], bucket(most))
-    return late, latencies_s
+        i = requests[i]["next"] if linked else i + 1
+    return late, latencies_s, least, most
+
+
+@hot
+def widen(c, least_s, most_s):
+    """The stretch of the tick's histogram that is in use."""
+    c.scratch[LOWEST] = min(c.scratch[LOWEST], bucket(least_s))
+    c.scratch[HIGHEST] = max(c.scratch[HIGHEST], bucket(most_s))
 
 
 @hot
@@ -273,7 +279,8 @@ def retire(c, e):
     n = slot["size"]
     if n > 0:
         replica = c.replicas[slot["replica"]]
-        late, latencies_s = record(c, slot["head"], n, slot["free_s"], replica)
+        late, latencies_s, least_s, most_s = record(c, slot["head"], n, slot["free_s"], replica, True)
+        widen(c, least_s, most_s)
         if c.messages.shape[0] > 0:
             tell(c, replica, slot["head"], n, slot["free_s"])
         slot["size"] = 0
@@ -406,15 +413,14 @@ def gather_slots(c, end):
 @compiled
 def serve_central(c, now, end):
     """The segment [now, end) of a service with one queue for all replicas."""
-    if c.param["former"] == LATE_BINDING and c.row["ready"] > 0:
-        serve_late(c, now, end)
-        return
     row, tree = c.row, c.tree
     leaves = gather_slots(c, end)
-    free_s = tree[1]["time_s"]
     lo = row["arrival_lo"]
     hi = upto(c.arrivals, lo, row["arrival_hi"], end)
     a = lo
+    if c.param["former"] == LATE_BINDING and row["ready"] > 0 and is_stream(c, lo):
+        a, now = serve_stream(c, leaves, now, end, hi)
+    free_s = tree[1]["time_s"]
     while True:
         next_s, after = due(c, row, free_s, now)
         if a < hi and (c.arrivals[a] < next_s or (after and c.arrivals[a] == next_s)):
@@ -435,77 +441,75 @@ def serve_central(c, now, end):
     count_arrivals(c, lo, hi)
 
 
-@compiled
-def serve_late(c, now, end):
-    """`serve_central` for late binding, with the queue and the counters in registers.
+@hot
+def is_stream(c, lo):
+    """Whether those that wait are the last that came: then the queue is a stretch of the row's arrivals."""
+    row = c.row
+    whole = row["waiting"] == 0 or (row["tail"] == lo - 1 and row["waiting"] == lo - row["head"])
+    return whole and row["max_batch"] <= c.param["queue_limit"]
 
-    A batch that completes before `end` is accounted when it starts: nothing can come between.
+
+@compiled
+def serve_stream(c, leaves, now, end, hi):
+    """`serve_central` for late binding as long as nobody is rejected: the queue is [head, arrived), without links.
+
+    So a batch is found from the times of the arrivals alone, and what completes before `end` is accounted at once.
+    Returns the first arrival it has not seen to, and the time it has come to.
     """
     row, tick, tree, slots = c.row, c.tick, c.tree, c.slots
     arrivals, requests = c.arrivals, c.requests
     limit, size, wait_s = c.param["queue_limit"], row["max_batch"], c.param["batch_wait_s"]
-    first_number, mortal = row["first_number"], c.param["timeout_s"] < math.inf or c.param["abandoning"] > 0
-    waiting, head, tail = row["waiting"], row["head"], row["tail"]
+    mortal = c.param["timeout_s"] < math.inf or c.param["abandoning"] > 0
+    arrived = row["arrival_lo"]
+    head = arrived - row["waiting"]
     batches, batched, served, late = 0, 0, 0, 0
-    busy_s, latency_s, left_s, wrong = 0.0, 0.0, 0.0, 0.0
-    leaves = gather_slots(c, end)
-    free_s = tree[1]["time_s"]
-    lo = row["arrival_lo"]
-    hi = upto(arrivals, lo, row["arrival_hi"], end)
-    a = lo
-    arrival_s = arrivals[a] if a < hi else math.inf
-    while True:
-        next_s, after = math.inf, False
-        if waiting > 0:
-            next_s = max(free_s, now)
-            if waiting < size:
-                over_s = arrivals[head] + wait_s
-                after = over_s > next_s
-                next_s = max(next_s, over_s)
-        if arrival_s < next_s or (after and arrival_s == next_s):
-            if arrival_s == math.inf:
-                break
-            recompute = False
-            while not recompute and (arrival_s < next_s or (after and arrival_s == next_s)):
-                if waiting >= limit:
-                    tick["rejected"] += 1
-                    left_s += arrival_s - c.t0
-                else:
-                    now = arrival_s
-                    if waiting > 0:
-                        requests[tail]["next"] = a
-                    else:
-                        head = a
-                    tail = a
-                    waiting += 1
-                    recompute = waiting == 1 or waiting == size or now == next_s
-                a += 1
-                arrival_s = arrivals[a] if a < hi else math.inf
-            continue
-        if next_s >= end:
+    busy_s, latency_s, left_s, wrong, least_s, most_s = 0.0, 0.0, 0.0, 0.0, math.inf, 0.0
+    while head < hi:
+        came_s = arrivals[head]
+        start_s = max(tree[1]["time_s"], now, came_s)
+        over_s = came_s + wait_s
+        seen = arrived
+        full = head + size <= hi and arrivals[head + size - 1] <= over_s
+        waited = over_s > start_s and not full
+        if waited:
+            start_s = over_s
+        elif over_s > start_s:
+            start_s = max(start_s, arrivals[head + size - 1])
+            arrived = max(arrived, head + size)
+        else:
+            arrived = max(arrived, head + 1)
+        # who comes at the very end of the wait is taken, too
+        while arrived < hi and (arrivals[arrived] < start_s or (waited and arrivals[arrived] == start_s)):
+            arrived += 1
+        if start_s >= end:
+            arrived = hi
+        if arrived - head > limit:  # somebody is rejected
+            arrived = seen
             break
-        now = next_s
+        if start_s >= end:
+            break
+        now = start_s
         if mortal and is_dead(c, head, now):
-            while waiting > 0 and is_dead(c, head, now):
-                bury(tick, c.param, first_number + head, now, c.t0)
-                head = requests[head]["next"]
-                waiting -= 1
+            while head < arrived and is_dead(c, head, now):
+                bury(tick, c.param, row["first_number"] + head, now, c.t0)
+                head += 1
             continue
         e = tree[1]["number"]
-        first, last, m, demand = head, head, 1, demand_of(c, head)
-        head = requests[head]["next"]
-        waiting -= 1
-        while m < size and waiting > 0:
-            i = head
-            head = requests[i]["next"]
-            waiting -= 1
+        first, last, taken, m, demand = head, head, 1, 1, demand_of(c, head)
+        while m < size and head + taken < arrived:
+            i = head + taken
+            taken += 1
             if mortal and is_dead(c, i, now):
-                bury(tick, c.param, first_number + i, now, c.t0)
+                bury(tick, c.param, row["first_number"] + i, now, c.t0)
+                if m == taken - 1:  # the first that has died: from here on the batch is linked
+                    link(requests, first, m)
                 continue
-            requests[last]["next"] = i
+            if m < taken - 1:
+                requests[last]["next"] = i
             last = i
             m += 1
             demand += demand_of(c, i)
+        head += taken
         seconds = duration_s(c, e, m, demand, first)
         free_s = now + seconds
         slots[e]["free_s"] = free_s
@@ -514,18 +518,24 @@ def serve_late(c, now, end):
         busy_s += seconds
         if free_s < end:
             replica = c.replicas[slots[e]["replica"]]
-            more_late, more_s = record(c, first, m, free_s, replica)
+            if m == taken:
+                more_late, more_s, least, most = record(c, first, m, free_s, replica, False)
+            else:
+                more_late, more_s, least, most = record(c, first, m, free_s, replica, True)
             late += more_late
             latency_s += more_s
+            least_s, most_s = min(least_s, least), max(most_s, most)
             served += m
             left_s += m * (free_s - c.t0)
             wrong += m * c.variants[replica["variant"]]["error_share"]
         else:
+            if m == taken:
+                link(requests, first, m)
             slots[e]["head"] = first
             slots[e]["size"] = m
         enter(tree, leaves, e, free_s)
-        free_s = tree[1]["time_s"]
-    row["waiting"], row["head"], row["tail"] = waiting, head, tail
+    else:
+        arrived = hi
     tick["batches"] += batches
     tick["batched"] += batched
     tick["served"] += served
@@ -534,7 +544,19 @@ def serve_late(c, now, end):
     tick["latency_s"] += latency_s
     tick["inside_s"] += left_s
     tick["wrong"] += wrong
-    count_arrivals(c, lo, hi)
+    if served > 0:
+        widen(c, least_s, most_s)
+    row["waiting"] = arrived - head
+    row["head"], row["tail"] = head, arrived - 1
+    link(requests, head, arrived - head)
+    return arrived, now
+
+
+@hot
+def link(requests, first, count):
+    """Makes a list of `count` requests that follow each other."""
+    for i in range(first, first + count):
+        requests[i]["next"] = i + 1
 
 
 # --- queues of replicas ------------------------------------------------------------------------------------
