@@ -191,7 +191,7 @@ class FlashCrowds(Spec, frozen=True, kw_only=True):
             begins, heights = np.concatenate([begins, fresh[0]]), np.concatenate([heights, fresh[1]])
             age = (start_s + (np.arange(STEPS) + 0.5) * STEP_S)[:, None] - begins
             fall = np.exp(-np.maximum(age - self.ramp_s - self.hold_s, 0) / self.decay_s)
-            rise = np.clip(age / self.ramp_s, 0, 1) if self.ramp_s else (age >= 0).astype(float)
+            rise = np.clip(age, 0, self.ramp_s) / self.ramp_s if self.ramp_s else (age >= 0).astype(float)
             yield 1 + (rise * fall) @ heights
             start_s += block_s
             kept = begins > start_s - lasts_s
