@@ -149,16 +149,16 @@ def due(c, queue, free_s, now):
             return math.inf, False
         if queue["waiting"] >= c.row["max_batch"]:
             return max(able_s, queue["able_s"]), False
-        came_s = c.arrivals[queue["head"]]
-        over_s = came_s + c.param["batch_wait_s"]
-        return max(able_s, over_s), over_s > max(able_s, came_s, queue["able_s"])
+        over_s = c.arrivals[queue["head"]] + c.param["batch_wait_s"]
+        if over_s < able_s:
+            return able_s, False
+        return over_s, over_s > max(free_s, queue["able_s"])
     start_s = max(able_s, queue["able_s"]) if queue["closed"] > 0 else math.inf
     if queue["forming"] > 0:
-        over_s = queue["forming_since_s"] + c.param["batch_wait_s"]
-        if queue["forming"] >= c.row["max_batch"]:
-            over_s = now
+        full = queue["forming"] >= c.row["max_batch"]
+        over_s = now if full else queue["forming_since_s"] + c.param["batch_wait_s"]
         if over_s < start_s:
-            return max(over_s, now), over_s > now
+            return max(over_s, now), over_s >= now and not full
     return start_s, False
 
 
@@ -419,8 +419,9 @@ def serve_late(c, now, end):
             next_s = max(free_s, now)
             if waiting < size:
                 over_s = arrivals[head] + wait_s
-                after = over_s > next_s
-                next_s = max(next_s, over_s)
+                if over_s >= next_s:
+                    after = over_s > max(free_s, arrivals[tail])
+                    next_s = over_s
         if arrival_s < next_s or (after and arrival_s == next_s):
             if arrival_s == math.inf:
                 break
