@@ -187,8 +187,8 @@ def servers(draw, routed):
 
 
 @st.composite
-def services(draw, name, the_pools, clusters):
-    server = draw(servers(routed=clusters))
+def services(draw, name, the_pools, clusters, routed):
+    server = draw(servers(routed))
     names = [pool.name for pool in the_pools]
     mine = draw(st.permutations(names))[: draw(st.integers(1, len(names)))]
     one = service(
@@ -244,15 +244,15 @@ def needs(draw, mine, the_pools):
 
 
 @st.composite
-def scenarios(draw, max_ticks=12, max_services=3, clusters=True) -> Scenario:
+def scenarios(draw, max_ticks=12, max_services=3, clusters=True, routed=True) -> Scenario:
     """Any scenario of up to three pools and services and `max_ticks` ticks.
 
-    Not `clusters`: one replica per node, one variant, no faults.
+    Not `clusters`: one replica per node, one variant, no faults. Not `routed`: no Ray Serve, and no time outside servers.
     """
     the_pools = draw(pools(clusters))
     count = draw(st.integers(1, max_services))
     one = scenario(
-        [draw(services(name, the_pools, clusters)) for name in ("a", "b", "c")[:count]],
+        [draw(services(name, the_pools, clusters, routed)) for name in ("a", "b", "c")[:count]],
         the_pools,
         tick_s=draw(one_of(0.1, 0.25, 0.5, 1.0, 1.1)),
         ticks=draw(st.integers(2, max_ticks)),

@@ -52,7 +52,7 @@ def open_node(f, p, zone, service, now):
     set_fate(f, node, number)
     if uniform(f.seed, number + 1) < pool["failing"]:
         node["failing"] = 1
-        node["notice_s"], node["death_s"] = math.inf, node["up_s"]
+        node["death_s"] = min(node["death_s"], node["up_s"])
     return n
 
 
@@ -399,9 +399,13 @@ def is_candidate(f, s, node, now):
 
 @hot
 def has_room(f, s, p, zone, now):
-    """Whether pool p can open a node for service s in a zone."""
+    """Whether pool p can open a node in a zone on which a replica of service s fits."""
     room = f.summary[POOL_NODES + p] < f.pools[p]["max_nodes"]
-    return room and may_go(f, s, p, zone) and not is_closed(f, p, zone, now)
+    variant, short = f.variants[f.rows[s]["variant"]], 0
+    if not (variant["whole"] or f.pools[p]["whole"]):
+        for j in range(RESOURCE_COUNT):
+            short += variant["needs"][j] > f.pools[p]["has"][j] + _ROUNDING
+    return room and short == 0 and may_go(f, s, p, zone) and not is_closed(f, p, zone, now)
 
 
 @compiled

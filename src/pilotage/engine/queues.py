@@ -150,16 +150,16 @@ def due(c, queue, free_s, now):
             return math.inf, False
         if queue["waiting"] >= c.row["max_batch"]:
             return max(able_s, queue["able_s"]), False
-        came_s = c.arrivals[queue["head"]]
-        over_s = came_s + c.param["batch_wait_s"]
-        return max(able_s, over_s), over_s > max(able_s, came_s, queue["able_s"])
+        over_s = c.arrivals[queue["head"]] + c.param["batch_wait_s"]
+        if over_s < able_s:
+            return able_s, False
+        return over_s, over_s > max(free_s, queue["able_s"])
     start_s = max(able_s, queue["able_s"]) if queue["closed"] > 0 else math.inf
     if queue["forming"] > 0:
-        over_s = queue["forming_since_s"] + c.param["batch_wait_s"]
-        if queue["forming"] >= c.row["max_batch"]:
-            over_s = now
+        full = queue["forming"] >= c.row["max_batch"]
+        over_s = now if full else queue["forming_since_s"] + c.param["batch_wait_s"]
         if over_s < start_s:
-            return max(over_s, now), over_s > now
+            return max(over_s, now), over_s >= now and not full
     return start_s, False
 
 
@@ -466,21 +466,23 @@ def serve_stream(c, leaves, now, end, hi):
     busy_s, latency_s, left_s, wrong, least_s, most_s = 0.0, 0.0, 0.0, 0.0, math.inf, 0.0
     while head < hi:
         came_s = arrivals[head]
-        start_s = max(tree[1]["time_s"], now, came_s)
+        free_s = tree[1]["time_s"]
+        start_s = max(free_s, now, came_s)
         over_s = came_s + wait_s
         seen = arrived
-        full = head + size <= hi and arrivals[head + size - 1] <= over_s
-        waited = over_s > start_s and not full
-        if waited:
-            start_s = over_s
-        elif over_s > start_s:
+        last_s = arrivals[max(arrived - 1, head)]
+        in_wait = over_s >= start_s and over_s > max(free_s, last_s)
+        arrived = max(arrived, head + 1)
+        if in_wait and head + size <= hi and is_full_before(arrivals, head, size, over_s):
             start_s = max(start_s, arrivals[head + size - 1])
             arrived = max(arrived, head + size)
-        else:
-            arrived = max(arrived, head + 1)
-        # who comes at the very end of the wait is taken, too
-        while arrived < hi and (arrivals[arrived] < start_s or (waited and arrivals[arrived] == start_s)):
+        elif in_wait:
+            start_s = over_s
+        while arrived < hi and arrivals[arrived] < start_s:
             arrived += 1
+        # one that comes at the very end of the wait is taken, too
+        if in_wait and start_s == over_s and arrived < min(hi, head + size) and arrivals[arrived] == over_s:
+            arrived += arrivals[arrived - 1] < over_s
         if start_s >= end:
             arrived = hi
         if arrived - head > limit:  # somebody is rejected
@@ -550,6 +552,13 @@ def serve_stream(c, leaves, now, end, hi):
     row["head"], row["tail"] = head, arrived - 1
     link(requests, head, arrived - head)
     return arrived, now
+
+
+@hot
+def is_full_before(arrivals, head, size, over_s):
+    """Whether a batch is complete before the wait of its first request is over, or with one that comes just then."""
+    last_s = arrivals[head + size - 1]
+    return last_s < over_s or (last_s == over_s and arrivals[max(head + size - 2, 0)] < over_s)
 
 
 @hot

@@ -165,10 +165,10 @@ def die(c, k, now, until):
     if r["state"] != DRAINING:
         c.row["pending"] += 1
     c.tick["failed"] += 1
-    serving = r["state"] == READY
     vanish(c, k, now, until)
-    if serving:
-        stop_serving(c, k)
+    for other in range(c.row["span"]):  # no request goes to a replica that dies at the same time
+        if c.replicas[other]["death_s"] <= now:
+            stop_serving(c, other)
     abandon_work(c, k, now)
 
 
