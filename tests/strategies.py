@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -9,10 +10,11 @@ from hypothesis import strategies as st
 
 from pilotage.engine.cluster import Cluster, World
 from pilotage.engine.layout import ORDER
+from pilotage.engine.placement import WEIGHTS
 from pilotage.scenario import Interference, Placement, Scenario
 from pilotage.world.arrivals import Poisson
-from pilotage.world.faults import Hazard, Outage, Spot
-from pilotage.world.pools import Pool, Resources
+from pilotage.world.faults import Availability, Hazard, Outage, RandomOutages, Spot
+from pilotage.world.pools import RESOURCES, Pool, Resources
 from pilotage.world.servers import (
     Affine,
     BatchServer,
@@ -25,7 +27,15 @@ from pilotage.world.servers import (
 )
 from pilotage.world.services import Economics, Service
 
-PLACEMENTS = ("first-fit", "best-fit", "least-allocated", "most-allocated", "balanced", "cheapest", "spread")
+NODES = (
+    Resources(cpu=4.0, memory_gib=8.0),
+    Resources(cpu=2.0, gpus=1.0),
+    Resources(cpu=8.0, memory_gib=8.0, gpus=2.0, gpu_memory_gib=48.0),
+)
+MARKET = Availability(
+    path="market.csv", campaign="test", series={zone: zone for zone in ("local", "east", "west")}
+)
+OFTEN = RandomOutages(per_zone_per_week=7 * 86400 / 6.0, mean_duration_h=1.0 / 3600)
 POOLS = ("cpu", "gpu", "spot")
 
 
@@ -91,8 +101,8 @@ def laws(draw, max_batch):
     noise_cv = draw(one_of(0.0, 0.0, 0.5))
     if draw(st.booleans()):
         base_ms = draw(one_of(0.0, 125.0, 300.0))
-        return Affine(base_ms=base_ms, per_item_ms=draw(one_of(62.5, 110.0, 250.0)), noise_cv=noise_cv)
-    times = draw(st.lists(one_of(125.0, 250.0, 333.0, 500.0), min_size=max_batch, max_size=max_batch))
+        return Affine(base_ms=base_ms, per_item_ms=draw(one_of(62.5, 110.0, 250.0, 900.0)), noise_cv=noise_cv)
+    times = draw(st.lists(one_of(125.0, 250.0, 333.0, 500.0, 2000.0), min_size=max_batch, max_size=max_batch))
     return Table(batch_ms=tuple(times), noise_cv=noise_cv)
 
 
@@ -104,7 +114,7 @@ def pools(draw, clusters):
             price_usd_per_hour=draw(one_of(0.0, 1.2, 3.6)),
             boot_s=draw(one_of(0.0, 0.5, 1.7)),
             boot_cv=draw(one_of(0.0, 0.4)),
-            max_nodes=draw(st.integers(1, 5)),
+            max_nodes=draw(st.integers(1, 8)),
             min_lifetime_s=draw(one_of(0.0, 0.0, 1.0, 3.0)),
             billing_granularity_s=draw(one_of(0.0, 1.0, 2.5)),
             billing_minimum_s=draw(one_of(0.0, 0.0, 3.0)),
@@ -119,19 +129,21 @@ def pools(draw, clusters):
 def node_kinds(draw):
     """Shared nodes, zones, and everything that can happen to a node, often within seconds."""
     return {
-        "node": draw(one_of(None, Resources(cpu=4.0, memory_gib=8.0), Resources(cpu=2.0, gpus=1.0))),
-        "zones": draw(one_of(("local",), ("east", "west"))),
+        "node": draw(one_of(None, *NODES)),
+        "zones": draw(one_of(("local",), ("east", "west"), ("west", "local"))),
         "idle_removal_s": draw(one_of(0.0, 0.0, 0.8, 3.0)),
-        "provisioning_failure": draw(one_of(0.0, 0.0, 0.4)),
-        "crashes_per_hour": draw(one_of(0.0, 0.0, 300.0, 2000.0)),
+        "provisioning_failure": draw(one_of(0.0, 0.0, 0.0, 0.4)),
+        "crashes_per_hour": draw(one_of(0.0, 0.0, 0.0, 300.0, 2000.0)),
         "slow_share": draw(one_of(0.0, 0.5)),
         "slow_factor": draw(one_of(1.0, 2.5)),
         "spot": draw(
             one_of(
                 None,
                 None,
+                None,
                 Spot(market=Hazard(per_hour=800.0), notice_s=0.9),
                 Spot(market=Hazard(per_hour=2000.0), notice_s=0.0),
+                Spot(market=MARKET, notice_s=0.6),
             )
         ),
     }
@@ -202,41 +214,43 @@ def services(draw, name, the_pools, clusters, routed):
         server=server,
         economics=Economics(late_usd=0.01, dropped_usd=0.02, error_usd=0.03),
         demand=draw(one_of(Constant(), LogNormal(cv=1.0), Exponential())),
-        initial_replicas=draw(st.integers(0, 4)),
-        **(draw(risks()) if clusters else {}),
+        **(draw(risks()) if clusters else {"initial_replicas": draw(st.integers(0, 4))}),
     )
     if not clusters:
         return one
-    first = one.variants[0].replace(**draw(needs(mine, the_pools)))
-    variants = [first]
-    if draw(st.booleans()):
-        second = {pool: draw(laws(server.max_batch)) for pool in mine}
-        variants.append(
-            first.replace(name="w", latency=second, accuracy=0.95, **draw(needs(mine, the_pools)))
-        )
-    return one.replace(variants=tuple(variants))
+    mine = [pool for pool in the_pools if pool.name in mine]
+    zones = {draw(st.sampled_from(pool.zones)) for pool in mine}
+    variants = [one.variants[0].replace(**draw(needs(mine)))]
+    if draw(one_of(False, True, True)):  # the second runs and fits perhaps on some of the pools only
+        some = draw(st.permutations(mine))[: draw(st.integers(1, len(mine)))]
+        second = {pool.name: draw(laws(server.max_batch)) for pool in some}
+        more = {"name": "w", "latency": second, "accuracy": 0.95, **draw(needs(some[:1]))}
+        if draw(st.booleans()):
+            more |= {"load_s": 0.0, "load_cv": 0.0, "load_quantiles_s": (0.1, 0.3, 0.9)}
+        variants.append(variants[0].replace(**more))
+    return one.replace(variants=tuple(variants), zones=draw(one_of(None, None, tuple(sorted(zones)))))
 
 
 @st.composite
 def risks(draw):
+    most = draw(one_of(100, 100, 4, 1))
     return {
+        "max_replicas": most,
+        "initial_replicas": draw(st.integers(0, min(most, 6))),
         "max_per_node": draw(one_of(None, None, 1, 2)),
         "on_failure": draw(one_of("retry", "lost")),
-        "crashes_per_hour": draw(one_of(0.0, 0.0, 600.0, 3000.0)),
+        "crashes_per_hour": draw(one_of(0.0, 0.0, 0.0, 600.0, 3000.0)),
     }
 
 
 @st.composite
-def needs(draw, mine, the_pools):
-    """What a variant needs, as far as a node of each of its pools has it; and how it starts."""
-    nodes = [pool.node for pool in the_pools if pool.name in mine and pool.node is not None]
-    share = draw(one_of(0.25, 0.5, 0.3, 1.0))
-    least = {
-        name: share * min((getattr(node, name) for node in nodes), default=0.0)
-        for name in ("cpu", "memory_gib", "gpus")
-    }
+def needs(draw, the_pools):
+    """What a variant needs, as far as a node of each of the pools has it; and how it starts."""
+    nodes = [pool.node for pool in the_pools if pool.node is not None]
+    share = draw(one_of(0.25, 0.5, 0.3, 0.125, 1.0))
+    least = {name: share * min((getattr(node, name) for node in nodes), default=0.0) for name in RESOURCES}
     return {
-        "resources": Resources(**least) if least["cpu"] and draw(st.booleans()) else None,
+        "resources": Resources(**least) if least["cpu"] and draw(one_of(True, True, False)) else None,
         "image_pull_s": draw(one_of(0.0, 0.0, 0.6)),
         "image_pull_cv": draw(one_of(0.0, 0.4)),
         "warm_load_share": draw(one_of(1.0, 0.3)),
@@ -247,7 +261,8 @@ def needs(draw, mine, the_pools):
 def scenarios(draw, max_ticks=12, max_services=3, clusters=True, routed=True) -> Scenario:
     """Any scenario of up to three pools and services and `max_ticks` ticks.
 
-    Not `clusters`: one replica per node, one variant, no faults. Not `routed`: no Ray Serve, and no time outside servers.
+    Not `clusters`: one replica per node, one variant, no faults. Not `routed`: without Ray Serve's router and
+    time outside servers.
     """
     the_pools = draw(pools(clusters))
     count = draw(st.integers(1, max_services))
@@ -262,11 +277,12 @@ def scenarios(draw, max_ticks=12, max_services=3, clusters=True, routed=True) ->
     zones = sorted({zone for pool in the_pools for zone in pool.zones})
     pairs = [(s.name, t.name) for s in one.services for t in one.services]
     return one.replace(
-        placement=Placement(rule=draw(st.sampled_from(PLACEMENTS))),
+        data=str(Path(__file__).parent / "traces"),
+        placement=draw(placements()),
         interference=tuple(
             Interference(service=a, neighbour=b, slowdown=draw(one_of(1.2, 3.0)))
             for a, b in pairs
-            if draw(one_of(False, False, True))
+            if draw(one_of(False, True))
         ),
         outages=tuple(
             Outage(
@@ -276,7 +292,15 @@ def scenarios(draw, max_ticks=12, max_services=3, clusters=True, routed=True) ->
             )
             for _ in range(draw(one_of(0, 0, 1)))
         ),
+        random_outages=draw(one_of(None, None, None, OFTEN)),
     )
+
+
+@st.composite
+def placements(draw):
+    rule = draw(one_of(*WEIGHTS, "linear", "linear"))
+    count = draw(st.sampled_from(WEIGHTS[rule]))
+    return Placement(rule=rule, weights=tuple(draw(one_of(0.0, 1.0, 2.0, -0.3)) for _ in range(count)))
 
 
 @st.composite

@@ -3,13 +3,12 @@
 Slow, small and separate on purpose. It shares with the engine only the specifications of `pilotage.world` and
 their tables; it keeps a log of requests, batches and replicas, and every counter is worked out from that log
 afterwards, where the engine keeps running sums. This part is one service between two decisions; nodes, placement
-and bills are in `reference_cluster`.
+and bills are in `reference_cluster`, the counters in `reference_log`.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ END, DEATH, CRASH, READINESS, COMPLETION, START, ARRIVAL, WAIT = range(8)
 _MASK = (1 << 64) - 1
 
 
-# --- draws and histograms ------------------------------------------------------------------------------------
+# --- draws ---------------------------------------------------------------------------------------------------
 def draw(seed: int, number: int) -> int:
     """The number-th output of SplitMix64 started at `seed`."""
     z = (seed + 0x9E3779B97F4A7C15 * (number + 1)) & _MASK
@@ -50,16 +49,6 @@ def quantile(table: list[float], u: float) -> float:
         j, x = divmod(x * cells, 1.0)
         k += j
     return table[int(k)] + (table[int(k) + 1] - table[int(k)]) * x
-
-
-def bucket(latency_s: float) -> int:
-    """64 equal buckets to each octave, from 2**-14 s up; 34 octaves."""
-    mantissa, exponent = math.frexp(max(latency_s, 2.0**-14))
-    return min((exponent + 13) * 64 + int((2 * mantissa - 1) * 64), 34 * 64 - 1)
-
-
-def bucket_midpoint_s(b: int) -> float:
-    return 2.0 ** (b // 64 - 14) * (1 + (b % 64 + 0.5) / 64)
 
 
 # --- what there is -------------------------------------------------------------------------------------------
@@ -105,6 +94,7 @@ class Batch:
 @dataclass(eq=False)
 class Slot:
     number: int
+    replica: Replica
     since: float = 0.0  # since when it has been free
     batch: Batch | None = None
 
@@ -117,15 +107,18 @@ class Replica:
     node: Node
     variant: int
     ordered: float
-    ready: float
-    pace: float
-    slots: list[Slot]
-    queue: Queue
+    ready: float = math.inf
+    pace: float = 1.0
     state: str = "starting"  # then ready, draining, gone
     lives: int = 0
     crash: float = math.inf
     gone: float = math.inf
     serving: list[list[float]] = field(default_factory=list)  # from when to when
+
+    def __post_init__(self) -> None:
+        per = self.run.server.batches_in_flight
+        self.slots = [Slot(self.number * per + j, self) for j in range(per)]
+        self.queue = Queue(self.run.closes, self)
 
     @property
     def requests(self) -> list[Request]:
@@ -175,22 +168,14 @@ class ServiceRun:
         for queue in self.queues():
             self.sweep(queue)
             self.part(queue.replica)
-        act = (
-            None,
-            self.die,
-            self.crash,
-            self.get_ready,
-            self.complete,
-            self.start_all,
-            self.arrive,
-            self.dispatch,
-        )
-        while True:
-            time, kind, _, what = min(self.events(end))
-            self.now = time
-            if kind == END:
-                return
-            act[kind](what)
+        act = {
+            DEATH: self.die, CRASH: self.crash, READINESS: self.get_ready, COMPLETION: self.complete,
+            START: self.start_all, ARRIVAL: self.arrive, WAIT: self.dispatch,
+        }  # fmt: skip
+        while self.now < end:
+            self.now, kind, _, what = min(self.events(end))
+            if kind != END:
+                act[kind](what)
 
     def events(self, end: float) -> Iterator[tuple[float, int, int, Any]]:
         """What may happen next: time, kind, number, and what it happens to."""
@@ -200,13 +185,10 @@ class ServiceRun:
         if len(self.requests) < len(self.arrivals):
             yield self.arrivals[len(self.requests)], ARRIVAL, 0, len(self.requests)
         for r in self.present:
+            time, kind = (r.ready, READINESS) if r.state == "starting" else (r.crash, CRASH)
+            yield time, kind, r.number, r
             yield r.node.death, DEATH, r.number, r
-            yield (
-                (r.ready, READINESS, r.number, r) if r.state == "starting" else (r.crash, CRASH, r.number, r)
-            )
-            for slot in r.slots:
-                if slot.batch:
-                    yield slot.batch.end, COMPLETION, slot.number, slot
+            yield from ((s.batch.end, COMPLETION, s.number, s) for s in r.slots if s.batch)
         for n, queue in enumerate(self.queues()):
             if queue.open and (queue.closes or self.free(queue)):
                 since = queue.opened if queue.closes else queue.open[0].arrival
@@ -222,13 +204,13 @@ class ServiceRun:
         self.route(self.requests[-1])
 
     def complete(self, slot: Slot) -> None:
-        replica = next(r for r in self.present if slot in r.slots)
+        variant, pool = self.service.variants[slot.replica.variant], slot.replica.node.pool
         for request in slot.batch.requests:
             request.leave("served", self.now)
-            request.latency = self.now - request.arrival + replica.node.pool.network_ms / 1e3
-            request.error_share = 1 - self.service.variants[replica.variant].accuracy
+            request.latency = self.now - request.arrival + pool.network_ms / 1e3
+            request.error_share = 1 - variant.accuracy
         slot.batch, slot.since = None, self.now
-        self.part(replica)
+        self.part(slot.replica)
         self.stirred = True
 
     def get_ready(self, replica: Replica) -> None:
@@ -359,7 +341,7 @@ class ServiceRun:
         return sorted((s for s in slots if not s.batch), key=lambda s: (s.since, s.number))
 
     def is_over(self, since: float, before_waits: bool) -> bool:
-        """Whether the wait for a batch is over: what is over this very moment comes after an arrival."""
+        """Whether the wait for a batch is over; `before_waits` when it is not yet the turn of waits that end now."""
         over = since + self.wait_s
         return over < self.now or (over == self.now and not before_waits)
 
@@ -371,12 +353,12 @@ class ServiceRun:
 
     def dispatch(self, queue: Queue, before_waits: bool = False) -> None:
         """Closes a batch that is due, and gives free slots what is due."""
-        if queue.closes and queue.open:
-            if len(queue.open) >= self.max_batch or self.is_over(queue.opened, before_waits):
-                queue.closed.append(queue.open)
-                queue.open = []
+        full = len(queue.open) >= self.max_batch
+        if queue.closes and queue.open and (full or self.is_over(queue.opened, before_waits)):
+            queue.closed.append(queue.open)
+            queue.open = []
         while free := self.free(queue):
-            # a slot that came free just now takes what is over just now: that comes with the completions
+            # what a slot that comes free just now may take is a start that its completion allows
             batch = self.take(queue, before_waits and free[0].since < self.now)
             if batch is None:
                 break
@@ -408,67 +390,10 @@ class ServiceRun:
         return batch
 
     def start(self, requests: list[Request], slot: Slot) -> None:
-        replica = next(r for r in self.present if slot in r.slots)
-        fixed, each, noise = self.laws[replica.variant, replica.node.pool.name]
+        fixed, each, noise = self.laws[slot.replica.variant, slot.replica.node.pool.name]
         n, luck = len(requests), uniform(self.seeds["seed_noise"], requests[0].number)
-        seconds = (fixed[n] + each[n] * sum(r.demand for r in requests)) * replica.pace
+        seconds = (fixed[n] + each[n] * sum(r.demand for r in requests)) * slot.replica.pace
         slot.batch = Batch(requests, self.now, self.now + seconds * quantile(noise, luck))
         self.batches.append(slot.batch)
         for request in requests:
             request.outcome = "executing"
-
-    # --- counters, from the log ------------------------------------------------------------------------------
-    def count(self, t0: float, t1: float) -> dict[str, float]:
-        """What happened in [t0, t1), and how things stand at t1, which must be now."""
-
-        def overlap(a, b):
-            return max(0.0, min(b, t1) - max(a, t0))
-
-        arrived = [r.arrival for r in self.requests if t0 <= r.arrival < t1]
-        left = [r for r in self.requests if t0 <= r.left < t1]
-        served = [r for r in left if r.outcome == "served"]
-        latencies = sorted(r.latency for r in served)
-        started = [len(b.requests) for b in self.batches if t0 <= b.start < t1]
-        ended, outcomes = Counter(r.outcome for r in left), Counter(r.outcome for r in self.requests)
-        states, excess, shown = Counter(r.state for r in self.replicas), self.replacing, {}
-        states["pending"] = self.pending
-        for state in ("pending", "starting", "ready"):  # what a rollout has in excess is not shown
-            shown[state] = max(states[state] - excess, 0)
-            excess -= states[state] - shown[state]
-        p95 = latencies[math.ceil(0.95 * len(latencies)) - 1] if latencies else math.nan
-        per = self.server.batches_in_flight
-        return {
-            "arrived": len(arrived),
-            "late": sum(x > self.service.slo_ms / 1e3 for x in latencies),
-            "overdue": 0,
-            "failed": sum(t0 <= t < t1 for t in self.failures),
-            "latency_s": sum(latencies),
-            "latency_p95_s": bucket_midpoint_s(bucket(p95)) if latencies else p95,
-            "peak_second": max(Counter(int(t - t0) for t in arrived).values(), default=0),
-            "inside_s": sum(overlap(r.arrival, r.left) for r in self.requests),
-            "busy_s": sum(overlap(b.start, b.end) for b in self.batches),
-            "ready_s": per * sum(overlap(a, b) for r in self.replicas for a, b in r.serving),
-            "replica_s": sum(overlap(r.ordered, r.gone) for r in self.replicas),
-            "batches": len(started),
-            "batched": sum(started),
-            "max_batch": self.max_batch,
-            "wrong": sum(r.error_share for r in served),
-            "draining": states["draining"],
-            **shown,
-            **{name: ended[name] for name in ("served", "rejected", "timed_out", "abandoned", "lost")},
-            **{name: outcomes[name] for name in ("waiting", "executing")},
-        }
-
-    def finish(self) -> dict[str, int]:
-        """What the end of the run adds: the dead, and those that are overdue."""
-        dead = [r for r in self.requests if r.outcome == "waiting" and r.dead(self.now)]
-        for r in dead:
-            r.outcome = r.death
-        inside = [r for r in self.requests if r.outcome in ("waiting", "executing")]
-        deaths = Counter(r.death for r in dead)
-        overdue = sum(self.now - r.arrival > self.service.slo_ms / 1e3 for r in inside)
-        return {"timed_out": deaths["timed_out"], "abandoned": deaths["abandoned"], "overdue": overdue}
-
-    @property
-    def histogram(self) -> Counter[int]:
-        return Counter(bucket(r.latency) for r in self.requests if r.outcome == "served")

@@ -12,7 +12,8 @@ import numpy as np
 from pilotage.engine.layout import CANDIDATE
 from pilotage.world.pools import Pool
 from pilotage.world.servers import log_normal_table
-from tests.traces.reference import Queue, Replica, ServiceRun, Slot, exponential, quantile, uniform
+from tests.traces.reference import Replica, ServiceRun, exponential, quantile, uniform
+from tests.traces.reference_log import count
 
 _ROUNDING = 1e-9  # of times and resources, whose sums are not exact
 
@@ -88,11 +89,8 @@ class Reference:
         outages: np.random.Generator, rule: Any,
     ) -> None:  # fmt: skip
         self.scenario, self.now, self.rule, self.seed = scenario, 0.0, rule, seed_nodes
-        self.pools, self.nodes, self.opened = (
-            scenario.pools,
-            [],
-            0,
-        )  # nodes in the order in which they were opened
+        self.pools, self.opened = scenario.pools, 0
+        self.nodes: list[Node] = []  # in the order in which they were opened
         self.zones = list(dict.fromkeys(zone for pool in self.pools for zone in pool.zones))
         self.data = Path(scenario.data) if scenario.data else None
         self.shut = self.closures(outages)
@@ -124,13 +122,10 @@ class Reference:
         self.now = end
         self.send_bills()
         return [
-            run.count(now, end)
+            count(run, now, end)
             | {"seconds": self.scenario.tick_s, "node_usd": self.costs[run][0], "node_s": self.costs[run][1]}
             for run in self.runs
         ]
-
-    def finish(self) -> list[dict[str, int]]:
-        return [run.finish() for run in self.runs]
 
     # --- nodes -----------------------------------------------------------------------------------------------
     def closures(self, outages: np.random.Generator) -> list[tuple[Pool, str, float, float, float]]:
@@ -181,13 +176,12 @@ class Reference:
             node.death = min(node.death, node.up)
 
     def remove_gone_nodes(self) -> None:
+        """Those that died during the last tick, and those that have been empty for long enough."""
+        there = [n for n in self.nodes if n.end(math.inf) > self.now or (n.replicas and n.death == self.now)]
         for node in self.nodes:
-            node_gone = node.death < self.now or (not node.replicas and node.end(math.inf) <= self.now)
-            if node_gone:
+            if node not in there:
                 self.charge(node.owner, node.pool, node.pay(self.now))
-                assert not node.replicas
-                node.paid_s = math.nan
-        self.nodes = [node for node in self.nodes if node.paid_s == node.paid_s]
+        self.nodes = there
 
     def leave(self, replica: Replica) -> None:
         """Gives back what a replica that is gone had of its node."""
@@ -270,8 +264,9 @@ class Reference:
         total = run.pending + len(there)
         run.replacing = min(run.replacing, total)
         wanted = total - run.replacing
-        spared = run.variant if old else None
-        while run.replacing and ready > wanted and self.release_youngest(run, "ready", spared):
+        while run.replacing and ready > wanted:
+            if not self.release_youngest(run, "ready", spared=run.variant if old > 0 else None):
+                break
             run.replacing, ready, old = run.replacing - 1, ready - 1, old - 1
         at_a_time = max(math.ceil(wanted / 4), 1)
         more = max(min(old, at_a_time) - run.replacing, 0)
@@ -338,7 +333,7 @@ class Reference:
     def score(self, run: ServiceRun, least: int, node: Node | None, pool: Pool, zone: str) -> float:
         variant, n = run.service.variants[run.variant], run.server.max_batch
         fixed, each, _ = run.laws[run.variant, pool.name]
-        load, _ = variant.load_law()
+        load, _ = run.loads[run.variant]
         warm = node is not None and node.cached.get((run, run.variant), math.inf) <= self.now
         up_s = max(node.up - self.now, 0.0) if node else pool.boot_s
         c = np.zeros((), CANDIDATE)[()]
@@ -358,11 +353,8 @@ class Reference:
 
     def settle(self, run: ServiceRun, number: int, node: Node) -> None:
         """Puts a new replica on a node."""
-        variant, per = run.service.variants[run.variant], run.server.batches_in_flight
-        slots = [Slot(number * per + j) for j in range(per)]
-        queue = Queue(run.closes)
-        replica = Replica(number, len(run.replicas), run, node, run.variant, self.now, 0.0, 1.0, slots, queue)
-        queue.replica = replica
+        variant = run.service.variants[run.variant]
+        replica = Replica(number, len(run.replicas), run, node, run.variant, self.now)
         start = run.load_s(replica)
         if node.cached.get((run, run.variant), math.inf) <= self.now:
             start *= variant.warm_load_share

@@ -18,7 +18,7 @@ from pilotage.engine.placement import RULES
 from pilotage.metrics import BUCKET_MIDPOINTS_S, bucket_of
 from pilotage.world.servers import Exponential
 from tests.strategies import Case, cases, one_of
-from tests.traces import reference
+from tests.traces import reference, reference_log
 from tests.traces.reference_cluster import Reference
 
 
@@ -161,7 +161,7 @@ def compare(case: Case, read_ahead_s: float) -> None:
     waiting = cluster.ticks["waiting"].copy()
     cluster.finish()
     for w in worlds:
-        for s, last in enumerate(references[w].finish()):
+        for s, last in enumerate(map(reference_log.finish, references[w].runs)):
             for name, n in last.items():
                 totals[w][s][name] += n
             for name, total in totals[w][s].items():
@@ -170,7 +170,7 @@ def compare(case: Case, read_ahead_s: float) -> None:
             assert waiting[w, s] - cluster.ticks["waiting"][w, s] == last["timed_out"] + last["abandoned"]
             filled = np.flatnonzero(cluster.histograms[w, s])
             histogram = {int(b): int(cluster.histograms[w, s, b]) for b in filled}
-            assert histogram == references[w].runs[s].histogram
+            assert histogram == reference_log.histogram(references[w].runs[s])
 
 
 @settings(max_examples=400, deadline=None)
@@ -195,9 +195,9 @@ def test_reference_draws_like_numpy() -> None:
         16408922859458223821,
     ]
     latencies = np.r_[0.0, 2.0**-14, np.geomspace(1e-5, 2e6, 5000), 0.5, 1.0, 2.0]
-    buckets = np.array([reference.bucket(x) for x in latencies.tolist()])
+    buckets = np.array([reference_log.bucket(x) for x in latencies.tolist()])
     np.testing.assert_array_equal(buckets, bucket_of(latencies))
-    midpoints = [reference.bucket_midpoint_s(b) for b in range(len(BUCKET_MIDPOINTS_S))]
+    midpoints = [reference_log.bucket_midpoint_s(b) for b in range(len(BUCKET_MIDPOINTS_S))]
     np.testing.assert_array_equal(midpoints, BUCKET_MIDPOINTS_S)
 
 

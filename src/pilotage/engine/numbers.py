@@ -189,20 +189,19 @@ def _tree(leaves: int) -> int:
 
 
 def room(scenario: Scenario, service: Service) -> int:
-    """How many replicas all nodes of the service's pools could carry."""
+    """No fewer than the replicas that all nodes of the service's pools could carry, draining ones included: those
+    are of all variants, and `max_per_node` does not count them."""
     total = 0
     for name in service.pools:
-        pool = scenario.pool_by_name[name]
-        per_node = 1
-        for variant in service.variants:
-            if pool.node and variant.resources:
-                room = [
-                    int(has / need + 1e-9)
-                    for has, need in zip(pool.node.vector, variant.resources.vector, strict=True)
-                    if need > 0
-                ]
-                per_node = max(per_node, min(room, default=service.max_replicas))
-        total += pool.max_nodes * min(per_node, service.max_per_node or per_node)
+        pool, per_node = scenario.pool_by_name[name], 1
+        sharing = [v.resources for v in service.variants if v.resources]
+        if pool.node and sharing:
+            least = np.min([resources.vector for resources in sharing], axis=0)
+            needed = least > 0
+            copies = np.array(pool.node.vector)[needed] / least[needed] + 1e-9
+            apart = sum(resources.copies_on(pool.node) for resources in sharing)
+            per_node = max(int(np.min(copies, initial=apart)), 1)
+        total += pool.max_nodes * per_node
     return total
 
 
