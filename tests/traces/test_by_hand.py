@@ -104,6 +104,29 @@ def test_closed_batches_are_never_topped_up(former: str) -> None:
         }
 
 
+@pytest.mark.parametrize("former", ["closed", "late-binding"])
+@pytest.mark.parametrize("tick_s", [1 / 16, 3 / 8])
+def test_what_arrives_as_a_wait_ends_is_taken_along(former: str, tick_s: float) -> None:
+    # Two slots; any batch takes 500 ms; due at 3 requests or after 250 ms. At 1/4 the wait of 0 is over; of the two
+    # that arrive then, the first goes with it, the second waits until 1/2. Whether a tick begins at 1/4 does
+    # not matter.
+    one = batches(500.0, 0.0, former=former, max_batch=3, batch_wait_ms=250.0, batches_in_flight=2)
+    run = Run([one], [[0, 1 / 4, 1 / 4]], 9 / 8, tick_s=tick_s)
+    in_ticks = {1 / 16: {1 / 4: 2, 1 / 2: 1}, 3 / 8: {0: 2, 3 / 8: 1}}
+    assert run.log(0, "batched") == {"batched": in_ticks[tick_s]}
+    assert run.totals["latency_s"][0] == 3 / 4 + 1 / 2 + 3 / 4
+
+
+def test_a_start_that_a_completion_allows_leaves_waits_that_end_then_alone() -> None:
+    # Closed former, one slot, any batch takes 500 ms, closes at 3 requests or after 250 ms. Three at 0 run until 1/2;
+    # three at 1/8 close and wait in line; one at 1/4 opens a batch, whose wait is over at 1/2. Then the
+    # completion comes first, and the second batch starts; then the first arrival, which joins the open batch; then
+    # that closes, so that the second arrival opens another.
+    one = batches(500.0, 0.0, former="closed", max_batch=3, batch_wait_ms=250.0)
+    run = Run([one], [[0, 0, 0, 1 / 8, 1 / 8, 1 / 8, 1 / 4, 1 / 2, 1 / 2]], 9 / 4, tick_s=3 / 4)
+    assert run.log(0, "batched") == {"batched": {0: 3 + 3, 3 / 4: 2, 3 / 2: 1}}
+
+
 def test_a_new_batch_limit_closes_what_is_due() -> None:
     # Closed former, limit 4, wait 1 s. 0 and 1/16 are in the open batch when the limit becomes 2 at 1/4: it
     # closes and runs 1/2 s. 3/8 and 7/16 make a batch of 2 at 7/16, which runs from 3/4 to 5/4.

@@ -8,7 +8,7 @@ from pilotage.engine.cluster import Cluster, World
 from pilotage.engine.layout import GONE
 from pilotage.world.faults import Outage
 from pilotage.world.pools import Pool, Resources
-from pilotage.world.servers import Affine, Variant
+from pilotage.world.servers import Affine, BatchServer, Variant
 from tests.strategies import Times, scenario, service
 
 
@@ -136,3 +136,65 @@ def test_a_crashed_process_starts_again_from_the_cache() -> None:
     assert 0.4 * (crashes - 1) - 1e-9 <= down_s <= 0.4 * crashes + 1e-9
     assert cluster.totals["node_s"][0, 0] == 40.0
     assert all(pending == 0 for _, _, pending in states(ticks))
+
+
+def test_no_node_is_opened_on_which_a_replica_does_not_fit() -> None:
+    """The small nodes, which the service prefers, take the first build, not the second."""
+    law = Affine(base_ms=100.0, per_item_ms=0.0)
+    first = Variant(name="v", latency={"small": law, "large": law}, resources=Resources(cpu=1.0))
+    second = first.replace(name="w", resources=Resources(cpu=4.0))
+    pools = [
+        Pool(name=name, price_usd_per_hour=3600.0, node=Resources(cpu=cpu), max_nodes=2)
+        for name, cpu in (("small", 2.0), ("large", 8.0))
+    ]
+    one = service(pools=("small", "large"), law=law, initial_replicas=1).replace(variants=(first, second))
+    cluster, _ = run(scenario([one], pools, ticks=3), [[]], {1: {0: {"variant": 1}}})
+    alive = cluster.replicas[cluster.replicas["state"] != GONE]
+    assert alive[["variant", "pool"]].tolist() == [(1, 1)]
+
+
+def test_draining_replicas_do_not_take_the_places_of_others() -> None:
+    """One replica per node, on the only node, which has room for four. The first executes from 0.5 to 5.5 s, is
+    released at 1 s, and drains; the other two orders are for one that fits, and one that does not."""
+    law = Affine(base_ms=5000.0, per_item_ms=0.0)
+    variant = Variant(name="v", latency={"cpu": law}, resources=Resources(cpu=1.0))
+    pool = Pool(name="cpu", price_usd_per_hour=3600.0, node=Resources(cpu=4.0), max_nodes=1)
+    one = service(initial_replicas=1, max_per_node=1).replace(variants=(variant,))
+    orders = {1: {0: {"release": 1, "order": 2}}}
+    _, ticks = run(scenario([one], [pool], ticks=7), [[0.5]], orders)
+    assert states(ticks) == [(1, 0, 0), *[(1, 0, 1)] * 6]
+    assert [int(t["draining"][0]) for t in ticks] == [0, 1, 1, 1, 1, 0, 0]
+
+
+def test_initial_replicas_without_a_node_are_pending() -> None:
+    pool = Pool(name="cpu", price_usd_per_hour=3600.0, max_nodes=2)
+    _, ticks = run(scenario([service(initial_replicas=3)], [pool], ticks=2), [[]], {1: {0: {"release": 1}}})
+    assert states(ticks) == [(2, 0, 1), (2, 0, 0)]
+
+
+def test_a_node_that_would_not_come_goes_with_its_zone_if_that_is_sooner() -> None:
+    """It would turn out at 5 s that the node does not come; its zone goes down at 2.05 s, until 3.05 s. The replica
+    is ordered anew both times, on nodes that do not come either: the next, of 4 s, is found out at 9 s."""
+    pool = Pool(name="cpu", price_usd_per_hour=3600.0, boot_s=5.0, provisioning_failure=1 - 1e-9)
+    one = service(initial_replicas=0).replace(variants=(build(),))
+    the_scenario = scenario([one], [pool], ticks=10).replace(
+        outages=(Outage(zone="local", start_h=2.05 / 3600, duration_h=1.0 / 3600),)
+    )
+    cluster, ticks = run(the_scenario, [[]], {0: {0: {"order": 1}}})
+    assert states(ticks) == [(0, 1, 0)] * 2 + [(0, 0, 1)] * 2 + [(0, 1, 0)] * 5 + [(0, 0, 1)]
+    assert [k for k, t in enumerate(ticks) if t["failed"][0]] == [2, 9]
+    assert cluster.totals["node_usd"][0, 0] == 0.0
+
+
+def test_no_request_goes_to_a_replica_that_dies_at_the_same_time() -> None:
+    """Both replicas are on the node that goes at 2.05 s; each executes a request, and one waits for it, which is all
+    that may. None of the four is refused because replica 1 seems to be there: they wait at the door."""
+    pool = Pool(name="cpu", price_usd_per_hour=3600.0, node=Resources(cpu=2.0))
+    server = BatchServer(routing="round-robin", queue_limit=1)
+    one = service(initial_replicas=2, server=server).replace(variants=(build(resources=Resources(cpu=1.0)),))
+    the_scenario = scenario([one], [pool], ticks=4).replace(
+        outages=(Outage(zone="local", start_h=2.05 / 3600, duration_h=1.0 / 3600),)
+    )
+    _, ticks = run(the_scenario, [[2.0, 2.01, 2.02, 2.03]], {})
+    assert [int(t["waiting"][0]) for t in ticks] == [0, 0, 4, 4]
+    assert [int(t["rejected"][0]) for t in ticks] == [0, 0, 0, 0]

@@ -9,63 +9,74 @@ rules that choose a node, `nodes` keeps nodes, replicas and their bills, and `ke
 
 Semantics, which the plain-Python reference in `tests/traces` repeats event by event:
 
-*Time.* A tick covers [t, t + tick_s). Services interact only at ticks. Within a tick, a service's replica
-events (death of its node, crash, readiness, in this order, then by replica number) cut its time into segments
-in which its replicas stay the same. Otherwise, at equal times, completions and the starts they allow come
-first, then an arrival, then what is due because a wait is over, then further arrivals. Nothing starts before
-the segment it starts in.
+*Time.* A tick covers [t, t + tick_s). Services interact only at ticks. Within a tick, a service's replica events
+(death of its node, crash, readiness, in this order, then by replica number) cut its time into segments in which
+its replicas stay the same. At one instant replica events come first, then completions, then the starts that
+these or the tick's decision allow; then arrivals, one by one, each followed by what is due in the queue it
+joins, also if that is because a wait ends at this very instant; at last, what is due in other queues because a
+wait ends. Where ticks and segments begin makes no difference to this order, but nothing starts before the
+segment it starts in.
 
 A tick does, in this order: (1) nodes that went during the last tick are removed; (2) per service the decision:
-pool, variant and batch limit, release, order; (3) nodes whose notice has come are cordoned, and those that have
-been empty for long enough are removed; (4) one step of a rollout; (5) placement; (6) per service a sweep of the
-dead at the head of every queue, and the tick's requests; (7) the bills.
+pool, variant and batch limit, release, order; (3) nodes whose notice has come are cordoned; (4) one step of a
+rollout; (5) nodes that have been empty for long enough are removed, and pending replicas are placed; (6) per
+service a sweep of the dead at the head of every queue, and the tick's requests; (7) the bills.
 
 *Requests.* Number k of a service draws all it needs from counters: demand, patience, routing choice and, if it
 heads a batch, the batch's noise are functions of (seed, service, stream, k). So two policies meet identical
 requests (common random numbers), and a run can be copied by copying arrays. A request is rejected when as many
 as `queue_limit` wait in the queue it would join. It dies when its timeout or its client's patience is over and
 its service has not started; it is noticed, and counts as waiting until then, when it is at the head of a queue
-of which a batch is to start, when a batch is taken that would hold it, or at a tick.
+of which a batch is to start, when a batch is taken that would hold it, at a tick (there, not in a batch that is
+still open), or when it is routed from the door.
 
 *Queues.* Central routing has one queue; otherwise every replica has one, and the central one is the door at
-which requests wait while no replica is ready, to be routed one by one, in order, when one is. Ray Serve's router has
-rules of its own (`router`): a replica takes a limited number, and the rest waits in the router.
+which requests wait while no replica is ready, to be routed one by one, in order, when one is. Round robin goes
+through the replicas in the order in which they became ready. Least outstanding takes the first, in this order,
+of those that have fewest requests, executing or waiting. Power of two choices draws two, and takes the first
+unless the second has fewer. Ray Serve's router has rules of its own (`router`): a replica takes a limited number,
+and the rest waits in the router.
 
-*Batches.* Late binding: a queue is due when `max_batch` wait or its oldest has waited `batch_wait_ms`. When it
-is due and a slot is free, the dead at its head are swept; if it is still due, the slot takes up to `max_batch`
-living requests. Closed: a batch closes at `max_batch` requests or `batch_wait_ms` after its first entered the
-queue, and waits in line whole; of a closed batch the living are served. A central queue gives work to the slot
-that has been free for longest, the lowest number among equals; a replica uses the slot that has been free for
-longest, too. The time of a batch is the law's, times the noise of its first request, times the pace of its
-replica: the slowness of its node, and the interference of the replicas that were on the node after the tick's
-placement.
+*Batches.* Late binding: a queue is due when `max_batch` wait or `batch_wait_ms` have passed since the request at
+its head arrived. When it is due and a slot is free, the dead at its head are swept; if it is still due, the slot
+takes up to `max_batch` living requests. Closed: a batch closes at `max_batch` requests or `batch_wait_ms` after
+its first entered the queue, and waits in line whole; of a closed batch the living are served. A central queue
+gives work to the slot that has been free for longest, the lowest number among equals; a replica uses the slot
+that has been free for longest, too. The time of a batch is the law's, times the noise of its first request,
+times the pace of its replica: the slowness of its node, and the interference of the replicas that were on the
+node after the tick's placement.
 
 *Nodes.* A pool opens nodes as replicas need them. The n-th node opened in a world draws from counters its boot
-time, whether it comes at all, whether it is slow, and when it crashes or is interrupted; it dies at the
-earliest of these and of the next outage of its zone. A dying node takes its replicas with it. A spot
-interruption gives notice: at the first tick after it the replicas drain (those that are starting go) and no
-more are placed there.
+time, whether it comes at all (if not, it dies when it should be up, and costs nothing), whether it is slow, and
+when it crashes or is interrupted; it dies at the earliest of these and of the next outage of its zone. A dying
+node takes its replicas with it. A spot interruption gives notice: at the first tick after it the replicas drain
+(those that are starting go) and no more are placed there.
 
 *Replicas.* An order is pending until it is placed. Placement takes the services in the order of the scenario,
-one replica each, round after round, until nothing fits. The candidates for a replica are the nodes, in the
-order in which they were opened, and one new node for every pool and zone with room; only those it may go to and
-fits on are shown to the rule, which gives each a score, and the highest wins, the first among equals. A replica
-takes its share of the node at once; when the node is up it pulls the image and loads the weights, or loads from
-the cache, then serves. A row holds at most 2 max_replicas + 8 replicas at once, the draining ones included;
-further orders stay pending. A release takes pending orders first, then replicas that are starting, then ready
-ones, in each group the youngest first, sparing those on nodes younger than the pool's `min_lifetime_s`. A
-released replica takes no new requests, finishes what it has, and goes. `initial_replicas` are ready at the
-start of the run, on nodes that are up, with everything cached.
+one replica each, round after round, until nothing fits. The candidates for a replica are the nodes, in the order
+in which they were opened, and one new node for every pool and zone with room; only those it may go to and fits
+on are shown to the rule, which gives each a score, and the highest wins, the first among equals. A replica takes
+its share of the node at once, and the lowest number that is free in its service; when the node is up it pulls
+the image and loads the weights, or loads from the cache, then serves. The cache of a variant is there from the
+time at which the first replica of it on the node was to serve, also if that was released before. A row holds at
+most 2 max_replicas + 8 replicas at once, the draining ones included; further orders stay pending. A release
+takes pending orders first, then replicas that are starting, then ready ones, in each group the youngest first,
+sparing those on nodes younger than the pool's `min_lifetime_s`. A released replica takes no new requests,
+finishes what it has, and goes. `initial_replicas` are placed like an order at the start of the run, but are
+ready at once, on nodes that are up, with everything cached; those that find no node stay pending.
 
 *Losses.* A replica that dies or is drained by a notice is ordered anew at once, as Kubernetes' controllers do:
 it is pending from then on, and placed at the next tick; one that was draining is not. A replica that crashes
-starts again on its node, from the cache. Its requests, executing and waiting, are lost, or go back: to the head
-of the central queue in their order of number, or through the router, one by one.
+starts again on its node, from the cache. Its requests, executing and waiting, are lost, or go back in their
+order of number: to the head of the central queue (closed batches of up to `max_batch`, if batches close there)
+or, while no other replica is ready, of the door; else through the router, one by one, to replicas that do not
+die at the same time.
 
 *Variants.* A switch replaces the replicas of other variants by new ones, at most a quarter of the service's
-replicas (at least one) at a time: a replacement is ordered beside them, and when there are more ready replicas
-than the service is to have, one of the old is released, the youngest first. Monitors do not count what is in
-excess.
+replicas (rounded up, at least one) at a time: a replacement is ordered beside them, and when there are more
+ready replicas than the service is to have, one of the old is released, the youngest first (once there are none,
+one of the new). Monitors do not count what is in excess: first pending replicas, then starting ones, then ready
+ones.
 
 *Money.* A node is billed as `pools` says. What a node costs in a tick is shared by the replicas that were on it
 after placement, in proportion to their dominant shares; while it is empty, by the service for which it was
