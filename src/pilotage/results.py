@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from pilotage.control.policy import measure
 from pilotage.engine.run import Run, bill
 from pilotage.scenario import Scenario
 
@@ -115,26 +114,41 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def timeline_rows(policy: str, scenario: Scenario, run: Run) -> list[dict[str, Any]]:
-    """A run's timeline, one row per tick: counts summed over services, latency of the slowest."""
+    """A run's timeline: counts summed over services, latency of the slowest service and tick.
+
+    A run whose ticks are shorter than the scenario's has one row per tick of the scenario; otherwise it has one
+    per tick of its own.
+    """
     assert run.timeline is not None
     ticks = run.timeline
-    usd = bill(ticks, scenario).sum(axis=(1, 2))
-    arrival = measure(ticks)[:, :, 0].sum(axis=1)
+    ends_s = run.tick_s * np.arange(1, len(ticks) + 1)
+    row = np.ceil(ends_s / max(scenario.tick_s, run.tick_s) - 1e-9)
+    starts = np.flatnonzero(np.diff(row, prepend=0))
+    last = np.r_[starts[1:], len(ticks)] - 1
+
+    def total(values: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(values, starts)
+
+    usd = total(bill(ticks, scenario).sum(axis=(1, 2)))
+    arrival = (total(ticks["arrived"]) / total(ticks["seconds"])).sum(axis=1)
     with np.errstate(invalid="ignore"):
         p95 = np.max(np.nan_to_num(ticks["latency_p95_s"], nan=0.0), axis=1)
+    p95 = np.maximum.reduceat(p95, starts)
+    late = total(ticks["late"].sum(axis=1))
+    dropped = total(sum(ticks[name].sum(axis=1) for name in ("rejected", "timed_out", "abandoned", "lost")))
     return [
         {
             "policy": policy,
-            "hour": round((k + 1) * scenario.tick_s / 3600, 5),
+            "hour": round(float(ends_s[end]) / 3600, 5),
             "arrival_rate": round(float(arrival[k]), 3),
-            "replicas_ready": int(tick["ready"].sum()),
-            "replicas_starting": int(tick["starting"].sum()),
+            "replicas_ready": int(ticks[end]["ready"].sum()),
+            "replicas_starting": int(ticks[end]["starting"].sum()),
             "latency_p95_s": round(float(p95[k]), 4),
-            "queue_length": int(tick["waiting"].sum()),
-            "late": int(tick["late"].sum()),
-            "dropped": int((tick["rejected"] + tick["timed_out"] + tick["abandoned"] + tick["lost"]).sum()),
+            "queue_length": int(ticks[end]["waiting"].sum()),
+            "late": int(late[k]),
+            "dropped": int(dropped[k]),
             "usd": round(float(usd[k]), 6),
             "slo_s": min(service.slo_s for service in scenario.services),
         }
-        for k, tick in enumerate(ticks)
+        for k, end in enumerate(last.tolist())
     ]
