@@ -4,8 +4,7 @@ Origin: beomyeol/faro `src/solver.py`, `src/policy.py` and the configurations of
 Upstream shares a cluster among jobs; here every service decides for itself below its own `max_replicas`, so that
 the optimum over one integer is found by trying them all, where upstream uses COBYLA and an integer adjustment. Its
 last step, dropping replicas for as long as the utility does not fall, is kept. Upstream serves one request at a time
-and container; a batching server is taken as one with the time per request of its best batch, and an objective that
-is shorter by what the batch takes beyond that.
+and container; here a full batch is what it calls a request.
 """
 
 from __future__ import annotations
@@ -117,10 +116,8 @@ class _Faro:
     def __init__(self, policy: Faro, situation: Situation) -> None:
         p, service = policy, situation.service
         self._policy, self._low, self._high = policy, max(1, service.min_replicas), service.max_replicas
-        self._service_s = 1 / situation.capacity_rps()
-        batch_s = float(situation.batch_times_s()[-1])
-        self._objective_s, self._slo_s = service.slo_s, service.slo_s - (batch_s - self._service_s)
-        self._slo_s = max(self._slo_s, self._service_s)
+        self._slo_s, self._batch = service.slo_s, service.server.max_batch
+        self._service_s = float(situation.batch_times_s()[-1]) / service.server.batches_in_flight
         self._starting = min(math.ceil(situation.start_up_s / p.step_s), p.steps - 1)
         leads_s = p.step_s * (1 + np.arange(p.steps))
         self._horizon = Horizon(situation.tick_s, leads_s, situation.history_rps)
@@ -140,7 +137,7 @@ class _Faro:
         if self._solves.due(seen.now_s):
             rates = self._horizon.rates_rps * p.demand_factor
             count = solve(
-                rates,
+                rates / self._batch,
                 self._service_s,
                 self._slo_s,
                 present,
@@ -153,7 +150,7 @@ class _Faro:
             )
         if not self._checks.due(seen.now_s) or math.isnan(seen["latency_mean"]):
             return Decision(reason="nothing new")
-        self._above = self._above + 1 if seen["latency_mean"] > self._objective_s else 0
+        self._above = self._above + 1 if seen["latency_mean"] > self._slo_s else 0
         if self._above * p.check_interval_s < p.above_s - 1e-6:
             return Decision(reason="between solutions")
         self._above = 0

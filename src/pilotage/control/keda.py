@@ -84,14 +84,14 @@ class Fallback:
 class Keda(Policy, frozen=True, kw_only=True, tag="keda"):
     """A ScaledObject with upstream's defaults and one trigger, whose query averages `metric` over `window_s`.
 
-    `threshold` is the trigger's target per replica, for which upstream has no default. None: `target_utilization`
-    of what a replica serves per second at full batches, or executes at once. Replica bounds of None are the
-    service's. The HPA runs every 15 s, the scaler every `polling_interval_s`.
+    `threshold` is the trigger's target per replica, for which upstream has no default. None: the requests per second
+    of a replica that serves `target_utilization` of its capacity, or the requests in it then. Replica bounds of None
+    are the service's. The HPA runs every 15 s, the scaler every `polling_interval_s`.
     """
 
     metric: Literal["arrival_rate", "concurrency", "queue_length"] = "arrival_rate"
     threshold: Positive | None = None
-    target_utilization: Annotated[float, Meta(ge=0.1, le=1.5)] = 0.8
+    target_utilization: Annotated[float, Meta(ge=0.1, le=1.5)] = 0.7
     activation_threshold: NonNegative = 0.0
     window_s: Annotated[float, Meta(ge=15, le=600, extra={"log": True})] = 120.0
     polling_interval_s: Positive = 30.0
@@ -117,9 +117,13 @@ class Keda(Policy, frozen=True, kw_only=True, tag="keda"):
 class _Keda:
     def __init__(self, policy: Keda, situation: Situation) -> None:
         low = situation.service.min_replicas if policy.min_replicas is None else policy.min_replicas
-        per_replica = situation.capacity_rps() if policy.metric == "arrival_rate" else situation.concurrency
         self._policy = policy
-        self._target = policy.threshold or policy.target_utilization * per_replica
+        if policy.threshold is not None:
+            self._target = policy.threshold
+        elif policy.metric == "arrival_rate":
+            self._target = policy.target_utilization * situation.capacity_rps()
+        else:
+            self._target = situation.concurrency_at(policy.target_utilization)
         self._values: deque[float] = deque(maxlen=max(1, round(policy.window_s / situation.tick_s)))
         self._executor = Executor(
             low, policy.idle_replicas, policy.cooldown_period_s, policy.initial_cooldown_period_s

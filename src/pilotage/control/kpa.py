@@ -173,9 +173,9 @@ class ZeroGate:
 class Kpa(Policy, frozen=True, kw_only=True, tag="kpa"):
     """KPA with upstream's defaults, on concurrency or on requests per second.
 
-    `target` is what one replica is meant to carry, upstream's containerConcurrency. None: the requests that it
-    executes at once, or serves per second at full batches; upstream takes 100 and 200 for revisions that do not say.
-    Replica bounds of None are the service's.
+    A replica is given `target_utilization` of `target`, upstream's containerConcurrency or requests per second. None:
+    what a load test would say, so that a replica that is given its part serves `target_utilization` of its capacity;
+    upstream takes 100 or 200 for revisions that do not say. Replica bounds of None are the service's.
     """
 
     metric: Literal["concurrency", "arrival_rate"] = "concurrency"
@@ -208,11 +208,16 @@ class _Kpa:
         self._metric = policy.metric
         self._low = service.min_replicas if policy.min_replicas is None else policy.min_replicas
         self._high = service.max_replicas if policy.max_replicas is None else policy.max_replicas
-        natural = situation.concurrency if policy.metric == "concurrency" else situation.capacity_rps()
-        total = natural if policy.target is None else policy.target
+        share = policy.target_utilization
+        if policy.target is not None:
+            target = share * policy.target
+        elif policy.metric == "concurrency":
+            target = situation.concurrency_at(share)
+        else:
+            target = share * situation.capacity_rps()
         self._decider = Decider(
-            target=max(0.01, total * policy.target_utilization),
-            total=total,
+            target=max(0.01, target),
+            total=target / share,
             max_up_rate=policy.max_scale_up_rate,
             max_down_rate=policy.max_scale_down_rate,
             panic_threshold=policy.panic_threshold_percentage / 100,

@@ -280,6 +280,18 @@ class Situation:
         times: np.ndarray = (fixed + variable)[1:]
         return times
 
+    def concurrency_at(self, utilization: float) -> float:
+        """Requests in a replica's batches while it serves that share of its capacity, always with a batch of one size.
+
+        A load test would find it. It is less than the same share of `concurrency`, because small batches take longer
+        per request; beyond a share of 1 it goes on in proportion.
+        """
+        times_s = self.batch_times_s()
+        sizes = np.linspace(0, len(times_s), 64 * len(times_s) + 1)
+        rates = sizes / np.interp(sizes, np.arange(1, len(times_s) + 1), times_s)
+        enough = int(np.argmax(rates >= min(utilization, 1.0) * rates.max() * (1 - 1e-12)))
+        return float(sizes[enough]) * max(utilization, 1.0) * self.service.server.batches_in_flight
+
     def capacity_rps(self, pool: str | None = None) -> float:
         """Requests per second that one replica serves at the best batch size (None: in the preferred pool)."""
         times_s = self.batch_times_s(pool)

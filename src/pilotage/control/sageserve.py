@@ -2,8 +2,9 @@
 
 Origin: kjain1810/SageServe `long_term_allocation.py`, `arbiter.py`. The programme is solved with SciPy's HiGHS, where
 upstream uses CBC. Upstream forecasts are read from files; here they are `forecast.Horizon`'s. Its gates look at the
-memory in use of LLM endpoints, here at the busy time of replicas; its instances come from and go to a spot pool, which
-here is any other user of the nodes. A service is one model in one region, its pools are the types of GPU.
+memory that the requests in an LLM endpoint take, here at their places in batches that are taken; its instances come
+from and go to a spot pool, which here is any other user of the nodes. A service is one model in one region, its pools
+are the types of GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import Annotated, Literal
 
 import numpy as np
 from msgspec import Meta
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from pilotage.control.fleet import Fleet
 from pilotage.control.forecast import Horizon
@@ -33,6 +33,9 @@ def allocation(
     demand: float,
 ) -> list[int]:
     """Changes d >= -present by type that cover the demand at the least `sum(usd d + start_usd max(d, 0))`."""
+    # slow to load, and no other policy wants it
+    from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[import-untyped]
+
     n = len(present)
     # columns: d, and the part of it that is above 0
     cost = np.r_[np.asarray(usd, float), np.asarray(start_usd, float)]
@@ -76,7 +79,7 @@ class SageServe(Policy, frozen=True, kw_only=True, tag="sageserve"):
     every `check_interval_s`.
     """
 
-    gates: Gates = "lt-ua"
+    gates: Gates = "lt-u"
     up_above: Annotated[float, Meta(ge=0.1, le=0.95)] = 0.5
     down_below: Annotated[float, Meta(ge=0.0, le=0.8)] = 0.25
     urgent_above: Annotated[float, Meta(ge=0.5, le=1.0)] = 0.9
@@ -100,7 +103,7 @@ class _SageServe:
         self._pools, self._fleet = service.pools, Fleet(service.pools)
         self._capacity = [situation.capacity_rps(name) for name in service.pools]
         self._usd = [situation.pools[name].price_usd_per_hour for name in service.pools]
-        self._start_up_s = situation.start_up_s
+        self._places, self._start_up_s = situation.concurrency, situation.start_up_s
         # row 0 is the coming minute, for the comparison with what came
         leads_s = 60.0 * np.r_[1, np.arange(FROM_MIN, TO_MIN + 1)]
         self._horizon = Horizon(situation.tick_s, leads_s, situation.history_rps)
@@ -113,7 +116,9 @@ class _SageServe:
         self._busy_until_s = -math.inf
 
     def decide(self, seen: Observation) -> Decision:
-        p, rate, utilization = self._policy, seen["arrival_rate"], seen["utilization"]
+        p, rate = self._policy, seen["arrival_rate"]
+        places = self._places * max(1.0, seen["replicas_ready"])
+        utilization = seen["concurrency"] / places
         if not math.isnan(rate):
             self._horizon.update(rate)
             self._minute.append(rate)
@@ -143,7 +148,7 @@ class _SageServe:
             urgent_above=p.urgent_above,
             surprise_above=p.surprise_above,
         )
-        reason = f"{pending:+d} to go, {utilization:.0%} busy"
+        reason = f"{pending:+d} to go, {utilization:.0%} of the places taken"
         if change == 0:
             return Decision(reason=reason)
         k = int(np.argmax(change * self._pending))  # where the plan wants it most

@@ -77,9 +77,9 @@ class Staffing(Policy, frozen=True, kw_only=True, tag="staffing"):
 
     `little`: R over `target_utilization`. `square-root`: ceil(R + beta sqrt(R)) (Halfin & Whitt 1981). `erlang-c`:
     the least count at which at most `delay_probability` of the requests wait. `wait`: the least count at which all
-    but that share have been served within the objective, if a batch takes as long as a full one. R is the highest
-    mean rate of the last `window_s` over capacity. Scaling down waits until the target has been lower for
-    `scale_down_delay_s`.
+    but so many wait for no longer than the objective leaves beside a full batch, if full batches are what waits. R is
+    the highest mean rate of the last `window_s` over capacity. Scaling down waits until the target has been lower
+    for `scale_down_delay_s`.
     """
 
     rule: Literal["little", "square-root", "erlang-c", "wait"] = "square-root"
@@ -98,7 +98,7 @@ class _Staffing:
         self._policy = policy
         self._capacity = situation.capacity_rps()
         batch_s = float(situation.batch_times_s()[-1])
-        self._longest_wait = max(0.0, situation.service.slo_s - batch_s) * self._capacity
+        self._longest_wait = max(0.0, situation.service.slo_s / batch_s - 1)
         self._loads: deque[float] = deque(maxlen=max(1, round(policy.window_s / situation.tick_s)))
         self._held: deque[int] = deque(maxlen=max(1, round(policy.scale_down_delay_s / situation.tick_s)))
 
