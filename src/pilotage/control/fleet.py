@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from pilotage.control.policy import Decision
 
@@ -11,7 +12,8 @@ class Fleet:
     """The pools of a service's replicas, from the oldest to the youngest, as far as can be known.
 
     An observation counts replicas, and does not say where they are. So orders are remembered. What goes is taken to
-    be the youngest, as clusters and the engine do it; what was not ordered here is taken to be in the preferred pool.
+    be the youngest, as clusters and the engine do it; what was not ordered here is taken to be where orders went
+    last, and at first in the preferred pool.
 
     A decision names one pool for its orders and none for its releases. A policy that wants replicas in two pools
     orders in one now and in the other when it decides again, and of a pool's surplus only what is youngest can go.
@@ -19,12 +21,13 @@ class Fleet:
 
     def __init__(self, pools: Sequence[str]) -> None:
         self._pools = tuple(pools)
+        self._last = self._pools[0]
         self._replicas: list[str] = []
 
     def settle(self, replicas: int) -> None:
         """Brings the memory in line with the number of replicas that was observed."""
         del self._replicas[replicas:]
-        self._replicas += [self._pools[0]] * (replicas - len(self._replicas))
+        self._replicas += [self._last] * (replicas - len(self._replicas))
 
     @property
     def counts(self) -> dict[str, int]:
@@ -33,6 +36,7 @@ class Fleet:
 
     def order(self, pool: str, count: int, reason: str) -> Decision:
         """Orders replicas in a pool."""
+        self._last = pool
         self._replicas += [pool] * count
         return Decision(order=count, pool=pool, reason=reason)
 
@@ -54,8 +58,8 @@ class Fleet:
         """`count` replicas in one pool and none elsewhere: those elsewhere go as the new ones are ordered."""
         present = len(self._replicas)
         if self.counts[pool] < present:  # the youngest go first, so all have to go
-            self._replicas = [pool] * count
-            return Decision(order=count, release=present, pool=pool, reason=reason)
+            self._replicas.clear()
+            return replace(self.order(pool, count, reason), release=present)
         if count < present:
             return self.release(present - count, reason)
         return self.order(pool, count - present, reason)
