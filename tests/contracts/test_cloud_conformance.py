@@ -47,8 +47,8 @@ def test_breach(breach, buffer, expected) -> None:
 
 
 def test_too_short_a_past_gives_no_forecast() -> None:  # AWS 6
-    assert forecast({h: 1.0 for h in range(20)}, 20) is None
-    assert forecast({h: 1.0 for h in range(24)}, 24) is not None
+    assert forecast(dict.fromkeys(range(20), 1.0), 20) is None
+    assert forecast(dict.fromkeys(range(24), 1.0), 24) is not None
 
 
 def test_the_forecast_is_the_mean_of_the_same_hours() -> None:
@@ -57,7 +57,7 @@ def test_the_forecast_is_the_mean_of_the_same_hours() -> None:
     assert found[33] == 9.0
     weeks = {h: float(h % 24) + (100 if h >= 168 else 0) for h in range(14 * 24)}
     assert forecast(weeks, 336)[340] == 4 + 50  # two of the same hour of the week
-    assert forecast(weeks | {h: 1e6 for h in range(-48, 0)}, 336)[340] == 54  # older than 14 days
+    assert forecast(weeks | dict.fromkeys(range(-48, 0), 1000000.0), 336)[340] == 54  # older than 14 days
 
 
 def test_the_forecast_bounds_the_dynamic_policy_from_below() -> None:
@@ -67,15 +67,17 @@ def test_the_forecast_bounds_the_dynamic_policy_from_below() -> None:
     past = np.repeat(hourly, 240)
     now_s = 24 * HOUR_S + 6.5 * HOUR_S
     policy = PredictiveSeasonal()
-    controller = policy.begin(Situation(SERVICE, SCENARIO.pool_by_name, 15.0, np.r_[past, past[: 6 * 240 + 120]]))
-    counts = [
-        controller.decide(observation(now_s + 15.0 * k, 2, utilization=0.8)).order for k in range(120)
-    ]
+    controller = policy.begin(
+        Situation(SERVICE, SCENARIO.pool_by_name, 15.0, np.r_[past, past[: 6 * 240 + 120]])
+    )
+    counts = [controller.decide(observation(now_s + 15.0 * k, 2, utilization=0.8)).order for k in range(120)]
     assert counts[:100] == [0] * 100  # until 6:55
     assert counts[100] == 9  # ceil(200 / 18.7) = 11
     alone = PredictiveSeasonal(dynamic=None)
     assert alone.period_s() is None
-    controller = alone.begin(Situation(SERVICE, SCENARIO.pool_by_name, 15.0, np.r_[past, past[: 6 * 240 + 120]]))
+    controller = alone.begin(
+        Situation(SERVICE, SCENARIO.pool_by_name, 15.0, np.r_[past, past[: 6 * 240 + 120]])
+    )
     decision = controller.decide(observation(now_s, 30, utilization=0.1))
     assert (decision.order, decision.release) == (0, 0)
 

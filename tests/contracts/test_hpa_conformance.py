@@ -188,12 +188,8 @@ SLOWEST = rates(("pods", 2, 60), ("percent", 50, 60), select="min")
 @pytest.mark.parametrize(
     ("found", "expected"),
     [
-        pytest.param(
-            History().up_limit(0.0, 1, SLOWEST), 2, id="TestCalculateScaleUpLimitWithScalingRules"
-        ),
-        pytest.param(
-            History().down_limit(0.0, 5, SLOWEST), 3, id="TestCalculateScaleDownLimitWithBehaviors"
-        ),
+        pytest.param(History().up_limit(0.0, 1, SLOWEST), 2, id="TestCalculateScaleUpLimitWithScalingRules"),
+        pytest.param(History().down_limit(0.0, 5, SLOWEST), 3, id="TestCalculateScaleDownLimitWithBehaviors"),
         pytest.param(
             History().up_limit(0.0, 5, rates(("pods", 9, 60), select="disabled")), 5, id="up disabled"
         ),

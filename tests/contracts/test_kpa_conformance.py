@@ -150,7 +150,9 @@ def test_zero_is_reached_after_the_stable_window_and_the_grace_period() -> None:
     assert gate.pass_through(0, 3, 3, 10) == 3
     assert gate.pass_through(2, 0, 3, 10) == 1  # active for less than the stable window: at most one pod
     assert gate.pass_through(59, 0, 1, 10) == 1
-    assert gate.pass_through(60, 0, 1, 10) is None  # becomes inactive; the activator has been in the path since 2
+    assert (
+        gate.pass_through(60, 0, 1, 10) is None
+    )  # becomes inactive; the activator has been in the path since 2
     assert gate.pass_through(62, 0, 1, 10) == 0
     late = ZeroGate(state="inactive", state_s=100.0, proxied_s=100.0)
     assert late.pass_through(129, 0, 1, 10) is None

@@ -10,10 +10,19 @@ import pytest
 from pilotage.agents.bound import bound
 from pilotage.control.hpa import Hpa
 from pilotage.control.kpa import Kpa
-from pilotage.control.policy import Controller, Decision, Observation, Pace, Policy, Situation
+from pilotage.control.policy import (
+    FEATURES,
+    INDEX,
+    Controller,
+    Decision,
+    Observation,
+    Pace,
+    Policy,
+    Situation,
+)
 from pilotage.control.scaling import Static
 from pilotage.engine.cluster import Cluster, World
-from pilotage.engine.run import at_tick, simulate, tick_of
+from pilotage.engine.run import at_tick, bill, simulate, tick_of
 from pilotage.results import timeline_rows
 from pilotage.scenario import load
 from pilotage.world.spec import Positive, SpecError
@@ -124,9 +133,8 @@ def test_timelines_are_told_at_the_ticks_of_the_scenario() -> None:
         found = timeline_rows("x", SCENARIO, run)
         assert len(found) == rows
         assert found[-1]["hour"] == 1.0
-        assert sum(row["usd"] for row in found) == pytest.approx(run.timeline["node_usd"].sum()
-            + 0.002 * (run.timeline["late"] + run.timeline["overdue"] + run.timeline["rejected"]
-            + run.timeline["timed_out"] + run.timeline["abandoned"] + run.timeline["lost"]).sum(), abs=1e-3)  # fmt: skip
+        spent = bill(run.timeline, SCENARIO).sum()
+        assert sum(row["usd"] for row in found) == pytest.approx(spent, abs=1e-3)
         assert sum(row["late"] for row in found) == run.timeline["late"].sum()
         assert np.mean([row["arrival_rate"] for row in found]) == pytest.approx(
             run.totals["arrived"].sum() / 3600, rel=0.01
@@ -162,8 +170,6 @@ def test_a_policy_that_is_asked_more_often_keeps_its_own_pace() -> None:
 
 
 def _ready(count: int, now_s: float) -> Observation:
-    from pilotage.control.policy import FEATURES, INDEX
-
     values = np.full(len(FEATURES), np.nan)
     values[[INDEX["replicas_ready"], INDEX["replicas_starting"], INDEX["replicas_pending"]]] = count, 0, 0
     values[INDEX["utilization"]] = 0.5

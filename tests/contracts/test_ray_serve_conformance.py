@@ -128,7 +128,9 @@ def test_upscale_delay_respected_with_slow_loop_steps() -> None:
 
 def test_a_wish_that_turns_round_starts_anew() -> None:
     delay = Delay(10.0, 10.0)
-    assert [delay.decide(t, wish, 3) for t, wish in [(0, 5), (6, 1), (12, 1), (13, 3), (14, 1), (23, 1)]] == [3] * 6
+    assert [delay.decide(t, wish, 3) for t, wish in [(0, 5), (6, 1), (12, 1), (13, 3), (14, 1), (23, 1)]] == [
+        3
+    ] * 6
     assert delay.decide(24, 1, 3) == 1
 
 

@@ -200,9 +200,7 @@ def test_one_change_at_a_time() -> None:
 
 
 # --- WVA ------------------------------------------------------------------------------------------------------
-LLAMA = wva.Profile(
-    alpha=20.58, beta=0.41, gamma=5.2, delta=0.1, tokens_in=128, tokens_out=128, max_batch=64
-)
+LLAMA = wva.Profile(alpha=20.58, beta=0.41, gamma=5.2, delta=0.1, tokens_in=128, tokens_out=128, max_batch=64)
 SMALL = wva.Profile(
     alpha=7, beta=0.03, gamma=5.2, delta=0.0007, tokens_in=1024, tokens_out=128, max_batch=256
 )
