@@ -114,36 +114,37 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def timeline_rows(policy: str, scenario: Scenario, run: Run) -> list[dict[str, Any]]:
-    """A run's timeline: counts summed over services, latency of the slowest service and tick.
+    """A run's timeline, one row per tick of the scenario: counts summed over services, latency of the slowest.
 
-    A run whose ticks are shorter than the scenario's has one row per tick of the scenario; otherwise it has one
-    per tick of its own.
+    Of a run with ticks of its own, a row holds what happened within it (a tick that reaches into several rows is
+    shared out evenly), the highest latency, and what was there at its end.
     """
     assert run.timeline is not None
-    ticks = run.timeline
-    ends_s = run.tick_s * np.arange(1, len(ticks) + 1)
-    row = np.ceil(ends_s / max(scenario.tick_s, run.tick_s) - 1e-9)
-    starts = np.flatnonzero(np.diff(row, prepend=0))
-    last = np.r_[starts[1:], len(ticks)] - 1
+    ticks, own_s = run.timeline, run.tick_s
+    ends_s = scenario.tick_s * np.arange(1, scenario.ticks + 1)
+    last = np.minimum(np.ceil(ends_s / own_s - 1e-9).astype(int), len(ticks)) - 1
+    first = np.floor((ends_s - scenario.tick_s) / own_s + 1e-9).astype(int)
+    known_s = own_s * np.arange(len(ticks) + 1)
 
-    def total(values: np.ndarray) -> np.ndarray:
-        return np.add.reduceat(values, starts)
+    def within(values: np.ndarray, whole: bool = False) -> np.ndarray:
+        so_far = np.interp(ends_s, known_s, np.r_[0.0, np.cumsum(values)])
+        return np.diff(np.floor(so_far + 1e-6) if whole else so_far, prepend=0.0)
 
-    usd = total(bill(ticks, scenario).sum(axis=(1, 2)))
-    arrival = (total(ticks["arrived"]) / total(ticks["seconds"])).sum(axis=1)
+    usd = within(bill(ticks, scenario).sum(axis=(1, 2)))
+    arrival = within(ticks["arrived"].sum(axis=1)) / scenario.tick_s
+    late = within(ticks["late"].sum(axis=1), whole=True)
+    lost = sum(ticks[name].sum(axis=1) for name in ("rejected", "timed_out", "abandoned", "lost"))
+    dropped = within(lost, whole=True)
     with np.errstate(invalid="ignore"):
         p95 = np.max(np.nan_to_num(ticks["latency_p95_s"], nan=0.0), axis=1)
-    p95 = np.maximum.reduceat(p95, starts)
-    late = total(ticks["late"].sum(axis=1))
-    dropped = total(sum(ticks[name].sum(axis=1) for name in ("rejected", "timed_out", "abandoned", "lost")))
     return [
         {
             "policy": policy,
-            "hour": round(float(ends_s[end]) / 3600, 5),
+            "hour": round(float(ends_s[k]) / 3600, 5),
             "arrival_rate": round(float(arrival[k]), 3),
             "replicas_ready": int(ticks[end]["ready"].sum()),
             "replicas_starting": int(ticks[end]["starting"].sum()),
-            "latency_p95_s": round(float(p95[k]), 4),
+            "latency_p95_s": round(float(p95[first[k] : end + 1].max()), 4),
             "queue_length": int(ticks[end]["waiting"].sum()),
             "late": int(late[k]),
             "dropped": int(dropped[k]),

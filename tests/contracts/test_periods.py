@@ -128,17 +128,21 @@ def test_services_of_one_world_cannot_be_steered_at_different_paces() -> None:
 
 
 def test_timelines_are_told_at_the_ticks_of_the_scenario() -> None:
-    for policy, rows in ((Hpa(), 240), (Kpa(), 240), (Probe(period=60.0), 60)):
+    for policy in (Hpa(), Kpa(), Probe(period=7.0), Probe(period=60.0)):
         run = simulate(SCENARIO, [policy], [World(1)], keep_timeline=True)[0]
         found = timeline_rows("x", SCENARIO, run)
-        assert len(found) == rows
-        assert found[-1]["hour"] == 1.0
+        assert [row["hour"] for row in found] == [round(15 * (k + 1) / 3600, 5) for k in range(240)]
         spent = bill(run.timeline, SCENARIO).sum()
         assert sum(row["usd"] for row in found) == pytest.approx(spent, abs=1e-3)
         assert sum(row["late"] for row in found) == run.timeline["late"].sum()
-        assert np.mean([row["arrival_rate"] for row in found]) == pytest.approx(
-            run.totals["arrived"].sum() / 3600, rel=0.01
+        assert max(row["latency_p95_s"] for row in found) == pytest.approx(
+            np.nanmax(run.timeline["latency_p95_s"]), abs=1e-4
         )
+        assert np.mean([row["arrival_rate"] for row in found]) == pytest.approx(
+            run.totals["arrived"].sum() / 3600, abs=1e-3
+        )
+    hpa = simulate(SCENARIO, [Hpa()], [World(1)], keep_timeline=True)[0]
+    assert [row["late"] for row in timeline_rows("x", SCENARIO, hpa)] == hpa.timeline["late"][:, 0].tolist()
 
 
 def test_the_bound_is_for_those_who_are_compared() -> None:
