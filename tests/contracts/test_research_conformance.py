@@ -145,6 +145,12 @@ def test_plan(forecast, running, wanted, launch, surplus) -> None:
     assert mark.plan(np.array(forecast), [A, B], running) == mark.Plan(wanted, launch, surplus)
 
 
+def test_of_equal_costs_the_later_row_wins() -> None:
+    assert mark.plan(np.full(50, 8.0), [A, A], (0, 0)).wanted == (0, 1)
+    free = mark.InstanceType(10.0, 0.0001, 0.0)
+    assert mark.plan(np.full(50, 8.0), [free], (1,)) == mark.Plan((1,), (0,), (0,))
+
+
 def test_what_is_surplus_for_six_rounds_goes_and_then_nothing_for_five() -> None:
     controller = mark.Mark().begin(Situation(SERVICE, SCENARIO.pool_by_name, 60.0, np.full(60, 1.0)))
     ready, released = 6, []
