@@ -248,7 +248,7 @@ def evaluate(
             brackets = []
             for world in worlds:
                 step(f"bound, seed {world.seed}")
-                brackets.append(bracket(scenario, world))
+                brackets.append(bracket(scenario, world, [one for _, one in chosen]))
             lower = np.array([b.lower_usd for b in brackets])
             schedule = [b.schedule for b in brackets]
     result = compare(scenario, results, lower, schedule)

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from pilotage.control.policy import measure
 from pilotage.engine.run import Run, bill
 from pilotage.scenario import Scenario
 
@@ -115,26 +114,42 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def timeline_rows(policy: str, scenario: Scenario, run: Run) -> list[dict[str, Any]]:
-    """A run's timeline, one row per tick: counts summed over services, latency of the slowest."""
+    """A run's timeline, one row per tick of the scenario: counts summed over services, latency of the slowest.
+
+    Of a run with ticks of its own, a row holds what happened within it (a tick that reaches into several rows is
+    shared out evenly), the highest latency, and what was there at its end.
+    """
     assert run.timeline is not None
-    ticks = run.timeline
-    usd = bill(ticks, scenario).sum(axis=(1, 2))
-    arrival = measure(ticks)[:, :, 0].sum(axis=1)
+    ticks, own_s = run.timeline, run.tick_s
+    ends_s = scenario.tick_s * np.arange(1, scenario.ticks + 1)
+    last = np.minimum(np.ceil(ends_s / own_s - 1e-9).astype(int), len(ticks)) - 1
+    first = np.floor((ends_s - scenario.tick_s) / own_s + 1e-9).astype(int)
+    known_s = own_s * np.arange(len(ticks) + 1)
+
+    def within(values: np.ndarray, whole: bool = False) -> np.ndarray:
+        so_far = np.interp(ends_s, known_s, np.r_[0.0, np.cumsum(values)])
+        return np.diff(np.floor(so_far + 1e-6) if whole else so_far, prepend=0.0)
+
+    usd = within(bill(ticks, scenario).sum(axis=(1, 2)))
+    arrival = within(ticks["arrived"].sum(axis=1)) / scenario.tick_s
+    late = within(ticks["late"].sum(axis=1), whole=True)
+    lost = sum(ticks[name].sum(axis=1) for name in ("rejected", "timed_out", "abandoned", "lost"))
+    dropped = within(lost, whole=True)
     with np.errstate(invalid="ignore"):
         p95 = np.max(np.nan_to_num(ticks["latency_p95_s"], nan=0.0), axis=1)
     return [
         {
             "policy": policy,
-            "hour": round((k + 1) * scenario.tick_s / 3600, 5),
+            "hour": round(float(ends_s[k]) / 3600, 5),
             "arrival_rate": round(float(arrival[k]), 3),
-            "replicas_ready": int(tick["ready"].sum()),
-            "replicas_starting": int(tick["starting"].sum()),
-            "latency_p95_s": round(float(p95[k]), 4),
-            "queue_length": int(tick["waiting"].sum()),
-            "late": int(tick["late"].sum()),
-            "dropped": int((tick["rejected"] + tick["timed_out"] + tick["abandoned"] + tick["lost"]).sum()),
+            "replicas_ready": int(ticks[end]["ready"].sum()),
+            "replicas_starting": int(ticks[end]["starting"].sum()),
+            "latency_p95_s": round(float(p95[first[k] : end + 1].max()), 4),
+            "queue_length": int(ticks[end]["waiting"].sum()),
+            "late": int(late[k]),
+            "dropped": int(dropped[k]),
             "usd": round(float(usd[k]), 6),
             "slo_s": min(service.slo_s for service in scenario.services),
         }
-        for k, tick in enumerate(ticks)
+        for k, end in enumerate(last.tolist())
     ]

@@ -83,9 +83,10 @@ def test_resource_metrics(upstream, current, pods, target, tolerances, expected)
     assert from_pods(current, pods, target, utilization=True, **tolerances) == expected
 
 
-def test_empty_metrics_scale_nothing() -> None:  # TestReplicaCalcEmptyMetrics
+@pytest.mark.parametrize("current", [4], ids=["TestReplicaCalcEmptyMetrics"])
+def test_empty_metrics_scale_nothing(current) -> None:
     with pytest.raises(NoMetricsError):
-        from_pods(4, cpu(None, None, None, None), 100, utilization=True)
+        from_pods(current, cpu(None, None, None, None), 100, utilization=True)
 
 
 @pytest.mark.parametrize(
@@ -99,13 +100,23 @@ def test_pods_metrics_ignore_readiness(upstream, levels, target, expected) -> No
     assert from_pods(3, cpu(*levels), target, utilization=False) == expected
 
 
-def test_object_and_external_metrics() -> None:
-    assert from_value(3, 50, 10, ready=1) == 5  # TestReplicaCalcScaleUpCMObjectIgnoresUnreadyPods
-    assert from_value(3, 8.6, 4.4, ready=1) == 2  # TestReplicaCalcScaleUpCMExternalIgnoresUnreadyPods
-    assert from_average(3, 8.6, 2.15) == 4  # TestReplicaCalcScaleUpPerPodCMExternal
-    assert from_average(3, 8.6, 2.9) == 3  # TestReplicaCalcTolerancePerPodCMExternal
-    assert from_average(5, 8.6, 2.867) == 3  # TestReplicaCalcScaleDownPerPodCMExternal
-    assert from_value(0, 7, 3, ready=0) == 3  # from zero: no tolerance
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        pytest.param(
+            from_value(3, 50, 10, ready=1), 5, id="TestReplicaCalcScaleUpCMObjectIgnoresUnreadyPods"
+        ),
+        pytest.param(
+            from_value(3, 8.6, 4.4, ready=1), 2, id="TestReplicaCalcScaleUpCMExternalIgnoresUnreadyPods"
+        ),
+        pytest.param(from_average(3, 8.6, 2.15), 4, id="TestReplicaCalcScaleUpPerPodCMExternal"),
+        pytest.param(from_average(3, 8.6, 2.9), 3, id="TestReplicaCalcTolerancePerPodCMExternal"),
+        pytest.param(from_average(5, 8.6, 2.867), 3, id="TestReplicaCalcScaleDownPerPodCMExternal"),
+        pytest.param(from_value(0, 7, 3, ready=0), 3, id="from zero: no tolerance"),
+    ],
+)
+def test_object_and_external_metrics(found, expected) -> None:
+    assert found == expected
 
 
 @pytest.mark.parametrize(
@@ -117,8 +128,9 @@ def test_object_and_external_metrics() -> None:
         ([(600, 10), (540, 9)], 3, 3),
         ([(600, 10), (540, 9), (120, 5), (60, 4)], 3, 5),
     ],
+    ids=[f"TestNormalizeDesiredReplicas {k}" for k in range(1, 6)],
 )
-def test_normalize_desired_replicas(history, raw, expected) -> None:  # TestNormalizeDesiredReplicas
+def test_normalize_desired_replicas(history, raw, expected) -> None:
     log = History(recommendations=deque((1000.0 - age, n) for age, n in history))
     current = 1000  # so many running that what comes out is the highest of the window, as without behaviour
     assert log.stabilised(1000.0, raw, current, up_s=0.0, down_s=300.0) == expected
@@ -146,8 +158,9 @@ def rates(*what: tuple[str, int, float], select: str = "max") -> Behavior:
         (rates(("pods", 5, 120)), 100, 500, (1, 5, 9), (), 100),
         (rates(("percent", 300, 300)), 6, 24, (4,), (2,), 16),
     ],
+    ids=["TestConvertDesiredReplicasWithRules, up", *[f"TestScalingWithRules, up {k}" for k in range(1, 7)]],
 )
-def test_scaling_up_with_rules(behavior, current, raw, ups, downs, expected) -> None:  # TestScalingWithRules
+def test_scaling_up_with_rules(behavior, current, raw, ups, downs, expected) -> None:
     log = History(ups=events(ups) if ups else deque(), downs=events(downs) if downs else deque())
     assert min(raw, log.up_limit(1000.0, current, behavior)) == expected
 
@@ -162,24 +175,39 @@ def test_scaling_up_with_rules(behavior, current, raw, ups, downs, expected) -> 
         (rates(("percent", 50, 180)), 10, 1, (2,), (4,), 6),
         (DOWN, 10, 1, (), (), 1),
     ],
+    ids=[f"TestScalingWithRules, down {k}" for k in range(1, 7)],
 )
-def test_scaling_down_with_rules(
-    behavior, current, raw, ups, downs, expected
-) -> None:  # TestScalingWithRules
+def test_scaling_down_with_rules(behavior, current, raw, ups, downs, expected) -> None:
     log = History(ups=events(ups) if ups else deque(), downs=events(downs) if downs else deque())
     assert max(raw, log.down_limit(1000.0, current, behavior)) == expected
 
 
-def test_limits_select_the_smallest_change() -> None:
-    slowest = rates(("pods", 2, 60), ("percent", 50, 60), select="min")
-    assert History().up_limit(0.0, 1, slowest) == 2  # TestCalculateScaleUpLimitWithScalingRules
-    assert History().down_limit(0.0, 5, slowest) == 3  # TestCalculateScaleDownLimitWithBehaviors
-    assert History().up_limit(0.0, 5, rates(("pods", 9, 60), select="disabled")) == 5
-    assert History().down_limit(0.0, 5, rates(("pods", 4, 60), select="disabled")) == 5
+SLOWEST = rates(("pods", 2, 60), ("percent", 50, 60), select="min")
 
 
-@pytest.mark.parametrize(("current", "raw", "high", "expected"), [(3, 1000, 2000, 6), (20, 1000, 10, 10)])
-def test_scaling_up_without_behavior(current, raw, high, expected) -> None:  # TestConvertDesiredReplicas…
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        pytest.param(History().up_limit(0.0, 1, SLOWEST), 2, id="TestCalculateScaleUpLimitWithScalingRules"),
+        pytest.param(History().down_limit(0.0, 5, SLOWEST), 3, id="TestCalculateScaleDownLimitWithBehaviors"),
+        pytest.param(
+            History().up_limit(0.0, 5, rates(("pods", 9, 60), select="disabled")), 5, id="up disabled"
+        ),
+        pytest.param(
+            History().down_limit(0.0, 5, rates(("pods", 4, 60), select="disabled")), 5, id="down disabled"
+        ),
+    ],
+)
+def test_limits_select_a_change(found, expected) -> None:
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("current", "raw", "high", "expected"),
+    [(3, 1000, 2000, 6), (20, 1000, 10, 10)],
+    ids=["TestConvertDesiredReplicas, ScaleUpLimit", "TestConvertDesiredReplicas, TooManyReplicas"],
+)
+def test_scaling_up_without_behavior(current, raw, high, expected) -> None:
     assert min(raw, up_limit_without_behavior(current), high) == expected
 
 
@@ -198,14 +226,18 @@ def decide(hpa: Hpa, **values: float):
 
 
 @pytest.mark.parametrize(
-    ("current", "low", "high", "expected"), [(10, 1, 5, 5), (2, 3, 24, 3), (0, 3, 24, 0)]
+    ("current", "low", "high", "expected"),
+    [(10, 1, 5, 5), (2, 3, 24, 3), (0, 3, 24, 0)],
+    ids=["TestReplicaLimits, above", "TestReplicaLimits, below", "TestReplicaLimits, disabled"],
 )
-def test_replica_limits_bypass_metrics(current, low, high, expected) -> None:  # TestReplicaLimits
+def test_replica_limits_bypass_metrics(current, low, high, expected) -> None:
     assert decide(Hpa(min_replicas=low, max_replicas=high), replicas_ready=current) == expected
 
 
-def test_zero_usage_scales_to_zero_where_that_is_allowed() -> None:  # TestReplicaLimits, scale to zero
-    assert decide(Hpa(min_replicas=0, stabilization_down_s=0.0), replicas_ready=3, utilization=0.0) == 0
+@pytest.mark.parametrize("expected", [0], ids=["TestReplicaLimits, to zero"])
+def test_zero_usage_scales_to_zero_where_that_is_allowed(expected) -> None:
+    hpa = Hpa(min_replicas=0, stabilization_down_s=0.0)
+    assert decide(hpa, replicas_ready=3, utilization=0.0) == expected
 
 
 def test_the_policy_feeds_the_calculator_from_observations() -> None:

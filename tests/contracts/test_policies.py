@@ -13,9 +13,33 @@ from pilotage.control.forecast import LoadTracker
 from pilotage.control.guard import Guard
 from pilotage.control.learned import OBSERVATIONS, Learned, Network, policy_from
 from pilotage.control.policy import FEATURES, INDEX, Decision, Observation, Situation
-from pilotage.control.scaling import Hpa, Predictive, Schedule, Staffing, Static, describe, parse, tunable
+from pilotage.control.scaling import (
+    Autopilot,
+    Faro,
+    Hpa,
+    InferLine,
+    Keda,
+    Kpa,
+    Mark,
+    Predictive,
+    PredictiveSeasonal,
+    RayServe,
+    SageServe,
+    Scaling,
+    Schedule,
+    Staffing,
+    Static,
+    Wva,
+    describe,
+    parse,
+    tunable,
+)
+from pilotage.engine.cluster import World
+from pilotage.engine.run import simulate
 from pilotage.scenario import load
+from pilotage.world.arrivals import Poisson
 from pilotage.world.spec import SpecError
+from tests.strategies import Times
 
 SCENARIO = load("quickstart")
 SERVICE = SCENARIO.services[0]
@@ -25,7 +49,11 @@ SILENT = Network(
 )  # fmt: skip
 POLICIES = [
     Static(replicas=3), Schedule(targets=(1, 5, 2)), Hpa(), Hpa(metric="concurrency"), Staffing(),
-    Staffing(rule="erlang-c"), Predictive(), Learned(base=Predictive(), network=SILENT),
+    Staffing(rule="erlang-c"), Staffing(rule="little"), Staffing(rule="wait"), Predictive(),
+    PredictiveSeasonal(), Kpa(), Kpa(metric="arrival_rate", scale_down_delay_s=60.0), Keda(),
+    Keda(metric="queue_length", fallback_replicas=3, idle_replicas=0), RayServe(), InferLine(), Faro(), Mark(),
+    SageServe(), SageServe(gates="lt-ua"), SageServe(gates="reactive"), Wva(), Autopilot(),
+    Learned(base=Predictive(), network=SILENT),
 ]  # fmt: skip
 named = pytest.mark.parametrize(
     "policy", POLICIES, ids=[f"{k}-{p.__struct_config__.tag}" for k, p in enumerate(POLICIES)]
@@ -53,6 +81,10 @@ def observations(draw, count: int = 12) -> list[Observation]:
             seen[INDEX[name]] = draw(st.integers(0, 30))
         out.append(Observation(15.0 * tick, seen, np.zeros(len(FEATURES))))
     return out
+
+
+def test_every_policy_is_here() -> None:
+    assert set(Scaling.__args__) <= {type(policy) for policy in POLICIES}
 
 
 @named
@@ -103,6 +135,53 @@ def test_a_policy_file_is_read(tmp_path) -> None:
 def test_a_wrong_argument_says_what_would_be_right(text: str, says: str) -> None:
     with pytest.raises(SpecError, match=says):
         policy_from(text)
+
+
+@pytest.mark.parametrize("kind", Scaling.__args__, ids=lambda kind: kind.__struct_config__.tag)
+def test_every_policy_can_be_tuned_from_its_defaults(kind) -> None:
+    found = tunable(kind)
+    if kind is Schedule:
+        assert not found
+        return
+    assert found
+    for name, bounds in found.items():
+        assert bounds.low <= getattr(kind(), name) <= bounds.high, name
+        assert not bounds.log or bounds.low > 0, name
+        for end in (bounds.low, bounds.high):
+            value = round(end) if bounds.integer else end
+            assert isinstance(
+                kind().replace(**{name: value}).begin(situation()).decide(observation(0)), Decision
+            )
+
+
+@named
+def test_a_period_is_none_or_a_positive_number(policy) -> None:
+    period_s = policy.period_s()
+    assert period_s is None or 0 < period_s <= 3600
+
+
+@pytest.mark.parametrize(
+    "policy", [kind() for kind in Scaling.__args__ if kind not in (Schedule, Static)], ids=describe
+)
+def test_a_rise_in_load_is_answered_and_a_fall_too(policy) -> None:
+    """Half an hour of a load of two replicas, half an hour of eight, an hour of two: more, then fewer."""
+    service = SERVICE.replace(traffic=Poisson(rate_rps=1.0))
+    scenario = SCENARIO.replace(services=(service,), horizon_h=2.0, start_h=0.0, history_h=0.0)
+    if isinstance(policy, Autopilot):  # which remembers three days
+        policy = policy.replace(window_s=1800.0, downscale_delay_s=600.0)
+    if isinstance(policy, SageServe):  # which plans for the hour
+        policy = policy.replace(plan_interval_s=600.0, down_below=0.4)
+    rates = [40.0] * 1800 + [160.0] * 1800 + [40.0] * 3600
+    times = np.concatenate([k + (np.arange(int(rate)) + 0.5) / rate for k, rate in enumerate(rates)])
+    run = simulate(
+        scenario, [policy], [World(0, traffic=(Times(times),))], guard=Guard(), keep_timeline=True
+    )[0]
+    ready = run.timeline["ready"][:, 0]
+    at = [int(hour * len(ready) / 2) for hour in (0.5, 1.0, 2.0)]
+    calm, busy, later = (int(ready[k - 1]) for k in at)
+    assert calm < busy > later
+    assert busy >= 6
+    assert run.totals["served"].sum() > 0.8 * len(times)
 
 
 def test_tunable_fields_are_the_bounded_ones() -> None:

@@ -34,6 +34,11 @@ count in so many ticks is charged at that fraction of the price, because every n
 often. Billing minima and granules, minimum lifetimes, network time, slow nodes, interference, lost and retried work
 and capacity shared between services only raise costs, and are left out or (network time) shorten the objective.
 
+*Decisions at any time.* A policy may decide at another pace than the scenario's ticks, which then are only the
+intervals of this proof; all of it holds but two things. A replica may be ordered within a tick: what is paid
+before it counts is then at least u - tick - objective, unrounded. And it may be released within a tick, which is
+then paid for in part; that is at most one tick less per replica, and is made up for as under *Faults*.
+
 *Shared nodes.* A replica is charged its share of one fixed resource of the pool, the one that the services that
 may go there need most: the shares of one resource on a node add up to at most 1, so nothing is charged twice.
 Where a node can be had that is up, start-up is only the load from the cache.
@@ -54,15 +59,17 @@ It is achievable, so the true optimum lies between the two.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pilotage.control.policy import Policy
 from pilotage.control.scaling import Schedule
 from pilotage.engine.cluster import Cluster, World
 from pilotage.engine.numbers import room
 from pilotage.engine.relaxation import demands_of, least_work, missed_table
-from pilotage.engine.run import Run, simulate
+from pilotage.engine.run import Run, simulate, tick_of
 from pilotage.scenario import Scenario
 from pilotage.world.pools import Pool
 from pilotage.world.servers import Variant, log_normal_table
@@ -98,10 +105,16 @@ class _Problem:
     due_s: float  # requests from here on may end the run in flight
 
 
-def bound(scenario: Scenario, world: World) -> Bound:
-    """Brackets the least possible cost of one run. Takes seconds for a day of one service."""
+def bound(scenario: Scenario, world: World, policies: Sequence[Policy] = ()) -> Bound:
+    """Brackets the least possible cost of one run. Takes seconds for a day of one service.
+
+    The lower bound holds for all that decide at the scenario's ticks, and for `policies` at their own; it is lower
+    where one of them decides between the scenario's ticks.
+    """
     cluster = Cluster(scenario, [world])
-    problems = [_problem(cluster, s) for s in range(len(scenario.services))]
+    multiples = [tick_of(scenario, policy) / scenario.tick_s for policy in policies]
+    anytime = any(abs(m - round(m)) > 1e-9 or m < 1 for m in multiples)
+    problems = [_problem(cluster, s, anytime) for s in range(len(scenario.services))]
     lower = sum(
         (_solve(scenario, p)[0] if p.by_work_usd is None else p.by_work_usd) + p.floor_usd for p in problems
     )
@@ -119,7 +132,7 @@ def bound(scenario: Scenario, world: World) -> Bound:
     return Bound(lower_usd=float(lower), schedule=min(runs, key=lambda run: run.total_usd))
 
 
-def _problem(cluster: Cluster, s: int) -> _Problem:
+def _problem(cluster: Cluster, s: int, anytime: bool) -> _Problem:
     scenario = cluster.scenario
     service = scenario.services[s]
     server, money = service.server, service.economics
@@ -143,8 +156,10 @@ def _problem(cluster: Cluster, s: int) -> _Problem:
     slots = server.batches_in_flight
     start_up_s = min(_least_start_up_s(*build) for build in builds)
     spread = 1 if start_up_s >= objective_s else 1 + int(np.ceil(objective_s / scenario.tick_s))
-    paid_s = start_up_s - scenario.tick_s - objective_s
-    paid_ticks = int(np.floor(paid_s / scenario.tick_s)) + 1 if spread == 1 and paid_s >= 0 else 0
+    paid_s = start_up_s - scenario.tick_s - objective_s if spread == 1 else -1.0
+    paid_ticks = max(paid_s / scenario.tick_s, 0.0)
+    if paid_s >= 0 and not anytime:
+        paid_ticks = np.floor(paid_ticks) + 1
 
     miss = min(money.late_usd, money.dropped_usd)
     error = (1 - max(variant.accuracy for variant in service.variants)) * money.error_usd
@@ -154,8 +169,8 @@ def _problem(cluster: Cluster, s: int) -> _Problem:
     floor_usd = min(error, miss) * judged
     by_work_usd = None
     dying = bool(scenario.outages or scenario.random_outages)
-    if dying or any(pool.crashes_per_hour > 0 or pool.spot for pool in pools):
-        if paid_ticks > 0:
+    if anytime or dying or any(pool.crashes_per_hour > 0 or pool.spot for pool in pools):
+        if paid_ticks >= 1:
             paid_ticks -= 1
             floor_usd -= service.initial_replicas * max(tick_usd)
         else:

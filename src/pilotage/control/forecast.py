@@ -139,6 +139,36 @@ class LoadTracker:
         return self._peaks[(self._clock - 1 - np.arange(ticks)) % len(self._peaks)].max(axis=0)
 
 
+class Horizon:
+    """The forecast of one service for several times ahead: a `LoadTracker` with one row for each.
+
+    What papers forecast with (LSTM, ARIMA, N-HiTS) was trained on their own traces; this stands in for all of them:
+    level and damped trend, and, once the past is longer than a day, what the day before had in store.
+    """
+
+    def __init__(self, tick_s: float, leads_s: np.ndarray, history_rps: np.ndarray) -> None:
+        self._rows = len(leads_s)
+        self._tracker = LoadTracker(
+            tick_s,
+            np.asarray(leads_s, float),
+            [history_rps] * self._rows,
+            level_s=max(120.0, tick_s),
+            trend_s=1800.0,
+            damping=float(np.exp(-tick_s / 600.0)),
+            seasonal_weight=1.0,
+            error_s=1800.0,
+        )
+
+    def update(self, rate_rps: float) -> None:
+        """Takes in the mean rate of the tick that has passed (NaN: not known)."""
+        self._tracker.update(np.full(self._rows, rate_rps), np.full(self._rows, rate_rps))
+
+    @property
+    def rates_rps(self) -> np.ndarray:
+        """The rate at each of the times ahead, in requests per second; shape (leads,)."""
+        return self._tracker.forecast
+
+
 def _weight(tick_s: float, time_constant_s: float) -> float:
     """Gain per tick of an exponential average with a time constant."""
     return float(-np.expm1(-tick_s / time_constant_s))

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from pilotage.control.policy import Controller, Decision, Observation, Policy, Situation
+from pilotage.control.policy import Controller, Decision, Observation, Pace, Policy, Situation
 from pilotage.world.spec import Count, NonNegative, Positive, PositiveCount, Spec
 
 State = Literal["ready", "unready", "ignored"]
@@ -201,32 +201,36 @@ class Hpa(Policy, frozen=True, kw_only=True, tag="hpa"):
     max_replicas: PositiveCount | None = None
 
     def begin(self, situation: Situation) -> Controller:
-        return _Hpa(self, situation)
+        return HpaController(self, situation)
+
+    def period_s(self) -> float | None:
+        return self.sync_period_s or None
 
 
-class _Hpa:
+class HpaController:
+    """The loop around the calculator; what one metric proposes is a method, so that others may feed it."""
+
     def __init__(self, policy: Hpa, situation: Situation) -> None:
         service = situation.service
         self._policy = policy
-        self._low = service.min_replicas if policy.min_replicas is None else policy.min_replicas
-        self._high = service.max_replicas if policy.max_replicas is None else policy.max_replicas
+        self.low = service.min_replicas if policy.min_replicas is None else policy.min_replicas
+        self.high = service.max_replicas if policy.max_replicas is None else policy.max_replicas
         self._history = History()
-        self._synced_s = -math.inf
+        self._pace = Pace(policy.sync_period_s, situation.tick_s)
         self._longest_s = max(r.period_s for r in (*policy.up.rates, *policy.down.rates))
 
     def decide(self, seen: Observation) -> Decision:
         p, now_s, current = self._policy, seen.now_s, seen.replicas
-        if now_s - self._synced_s < p.sync_period_s - 1e-6:
+        if not self._pace.due(now_s):
             return Decision(reason="between syncs")
-        self._synced_s = now_s
-        if current == 0 and self._low > 0:
+        if current == 0 and self.low > 0:
             return Decision(reason="disabled: scaled to zero by hand")
-        if not self._low <= current <= self._high:
-            target = min(max(current, self._low), self._high)
+        if not self.low <= current <= self.high:
+            target = min(max(current, self.low), self.high)
             self._history.record(now_s, target - current, self._longest_s)
             return Decision.towards(target, seen, reason="outside its bounds")
         try:
-            raw = self._proposal(seen, current)
+            raw = self.proposal(seen, current)
         except NoMetricsError:
             return Decision(reason="no metrics")
         stable = self._history.stabilised(now_s, raw, current, p.stabilization_up_s, p.stabilization_down_s)
@@ -234,11 +238,12 @@ class _Hpa:
             target = min(stable, self._history.up_limit(now_s, current, p.up))
         else:
             target = max(stable, self._history.down_limit(now_s, current, p.down))
-        target = min(max(target, self._low), self._high)
+        target = min(max(target, self.low), self.high)
         self._history.record(now_s, target - current, self._longest_s)
         return Decision.towards(target, seen, reason=f"{p.metric} proposes {raw}")
 
-    def _proposal(self, seen: Observation, current: int) -> int:
+    def proposal(self, seen: Observation, current: int) -> int:
+        """The raw recommendation; raises NoMetricsError where there is nothing to go by."""
         p = self._policy
         value = seen[p.metric]
         if math.isnan(value):

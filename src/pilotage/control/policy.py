@@ -7,6 +7,7 @@ names a feature, its unit, how the engine computes it from its counters, and the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -267,12 +268,50 @@ class Situation:
         """Expected time from order to readiness in the preferred pool, in seconds."""
         return self.pools[self.service.pools[0]].boot_s + self.service.variants[0].start_up_s
 
-    def capacity_rps(self, max_batch: int | None = None) -> float:
-        """Requests per second that one replica of the preferred pool serves at full batches."""
-        server = self.service.server
-        limit = server.max_batch if max_batch is None else max_batch
-        fixed, variable = self.service.variants[0].latency[self.service.pools[0]].batch_times_s(limit)
-        return float(np.max(np.arange(1, limit + 1) / (fixed + variable)[1:])) * server.batches_in_flight
+    @property
+    def concurrency(self) -> int:
+        """Requests that one replica executes at once."""
+        return self.service.server.max_batch * self.service.server.batches_in_flight
+
+    def batch_times_s(self, pool: str | None = None) -> np.ndarray:
+        """Time of a batch of n requests of mean demand, for n from 1 up to the limit; shape (max_batch,)."""
+        law = self.service.variants[0].latency[pool or self.service.pools[0]]
+        fixed, variable = law.batch_times_s(self.service.server.max_batch)
+        times: np.ndarray = (fixed + variable)[1:]
+        return times
+
+    def concurrency_at(self, utilization: float) -> float:
+        """Requests in a replica's batches while it serves that share of its capacity, always with a batch of one size.
+
+        A load test would find it. It is less than the same share of `concurrency`, because small batches take longer
+        per request; beyond a share of 1 it goes on in proportion.
+        """
+        times_s = self.batch_times_s()
+        sizes = np.linspace(0, len(times_s), 64 * len(times_s) + 1)
+        rates = sizes / np.interp(sizes, np.arange(1, len(times_s) + 1), times_s)
+        enough = int(np.argmax(rates >= min(utilization, 1.0) * rates.max() * (1 - 1e-12)))
+        return float(sizes[enough]) * max(utilization, 1.0) * self.service.server.batches_in_flight
+
+    def capacity_rps(self, pool: str | None = None) -> float:
+        """Requests per second that one replica serves at the best batch size (None: in the preferred pool)."""
+        times_s = self.batch_times_s(pool)
+        sizes = np.arange(1, len(times_s) + 1)
+        return float(np.max(sizes / times_s)) * self.service.server.batches_in_flight
+
+
+class Pace:
+    """Says when a period has passed, to the nearest tick, without drifting; at first it always has."""
+
+    def __init__(self, period_s: float, tick_s: float) -> None:
+        self._period_s, self._early_s = period_s, tick_s / 2
+        self._next_s = -math.inf
+
+    def due(self, now_s: float) -> bool:
+        if now_s < self._next_s - self._early_s:
+            return False
+        on_time = self._next_s > now_s - self._period_s
+        self._next_s = (self._next_s if on_time else now_s) + self._period_s
+        return True
 
 
 class Controller(Protocol):
@@ -287,3 +326,10 @@ class Policy(Spec, frozen=True, tag_field="kind"):
     def begin(self, situation: Situation) -> Controller:
         """A fresh controller for one service and one run."""
         raise TypeError(f"{type(self).__name__} is an abstract policy")
+
+    def period_s(self) -> float | None:
+        """How often the policy decides, in seconds (None: whenever it is asked, at the scenario's ticks).
+
+        A policy that is asked at some other pace acts at the ticks nearest to its own.
+        """
+        return None

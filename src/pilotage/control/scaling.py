@@ -11,16 +11,27 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
 import numpy as np
 from msgspec import Meta
 
+from pilotage.control.autopilot import Autopilot
+from pilotage.control.faro import Faro
 from pilotage.control.forecast import LoadTracker
 from pilotage.control.hpa import Hpa
+from pilotage.control.inferline import InferLine
+from pilotage.control.keda import Keda
+from pilotage.control.kpa import Kpa
+from pilotage.control.mark import Mark
 from pilotage.control.policy import Controller, Decision, Observation, Policy, Situation
+from pilotage.control.queueing import little, square_root_staffing, staffing_for_wait
 from pilotage.control.queueing import staffing as erlang_staffing
+from pilotage.control.ray_serve import RayServe
+from pilotage.control.sageserve import SageServe
+from pilotage.control.seasonal import PredictiveSeasonal
+from pilotage.control.wva import Wva
 from pilotage.world.spec import Count, Name, SpecError, closest, decode, read_toml
 
 _LOG = {"log": True}
@@ -64,13 +75,16 @@ class _Targets:
 class Staffing(Policy, frozen=True, kw_only=True, tag="staffing"):
     """Staffing for the load that is there: R replicas at full batches, and a margin.
 
-    `square-root`: ceil(R + beta sqrt(R)) (Halfin & Whitt 1981). `erlang-c`: the least count at which at most
-    `delay_probability` of the requests wait. R is the highest mean rate of the last `window_s` over capacity.
-    Scaling down waits until the target has been lower for `scale_down_delay_s`.
+    `little`: R over `target_utilization`. `square-root`: ceil(R + beta sqrt(R)) (Halfin & Whitt 1981). `erlang-c`:
+    the least count at which at most `delay_probability` of the requests wait. `wait`: the least count at which all
+    but so many wait for no longer than the objective leaves beside a full batch, if full batches are what waits. R is
+    the highest mean rate of the last `window_s` over capacity. Scaling down waits until the target has been lower
+    for `scale_down_delay_s`.
     """
 
-    rule: Annotated[str, Meta(pattern="^(square-root|erlang-c)$")] = "square-root"
+    rule: Literal["little", "square-root", "erlang-c", "wait"] = "square-root"
     beta: Annotated[float, Meta(ge=0, le=5)] = 1.5
+    target_utilization: Annotated[float, Meta(ge=0.2, le=1)] = 0.7
     delay_probability: Annotated[float, Meta(gt=0, lt=1)] = 0.05
     window_s: Annotated[float, Meta(ge=15, le=1800, extra=_LOG)] = 120.0
     scale_down_delay_s: ScaleDownDelay = 300.0
@@ -83,6 +97,8 @@ class _Staffing:
     def __init__(self, policy: Staffing, situation: Situation) -> None:
         self._policy = policy
         self._capacity = situation.capacity_rps()
+        batch_s = float(situation.batch_times_s()[-1])
+        self._longest_wait = max(0.0, situation.service.slo_s / batch_s - 1)
         self._loads: deque[float] = deque(maxlen=max(1, round(policy.window_s / situation.tick_s)))
         self._held: deque[int] = deque(maxlen=max(1, round(policy.scale_down_delay_s / situation.tick_s)))
 
@@ -93,12 +109,18 @@ class _Staffing:
         if not self._loads:
             return Decision(reason="no load known yet")
         load = max(self._loads)
-        if self._policy.rule == "square-root":
-            target = math.ceil(load + self._policy.beta * math.sqrt(load) - 1e-9)
-        else:
-            target = erlang_staffing(load, self._policy.delay_probability)
-        self._held.append(target)
+        self._held.append(self._staffed(load))
         return Decision.towards(max(self._held), seen, reason=f"load {load:.2f} replicas")
+
+    def _staffed(self, load: float) -> int:
+        p = self._policy
+        if p.rule == "little":
+            return little(load, p.target_utilization)
+        if p.rule == "square-root":
+            return square_root_staffing(load, p.beta)
+        if p.rule == "erlang-c":
+            return erlang_staffing(load, p.delay_probability)
+        return staffing_for_wait(load, 1 - p.delay_probability, self._longest_wait)
 
 
 class Predictive(Policy, frozen=True, kw_only=True, tag="predictive"):
@@ -163,7 +185,23 @@ class _Predictive:
         return Decision.towards(max(self._held), seen, reason=f"forecast needs {need:.2f} replicas")
 
 
-Scaling = Static | Schedule | Hpa | Staffing | Predictive
+Scaling = (
+    Static
+    | Schedule
+    | Hpa
+    | Kpa
+    | Keda
+    | RayServe
+    | Staffing
+    | Predictive
+    | PredictiveSeasonal
+    | InferLine
+    | Faro
+    | Mark
+    | SageServe
+    | Wva
+    | Autopilot
+)
 _BY_NAME: dict[str, type[Policy]] = {t.__struct_config__.tag: t for t in Scaling.__args__}
 
 

@@ -184,7 +184,7 @@ class Cluster:
                     self.params[r][name] = seed
                 begin_s = max(0.0, start_s - scenario.history_h * 3600)
                 source = self._open(w, s, begin_s)
-                bins = round((start_s - begin_s) / scenario.tick_s)
+                bins = int((start_s - begin_s) / scenario.tick_s + 1e-9)
                 edges = start_s + scenario.tick_s * (np.arange(bins + 1) - bins)
                 past = source.until(start_s)
                 self._history[r] = np.diff(np.searchsorted(past, edges)) / scenario.tick_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ from pilotage.control.steer import steer
 from pilotage.engine.cluster import Cluster, World
 from pilotage.metrics import dollars
 from pilotage.scenario import Scenario
+from pilotage.world.spec import SpecError
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One policy in one world, from start to end.
+    """One policy in one world, from start to end, at control ticks of `tick_s`.
 
     `usd` has shape (services, len(ITEMS)); `totals` is the engine's TICK record per service, summed over the
     run; `histogram` has shape (services, BUCKETS); `timeline`, if it was kept, shape (ticks, services).
@@ -27,6 +29,7 @@ class Run:
 
     policy: str
     world: World
+    tick_s: float
     usd: np.ndarray
     totals: np.ndarray
     histogram: np.ndarray
@@ -58,6 +61,37 @@ def bill(counters: np.ndarray, scenario: Scenario) -> np.ndarray:
     )
 
 
+def tick_of(scenario: Scenario, policy: Policy | Sequence[Policy]) -> float:
+    """The control tick at which a policy (or one per service) runs in a scenario, in seconds.
+
+    It is the policy's own period, or the scenario's tick. A run lasts as long as the scenario says at its own
+    tick, to the second: a horizon that is no multiple of the period is cut into the fewest equal ticks that are
+    no longer than the period.
+    """
+    horizon_s = scenario.ticks * scenario.tick_s
+    found = set()
+    for one in [policy] if isinstance(policy, Policy) else policy:
+        period_s = one.period_s()
+        if period_s is None or period_s == scenario.tick_s:
+            found.add(scenario.tick_s)
+        else:
+            found.add(horizon_s / math.ceil(horizon_s / period_s - 1e-9))
+    if len(found) > 1:
+        raise SpecError(
+            f"the policies of one world decide every {' s, '.join(f'{t:g}' for t in sorted(found))} s; "
+            "services meet at ticks, so give policies of one period"
+        )
+    return found.pop()
+
+
+def at_tick(scenario: Scenario, tick_s: float) -> Scenario:
+    """The same scenario, as long, at another control tick: its traffic and all random streams stay the same."""
+    if tick_s == scenario.tick_s:
+        return scenario
+    changed: Scenario = scenario.replace(tick_s=tick_s, horizon_h=scenario.ticks * scenario.tick_s / 3600)
+    return changed
+
+
 def simulate(
     scenario: Scenario,
     policies: Sequence[Policy | Sequence[Policy]],
@@ -68,10 +102,39 @@ def simulate(
     keep_timeline: bool = False,
     threads: int = 1,
 ) -> list[Run]:
-    """Runs policy k in world k, for all k together. A policy is one for all services, or one per service.
+    """Runs policy k in world k, for all k. A policy is one for all services, or one per service.
 
-    With a guard, every controller runs behind it. All runs of a call advance in the same compiled calls.
+    Every policy runs at its own tick (see `tick_of`), and sees metrics of windows as fine as that. With a guard,
+    every controller runs behind it. All runs with the same tick advance in the same compiled calls.
     """
+    ticks_s = [tick_of(scenario, policy) for policy in policies]
+    runs: dict[int, Run] = {}
+    for tick_s in dict.fromkeys(ticks_s):
+        chosen = [k for k, t in enumerate(ticks_s) if t == tick_s]
+        found = _in_step(
+            at_tick(scenario, tick_s),
+            [policies[k] for k in chosen],
+            [worlds[k] for k in chosen],
+            label=label,
+            guard=guard,
+            keep_timeline=keep_timeline,
+            threads=threads,
+        )
+        runs |= dict(zip(chosen, found, strict=True))
+    return [runs[k] for k in range(len(policies))]
+
+
+def _in_step(
+    scenario: Scenario,
+    policies: Sequence[Policy | Sequence[Policy]],
+    worlds: Sequence[World],
+    *,
+    label: str,
+    guard: Guard | None,
+    keep_timeline: bool,
+    threads: int,
+) -> list[Run]:
+    """`simulate` where all policies decide at the scenario's ticks."""
     cluster = Cluster(scenario, worlds, threads=threads)
     services = len(scenario.services)
     controllers: list[Controller] = []
@@ -99,6 +162,7 @@ def simulate(
         Run(
             policy=label,
             world=world,
+            tick_s=scenario.tick_s,
             usd=usd[w],
             totals=cluster.totals[w].copy(),
             histogram=cluster.histograms[w].copy(),
