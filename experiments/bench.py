@@ -79,7 +79,7 @@ def scenario_of(
 
 def run_all(scenario: Scenario, worlds: int = 1, threads: int = 1) -> tuple[float, float, Cluster]:
     """Simulates all ticks without changes: CPU seconds, wall seconds (traffic included), and the cluster."""
-    cluster = Cluster(scenario, [World(1 + k) for k in range(worlds)], threads=threads, read_ahead_s=3600.0)
+    cluster = Cluster(scenario, [World(1 + k) for k in range(worlds)], threads=threads)
     orders = cluster.no_orders()
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(scenario.ticks):
@@ -188,7 +188,7 @@ from pilotage.engine.cluster import Cluster, World
 from pilotage.scenario import Scenario
 scenario = msgspec.json.decode(sys.stdin.buffer.read(), type=Scenario)
 began = time.perf_counter()
-cluster = Cluster(scenario, [World(1)], threads=2, read_ahead_s=3600.0)
+cluster = Cluster(scenario, [World(1)], threads=2)
 orders, price = cluster.no_orders(), scenario.pools[0].price_usd_per_hour / 3600
 inside, broken = np.zeros(100, np.int64), 0
 for _ in range(scenario.ticks):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -39,7 +39,12 @@ from pilotage.scenario import Scenario
 from pilotage.world.arrivals import Arrivals, Traffic
 from pilotage.world.spec import SpecError
 
+T = TypeVar("T")
+R = TypeVar("R")
 _STREAMS = ("demand", "noise", "patience", "route", "start")
+# Traffic is read ahead by about so many requests a row: enough that a read costs little, few enough for the caches;
+# and no more in all rows, nor for longer, than this.
+_READ_AT_ONCE, _READ_IN_ALL, _READ_AHEAD_S = 16_384, 4_194_304, 3600.0
 _FRESH = np.zeros(len(FEATURES))
 _FRESH.setflags(write=False)
 
@@ -70,7 +75,8 @@ class Cluster:
     live cluster is `read()`, `apply(decisions)`, `wait()`, with the services of all worlds in a row. A world may
     be put back to the start of another run with `restart`; one that is not `active` stands still. With
     `threads` above 1 the rows are shared out over cores. `rule` and `weights` take the place of the scenario's
-    placement: any function compiled with `engine.placement.rule`, such as a learned scorer.
+    placement: any function compiled with `engine.placement.rule`, such as a learned scorer. How far ahead traffic
+    is read (`read_ahead_s`; None: as suits the traffic) changes no result.
     """
 
     def __init__(
@@ -79,14 +85,15 @@ class Cluster:
         worlds: Sequence[World],
         *,
         threads: int = 1,
-        read_ahead_s: float = 600.0,
+        read_ahead_s: float | None = None,
         rule: Any = None,
         weights: np.ndarray | None = None,
     ) -> None:
         self.scenario = scenario
         self.worlds = list(worlds)
         self.threads = max(1, min(threads, len(self.worlds) * len(scenario.services)))
-        self._read_ahead_s = max(read_ahead_s, scenario.tick_s)
+        self._read_ahead_s = max(60.0 if read_ahead_s is None else read_ahead_s, scenario.tick_s)
+        self._adapts = read_ahead_s is None
         w, s = len(self.worlds), len(scenario.services)
         self.shape = (w, s)
         self.numbers, one = encode(scenario)
@@ -133,7 +140,7 @@ class Cluster:
         self._reserve()
         self._blank = np.zeros(1, TICK)
         self._blank["latency_p95_s"] = np.nan
-        self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
+        self._pool = ThreadPoolExecutor(self.threads - 1) if self.threads > 1 else None
         self._known_s = np.zeros(w)
         self._dry_s = 0.0  # how long the traffic read so far lasts
         self._start_s = np.zeros(w)
@@ -268,9 +275,14 @@ class Cluster:
             cuts = np.linspace(0, w * s, self.threads + 1).astype(int).tolist()
             common = (*books, *storage, histograms)
             parts = [(lo, hi, k, *common) for k, (lo, hi) in enumerate(pairwise(cuts))]
-            list(self._pool.map(lambda part: kernel.serve(*part), parts))
+            self._share_out(lambda part: kernel.serve(*part), parts)
             kernel.settle(*books, totals)
         return self.ticks
+
+    def _share_out(self, work: Callable[[T], R], parts: Sequence[T]) -> list[R]:
+        """Does a part of the work on every thread, the first on this one."""
+        later = [self._pool.submit(work, part) for part in parts[1:]] if self._pool else []
+        return [work(parts[0]), *(future.result() for future in later)]
 
     def finish(self, indices: Sequence[int] | None = None) -> None:
         """Ends runs: requests that have died count as dropped, those past their objective as overdue."""
@@ -286,30 +298,39 @@ class Cluster:
         scenario = self.scenario
         horizon_s = scenario.ticks * scenario.tick_s
         services = self.shape[1]
-        fresh: dict[int, np.ndarray] = {}
-        for w in np.flatnonzero(self.active & (self._known_s < self.clock_s + scenario.tick_s)).tolist():
-            known = min(
-                self._known_s[w] + self._read_ahead_s, max(horizon_s, self.clock_s[w] + scenario.tick_s)
-            )
-            for r in range(w * services, (w + 1) * services):
-                fresh[r] = self._sources[r].until(self._start_s[w] + known) - self._start_s[w]
-            self._known_s[w] = known
+        dry = np.flatnonzero(self.active & (self._known_s < self.clock_s + scenario.tick_s))
+        at_least_s = np.maximum(horizon_s, self.clock_s + scenario.tick_s)
+        self._known_s[dry] = np.minimum(self._known_s + self._read_ahead_s, at_least_s)[dry]
         self._dry_s = float((self._known_s - self.clock_s).min())
-        if not fresh:
+        if len(dry) == 0:
             return
-        rows = list(fresh)
-        coming = np.array([len(times) for times in fresh.values()])
-        kernel.compact(np.array(rows), self._state, self.numbers, self.arrival_storage, self.requests)
+        rows = (dry[:, None] * services + np.arange(services)).reshape(-1)
+        read = self._share_out(self._read, np.array_split(rows, min(self.threads, len(rows))))
+        fresh = [times for part in read for times in part]
+        coming = np.array([len(times) for times in fresh])
+        if self._adapts:
+            wanted = min(_READ_AT_ONCE, _READ_IN_ALL / len(self.rows))
+            self._read_ahead_s *= np.clip(wanted / (1 + coming.mean()), 0.25, 4.0)
+            self._read_ahead_s = min(max(self._read_ahead_s, scenario.tick_s), _READ_AHEAD_S)
+        kernel.compact(rows, self._state, self.numbers, self.arrival_storage, self.requests)
         needed = self.rows["arrival_hi"][rows] + coming
         if (needed > self._capacity[rows]).any():
             # what one world needs, the others will need too
-            np.maximum.at(self._most, np.array(rows) % services, needed + needed // 2 + 64)
+            np.maximum.at(self._most, rows % services, needed + needed // 2 + 64)
             self._capacity = np.tile(self._most, self.shape[0])
             self._reserve()
         at = self.rows["storage_lo"] + self.rows["arrival_hi"]
-        for r, times in fresh.items():
+        for r, times in zip(rows.tolist(), fresh, strict=True):
             self.arrival_storage[at[r] : at[r] + len(times)] = times
         self.rows["arrival_hi"][rows] += coming
+
+    def _read(self, rows: np.ndarray) -> list[np.ndarray]:
+        """The arrivals of some rows up to the time until which their worlds' traffic is to be known."""
+        found = []
+        for r in rows.tolist():
+            w = r // self.shape[1]
+            found.append(self._sources[r].until(self._start_s[w] + self._known_s[w]) - self._start_s[w])
+        return found
 
     def _reserve(self) -> None:
         """Gives every row as much storage as its capacity says, and moves what it has."""

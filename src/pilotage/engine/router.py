@@ -65,7 +65,7 @@ def serve_routed(c, now, end):
     """The segment [now, end) of a service with Ray Serve's router."""
     since, router = now, c.router
     lo = c.row["arrival_lo"]
-    hi = upto(c.arrivals, lo, c.row["arrival_hi"], end)
+    hi = upto(c.arrivals, lo, c.row["arrival_hi"], 0.0, end)
     while True:
         while router["seen"] < hi and is_calm(c):
             at_s = max(c.arrivals[router["seen"]], router["busy_s"])
