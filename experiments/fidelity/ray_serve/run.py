@@ -206,7 +206,8 @@ def main() -> None:
     write_whole(options.out / "acceptance.csv", as_csv(acceptance))
     facts = provenance("fidelity/ray_serve", [], started, {"all": round(time.perf_counter() - began, 1)})
     facts |= {
-        "command": "python experiments/fidelity/ray_serve/run.py " + shlex.join(sys.argv[1:]),
+        "command": "python experiments/fidelity/ray_serve/run.py "
+        + shlex.join("DATA" if word == str(options.data) else word for word in sys.argv[1:]),
         "seeds": list(seeds),
         "cases": [recording.name for recording in recordings],
     }

@@ -2,10 +2,10 @@
 
 Here belongs what happens between two decisions. Not here: what exists (`world`), what a number means in dollars
 (`metrics`), who decides (`control`). Compiled code knows only numbers: `layout` says how a scenario becomes
-numbers, `numbers` makes them, `randomness` draws, `traffic` draws arrivals, `queues` serves requests, `router` is
-Ray Serve's way to bring them to replicas, `services` takes one service through a tick, `placement` holds the
-rules that choose a node, `nodes` keeps nodes, replicas and their bills, and `kernel` puts these together.
-`cluster` shows a world with the same `read`/`apply` face as a live one.
+numbers, `numbers` makes them, `randomness` draws, `traffic` draws arrivals, `queues` holds what queues of requests
+are made of, `central`, `bound` and `router` serve the three kinds of them, `services` takes one service through a
+tick, `placement` holds the rules that choose a node, `nodes` keeps nodes, replicas and their bills, and `kernel`
+puts these together. `cluster` shows a world with the same `read`/`apply` face as a live one.
 
 Semantics, which the plain-Python reference in `tests/traces` repeats event by event:
 
@@ -102,6 +102,8 @@ import pilotage.metrics
 # Numba looks only at the outermost function's file when it decides whether compiled code is stale. A cache
 # folder named after all sources that end up in the kernels cannot serve code from before an edit.
 _names = (
+    "bound",
+    "central",
     "kernel",
     "layout",
     "nodes",

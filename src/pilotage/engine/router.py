@@ -30,22 +30,9 @@ import math
 
 import numpy as np
 
+from pilotage.engine.bound import bring, catch_up, outstanding, pair, two_of
 from pilotage.engine.layout import READY
-from pilotage.engine.queues import (
-    admit,
-    append,
-    bring,
-    bury,
-    catch_up,
-    count_arrivals,
-    is_dead,
-    outstanding,
-    pair,
-    pop,
-    reject,
-    two_of,
-    upto,
-)
+from pilotage.engine.queues import admit, append, bury, count_arrivals, is_dead, pop, reject, upto
 from pilotage.engine.randomness import compiled, draw, hot, normal, uniform
 
 SENDS, HITS, ANSWERS = 0, 1, 2  # lines of messages: to be sent, on the way, and answered

@@ -6,21 +6,10 @@ import math
 
 import numpy as np
 
+from pilotage.engine.bound import bind_all, bring, executing, open_door, serve_bound
+from pilotage.engine.central import serve_central
 from pilotage.engine.layout import CENTRAL, CLOSED, DRAINING, GONE, RAY_SERVE, READY, STARTING
-from pilotage.engine.queues import (
-    HIGHEST,
-    IN_SECOND,
-    LOWEST,
-    SECOND,
-    bind_all,
-    bring,
-    executing,
-    hear_of_deaths,
-    open_door,
-    serve_bound,
-    serve_central,
-    sweep,
-)
+from pilotage.engine.queues import HIGHEST, IN_SECOND, LOWEST, SECOND, hear_of_deaths, sweep
 from pilotage.engine.randomness import compiled, quantile, waiting_time
 from pilotage.engine.router import forget, in_transit, serve_routed, start_tasks, sweep_pending
 from pilotage.metrics import BUCKET_MIDPOINTS_S, BUCKETS
