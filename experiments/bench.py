@@ -151,27 +151,29 @@ def against(
     plain = one.server.replace(queue_limit=None, request_timeout_s=None, patience_s=None)
     scenario = scenario.replace(services=(one.replace(server=plain),))
     short = scenario.replace(horizon_h=200 / 3600, tick_s=10.0)
-    ours, theirs = [], []
+    ours, theirs, ratios = [], [], []
     cluster = run_all(short)[2]
     model = model_of(cluster)
-    for _ in range(rounds):
-        ours.append(rate_of(scenario, 1))
+    for _ in range(rounds):  # the engine before and after the peer: the machine is not always as fast
+        before = rate_of(scenario, 3)
         rate, latencies = ask_peer(python, peer, model)
+        ours.append((before + rate_of(scenario, 3)) / 2)
         theirs.append(rate)
-    mine, yours = statistics.median(ours), statistics.median(theirs)
-    rows, worst = [row(name, "requests/s", mine, peer, yours)], 0.0
+        ratios.append(ours[-1] / rate)
+    ratio = statistics.median(ratios)
+    rows, worst = [row(name, "requests/s", statistics.median(ours), peer, statistics.median(theirs))], 0.0
     for p, quantile in zip(PERCENTILES, quantiles_s(cluster.histograms[0, 0], PERCENTILES), strict=True):
         other = float(np.percentile(latencies, 100 * p, method="inverted_cdf"))
         worst = max(worst, abs(float(quantile) / other - 1))
         rows.append(row(name, f"latency p{100 * p:g} (ms)", 1e3 * float(quantile), peer, 1e3 * other))
     return rows, [
-        (f"{name}: {peer} on the same model", f">= {asked:g} x", mine / yours, mine / yours >= asked),
+        (f"{name}: {peer} on the same model, ratio", f">= {asked:g} x", ratio, ratio >= asked),
         (f"{name}: latency percentiles beside {peer}", "<= 0.02", worst, worst <= 0.02),
     ]
 
 
 # --- scale ---------------------------------------------------------------------------------------------------
-def fleet_run(days: float) -> tuple[list[Row], list[Line]]:
+def fleet_run(days: float, rounds: int) -> tuple[list[Row], list[Line]]:
     """100 services at 1,000 requests/s together, on two threads, with the laws checked at every tick."""
     scenario = scenario_of(
         10.0, 1, 20.0, 5.0, services=100, request_timeout_s=None, patience_s=None, queue_limit=None
@@ -207,10 +209,14 @@ print(json.dumps(dict(requests=int(cluster.totals["arrived"].sum()), wall=wall, 
     )
     import msgspec
 
-    done = subprocess.run(
-        [sys.executable, "-c", code], input=msgspec.json.encode(scenario), capture_output=True, check=True
-    )
-    found = json.loads(done.stdout)
+    runs = []
+    for _ in range(rounds):
+        done = subprocess.run(
+            [sys.executable, "-c", code], input=msgspec.json.encode(scenario), capture_output=True, check=True
+        )
+        runs.append(json.loads(done.stdout))
+    found = {**runs[0], "wall": statistics.median(run["wall"] for run in runs)}
+    found["broken"] = sum(run["broken"] for run in runs)
     name = f"100 services x {days:g} days at 1,000 requests/s, 2 threads"
     rows = [
         row(name, "requests", found["requests"]),
@@ -365,10 +371,10 @@ def main() -> None:
         law = Affine(base_ms=4.0, per_item_ms=0.0, noise_cv=1.0)
         single = single.replace(variants=(single.variants[0].replace(latency={"cpu": law}),))
         queue = accelerator.replace(services=(single,))
-        take(against(python, "simpy", "accelerator service", accelerator, 200.0, min(rounds, 3)))
-        take(against(python, "simpy", "quickstart service", processor, 50.0, min(rounds, 3)))
-        take(against(python, "ciw", "queue of six servers", queue, 500.0, min(rounds, 3)))
-    take(fleet_run(0.5 if options.quick else 7.0))
+        take(against(python, "simpy", "accelerator service", accelerator, 200.0, rounds))
+        take(against(python, "simpy", "quickstart service", processor, 200.0, rounds))
+        take(against(python, "ciw", "queue of six servers", queue, 500.0, rounds))
+    take(fleet_run(0.5, 1) if options.quick else fleet_run(7.0, 3))
     take(flatness(1 if options.quick else 3))
     policy = policy_from("hpa")
     runs = [simulate(load("quickstart"), [policy], [World(k)], guard=Guard())[0] for k in range(3)]
