@@ -155,9 +155,9 @@ def against(
     cluster = run_all(short)[2]
     model = model_of(cluster)
     for _ in range(rounds):  # the engine before and after the peer: the machine is not always as fast
-        before = rate_of(scenario, 3)
+        before = rate_of(short, 5)
         rate, latencies = ask_peer(python, peer, model)
-        ours.append((before + rate_of(scenario, 3)) / 2)
+        ours.append((before + rate_of(short, 5)) / 2)
         theirs.append(rate)
         ratios.append(ours[-1] / rate)
     ratio = statistics.median(ratios)
