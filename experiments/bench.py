@@ -146,11 +146,15 @@ def model_of(cluster: Cluster) -> dict:
 def against(
     python: Path, peer: str, name: str, scenario: Scenario, asked: float, rounds: int
 ) -> tuple[list[Row], list[Line]]:
-    """The engine beside a peer on the same requests: nobody leaves, because the peer's model has no impatience."""
+    """The engine beside a peer on the same requests, some 150,000 of them.
+
+    Nobody leaves, because the peer's model has no impatience, and ticks are long, because nobody decides at them.
+    """
     one = scenario.services[0]
     plain = one.server.replace(queue_limit=None, request_timeout_s=None, patience_s=None)
     scenario = scenario.replace(services=(one.replace(server=plain),))
-    short = scenario.replace(horizon_h=200 / 3600, tick_s=10.0)
+    ticks = round(150_000 / one.traffic.rate_rps / 50.0)
+    short = scenario.replace(horizon_h=ticks * 50.0 / 3600, tick_s=50.0)
     ours, theirs, ratios = [], [], []
     cluster = run_all(short)[2]
     model = model_of(cluster)
