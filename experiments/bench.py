@@ -153,15 +153,16 @@ def against(
     one = scenario.services[0]
     plain = one.server.replace(queue_limit=None, request_timeout_s=None, patience_s=None)
     scenario = scenario.replace(services=(one.replace(server=plain),))
-    ticks = round(150_000 / one.traffic.rate_rps / 50.0)
-    short = scenario.replace(horizon_h=ticks * 50.0 / 3600, tick_s=50.0)
+    tick_s = 50.0
+    ticks = round(150_000 / one.traffic.rate_rps / tick_s)
+    scenario = scenario.replace(horizon_h=ticks * tick_s / 3600, tick_s=tick_s)
     ours, theirs, ratios = [], [], []
-    cluster = run_all(short)[2]
+    cluster = run_all(scenario)[2]
     model = model_of(cluster)
     for _ in range(rounds):  # the engine before and after the peer: the machine is not always as fast
-        before = rate_of(short, 5)
+        before = rate_of(scenario, 5)
         rate, latencies = ask_peer(python, peer, model)
-        ours.append((before + rate_of(short, 5)) / 2)
+        ours.append((before + rate_of(scenario, 5)) / 2)
         theirs.append(rate)
         ratios.append(ours[-1] / rate)
     ratio = statistics.median(ratios)
