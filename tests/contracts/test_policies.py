@@ -14,8 +14,10 @@ from pilotage.control.guard import Guard
 from pilotage.control.learned import OBSERVATIONS, Learned, Network, policy_from
 from pilotage.control.policy import FEATURES, INDEX, Decision, Observation, Situation
 from pilotage.control.scaling import (
+    Anticipate,
     Autopilot,
     Faro,
+    Foresight,
     Hpa,
     InferLine,
     Keda,
@@ -52,7 +54,7 @@ POLICIES = [
     Staffing(rule="erlang-c"), Staffing(rule="little"), Staffing(rule="wait"), Predictive(),
     PredictiveSeasonal(), Kpa(), Kpa(metric="arrival_rate", scale_down_delay_s=60.0), Keda(),
     Keda(metric="queue_length", fallback_replicas=3, idle_replicas=0), RayServe(), InferLine(), Faro(), Mark(),
-    SageServe(), SageServe(gates="lt-ua"), SageServe(gates="reactive"), Wva(), Autopilot(),
+    Anticipate(), Foresight(), SageServe(), SageServe(gates="lt-ua"), SageServe(gates="reactive"), Wva(), Autopilot(),
     Learned(base=Predictive(), network=SILENT),
 ]  # fmt: skip
 named = pytest.mark.parametrize(

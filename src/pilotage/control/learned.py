@@ -19,9 +19,10 @@ import numpy as np
 
 from pilotage.control.forecast import LoadTracker
 from pilotage.control.guard import Guard
+from pilotage.control.network import Forward, Network
 from pilotage.control.policy import INDEX, Controller, Decision, Observation, Policy, Situation
 from pilotage.control.scaling import Predictive, parse
-from pilotage.world.spec import Spec, SpecError, decode
+from pilotage.world.spec import SpecError, decode
 
 # what the three outputs do, each in [-1, 1]:
 #   headroom  scales the rule's need by 1 +- HEADROOM and shifts it by +- 1 replica
@@ -165,35 +166,14 @@ class Residual:
         return order.astype(np.int64), release.astype(np.int64), limit.astype(np.int64)
 
 
-class Network(Spec, frozen=True, kw_only=True):
-    """A tanh network with its input normalisation: clip((x - mean) / scale), dense layers, linear outputs."""
-
-    mean: tuple[float, ...]
-    scale: tuple[float, ...]
-    clip: float
-    weights: tuple[tuple[tuple[float, ...], ...], ...]
-    biases: tuple[tuple[float, ...], ...]
-
-    def __post_init__(self) -> None:
-        sizes = [len(self.mean)]
-        for weight, bias in zip(self.weights, self.biases, strict=True):
-            if len(weight) != len(bias) or any(len(row) != sizes[-1] for row in weight):
-                raise SpecError(
-                    f"a layer of {len(weight)} rows does not fit {sizes[-1]} inputs, {len(bias)} biases"
-                )
-            sizes.append(len(bias))
-        if sizes[0] != len(OBSERVATIONS) or len(self.scale) != sizes[0] or sizes[-1] != len(ACTIONS):
-            raise SpecError(
-                f"the network maps {sizes[0]} inputs to {sizes[-1]} outputs; "
-                f"valid: {len(OBSERVATIONS)} to {len(ACTIONS)}"
-            )
-
-
 class Learned(Policy, frozen=True, kw_only=True, tag="learned"):
     """A network's correction of a rule. A training folder holds it as `policy.json`."""
 
     base: Predictive
     network: Network
+
+    def __post_init__(self) -> None:
+        self.network.must_map(len(OBSERVATIONS), len(ACTIONS))
 
     def begin(self, situation: Situation) -> Controller:
         return _Learned(self, situation)
@@ -221,13 +201,8 @@ class Learned(Policy, frozen=True, kw_only=True, tag="learned"):
 
 class _Learned:
     def __init__(self, policy: Learned, situation: Situation) -> None:
-        net = policy.network
         self._residual = Residual([situation], policy.base, Guard())
-        self._mean, self._scale, self._clip = np.array(net.mean), np.array(net.scale), net.clip
-        self._layers = [
-            (np.array(weight).T.copy(), np.array(bias))
-            for weight, bias in zip(net.weights, net.biases, strict=True)
-        ]
+        self._network = Forward(policy.network)
         self._first = True
 
     def decide(self, seen: Observation) -> Decision:
@@ -235,12 +210,8 @@ class _Learned:
         if not self._first:  # the first observation is older than the run; the history has it
             self._residual.update(values)
         self._first = False
-        x = self._residual.view(np.array([seen.now_s]), values)
-        x = np.clip((x - self._mean) / self._scale, -self._clip, self._clip)
-        for weight, bias in self._layers[:-1]:
-            x = np.tanh(x @ weight + bias)
-        weight, bias = self._layers[-1]
-        order, release, limit = self._residual.decide(x @ weight + bias, values)
+        actions = self._network(self._residual.view(np.array([seen.now_s]), values))
+        order, release, limit = self._residual.decide(actions, values)
         return Decision(
             order=int(order[0]), release=int(release[0]), max_batch=int(limit[0]), reason="learned"
         )

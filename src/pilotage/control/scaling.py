@@ -20,6 +20,7 @@ from msgspec import Meta
 from pilotage.control.autopilot import Autopilot
 from pilotage.control.faro import Faro
 from pilotage.control.forecast import LoadTracker
+from pilotage.control.foresight import Anticipate, Foresight
 from pilotage.control.hpa import Hpa
 from pilotage.control.inferline import InferLine
 from pilotage.control.keda import Keda
@@ -201,6 +202,8 @@ Scaling = (
     | SageServe
     | Wva
     | Autopilot
+    | Anticipate
+    | Foresight
 )
 _BY_NAME: dict[str, type[Policy]] = {t.__struct_config__.tag: t for t in Scaling.__args__}
 

@@ -1,0 +1,195 @@
+"""Order up to one level, release down to another: policies that read two levels from the outlook.
+
+With a start-up delay and costs that are proportional to replicas, the best policy orders when what is ordered is below
+one level, releases when it is above another, and leaves alone what lies between (invest, stay put, disinvest: Eberly &
+Van Mieghem, J. Economic Theory 75, 1997). Both levels are mixtures of the reference loads of `control.outlook`, scaled
+and with a margin: they grow with the load, whatever its size, and say which past they trust. The network was trained by
+differentiating what its levels would have cost (`agents.hindsight`); a network of zeros is a cautious rule.
+`Anticipate` reads the same references with a handful of numbers that can be tuned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Final
+
+import numpy as np
+from msgspec import Meta
+
+from pilotage.control.guard import Guard
+from pilotage.control.network import Forward, Network
+from pilotage.control.outlook import INPUTS, REFERENCES, Outlook
+from pilotage.control.policy import INDEX, Controller, Decision, Observation, Policy, Situation
+
+# what the network says, in this order: weights of the references for each level, then scales and margins
+LEVELS: Final = ("order", "keep")
+READOUT: Final = len(LEVELS) * (len(REFERENCES) + 2) + 1
+PRIOR: Final = np.zeros(READOUT)
+for _k in range(len(LEVELS)):  # a network of zeros trusts the last minutes most
+    PRIOR[_k * len(REFERENCES) + REFERENCES.index("highest_5min")] = 2.0
+PRIOR[2 * len(REFERENCES) :] = (0.25, 0.5, 0.25, 0.5, 0.0)
+
+
+def levels(readout: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The levels up to which to order and down to which to release, in replicas; shape (rows,) each.
+
+    `readout` has shape (rows, READOUT), `references` (rows, len(REFERENCES)).
+    """
+    n = len(REFERENCES)
+    z = readout + PRIOR
+    order = _mixed(z[:, :n], references) * np.exp(z[:, 2 * n]) + _softplus(z[:, 2 * n + 1])
+    keep = _mixed(z[:, n : 2 * n], references) * np.exp(z[:, 2 * n + 2]) + _softplus(z[:, 2 * n + 3])
+    return order, np.maximum(order, keep) + _softplus(z[:, 2 * n + 4])
+
+
+def _mixed(logits: np.ndarray, references: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    mixed: np.ndarray = (weights * references).sum(axis=1) / weights.sum(axis=1)
+    return mixed
+
+
+def _softplus(x: np.ndarray) -> np.ndarray:
+    return np.logaddexp(0.0, x)
+
+
+class Levels:
+    """The contract between two levels and the world, for rows of (world, service) pairs.
+
+    `update` takes in a tick's measurements, of shape (rows, len(FEATURES)); `decide` turns the levels into orders that
+    have passed the guard.
+    """
+
+    def __init__(self, situations: Sequence[Situation], policy: Foresight | Anticipate, guard: Guard) -> None:
+        self.outlook = Outlook(situations)
+        self._read = policy.reader()
+        self._guard = guard
+        self.limits = np.array([guard.limits(s) for s in situations])
+
+    def restart(self, row: int, situation: Situation) -> None:
+        """Forgets a row's run; a new one begins."""
+        self.outlook.reset(row, situation)
+
+    def update(self, values: np.ndarray) -> None:
+        """Takes in the measurements of the tick that has passed."""
+        self.outlook.update(values[:, INDEX["arrival_rate"]], values[:, INDEX["arrival_peak"]])
+
+    def wanted(self) -> tuple[np.ndarray, np.ndarray]:
+        """The levels up to which to order and down to which to release, in replicas; shape (rows,) each."""
+        return self._read(*self.outlook.view())
+
+    def decide(
+        self, order_to: np.ndarray, keep_to: np.ndarray, values: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Replicas to order and to release, int64 of shape (rows,) each."""
+        order_to, keep_to = whole(order_to, keep_to)
+        seen = np.nan_to_num(values, nan=0.0)
+        current = sum(seen[:, INDEX[n]] for n in ("replicas_ready", "replicas_starting", "replicas_pending"))
+        order, release = self._guard.clamp(
+            np.maximum(order_to - current, 0), np.maximum(current - keep_to, 0), current, self.limits
+        )
+        return order.astype(np.int64), release.astype(np.int64)
+
+
+def whole(order_to: np.ndarray, keep_to: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both levels in whole replicas, the nearest ones."""
+    order_to = np.ceil(order_to - 0.5)
+    return order_to, np.maximum(np.floor(keep_to + 0.5), order_to)
+
+
+Read = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+class Foresight(Policy, frozen=True, kw_only=True, tag="foresight"):
+    """Two levels that a network mixes from the references; without a network, a cautious rule.
+
+    Both are multiplied by `scale` and raised by `margin` replicas, which adapts a trained network to one service by a
+    search over two numbers.
+    """
+
+    network: Network | None = None
+    scale: Annotated[float, Meta(ge=0.6, le=1.6)] = 1.0
+    margin: Annotated[float, Meta(ge=-0.5, le=1.5)] = 0.0
+
+    def __post_init__(self) -> None:
+        if self.network is not None:
+            self.network.must_map(len(INPUTS), READOUT)
+
+    def reader(self) -> Read:
+        """From references and inputs, of shape (rows, ...), to the levels."""
+        forward = None if self.network is None else Forward(self.network)
+
+        def read(references: np.ndarray, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            readout = np.zeros((len(inputs), READOUT)) if forward is None else forward(inputs)
+            order, keep = levels(readout, references)
+            return self.scale * order + self.margin, self.scale * keep + self.margin
+
+        return read
+
+    def begin(self, situation: Situation) -> Controller:
+        return _Controller(self, situation)
+
+
+class Anticipate(Policy, frozen=True, kw_only=True, tag="anticipate"):
+    """The tunable rule on the references that `foresight` sees: staffing for the largest of what may come.
+
+    The load L is the largest of the last minute's mean, and of these, each times its weight: the highest of 5 and of 30
+    minutes, the 5-minute trend, what the same minute of earlier quarters, half hours and hours brought on top of the
+    present load, and yesterday's coming minutes at today's level. Orders go up to L + beta sqrt(L) + margin; the least
+    that is kept is the highest load of the last `keep_min` minutes, staffed alike.
+    """
+
+    beta: Annotated[float, Meta(ge=0, le=2)] = 0.6
+    margin: Annotated[float, Meta(ge=0, le=2)] = 0.3
+    five_minutes: Annotated[float, Meta(ge=0, le=1.5)] = 1.0
+    half_hour: Annotated[float, Meta(ge=0, le=1.5)] = 0.0
+    trend: Annotated[float, Meta(ge=0, le=1.5)] = 1.0
+    quarters: Annotated[float, Meta(ge=0, le=1.5)] = 0.0
+    half_hours: Annotated[float, Meta(ge=0, le=1.5)] = 0.5
+    hours: Annotated[float, Meta(ge=0, le=1.5)] = 0.0
+    day: Annotated[float, Meta(ge=0, le=1.5)] = 0.0
+    keep_min: Annotated[float, Meta(ge=1, le=120, extra={"log": True})] = 5.0
+
+    def reader(self) -> Read:
+        """From references and inputs, of shape (rows, ...), to the levels."""
+        at = {name: k for k, name in enumerate(REFERENCES)}
+        windows = np.array([1.0, 5.0, 15.0, 30.0, 60.0, 120.0])
+        kept = f"highest_{windows[int(np.argmin(np.abs(np.log(windows / self.keep_min))))]:g}min"
+        weights = {
+            "highest_5min": self.five_minutes,
+            "highest_30min": self.half_hour,
+            "trend_5min": self.trend,
+            "highest_rise_at_15min_x8": self.quarters,
+            "highest_rise_at_30min_x6": self.half_hours,
+            "highest_rise_at_60min_x6": self.hours,
+            "day_scaled_highest": self.day,
+        }
+        columns, factors = [at["mean_1min"], *(at[n] for n in weights)], np.array([1.0, *weights.values()])
+
+        def staffed(load: np.ndarray) -> np.ndarray:
+            needed: np.ndarray = load + self.beta * np.sqrt(load) + self.margin
+            return needed
+
+        def read(references: np.ndarray, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            order = staffed((references[:, columns] * factors).max(axis=1))
+            return order, np.maximum(order, staffed(references[:, at[kept]]))
+
+        return read
+
+    def begin(self, situation: Situation) -> Controller:
+        return _Controller(self, situation)
+
+
+class _Controller:
+    def __init__(self, policy: Foresight | Anticipate, situation: Situation) -> None:
+        self._levels = Levels([situation], policy, Guard())
+        self._first = True
+
+    def decide(self, seen: Observation) -> Decision:
+        values = seen.values[None, :]
+        if not self._first:  # the first observation is older than the run; the history has it
+            self._levels.update(values)
+        self._first = False
+        order_to, keep_to = self._levels.wanted()
+        order, release = self._levels.decide(order_to, keep_to, values)
+        reason = f"order up to {order_to[0]:.1f}, keep {keep_to[0]:.1f} replicas"
+        return Decision(order=int(order[0]), release=int(release[0]), reason=reason)
