@@ -11,10 +11,9 @@ ratio itself, so that the worst are not forgotten. Prices vary from batch to bat
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -26,10 +25,9 @@ from pilotage.control.network import Network
 from pilotage.control.outlook import INPUTS, REFERENCES, Outlook
 from pilotage.control.policy import INDEX, measure
 from pilotage.engine import hindsight
-from pilotage.engine.cluster import Cluster, World
+from pilotage.engine.cluster import Cluster, World, recorded
 from pilotage.engine.run import bill
 from pilotage.scenario import Scenario
-from pilotage.world.arrivals import Arrivals, Block, Streams
 from pilotage.world.spec import SpecError
 
 CHUNK = 24  # windows that are simulated at once, which bounds memory
@@ -60,19 +58,6 @@ class Table:
         return len(self.price_usd)
 
 
-class _Recorded:
-    """The arrivals of one window, as a source that is read once for every count of replicas."""
-
-    def __init__(self, times_s: np.ndarray) -> None:
-        self._times_s = times_s
-
-    def begin(self, stream: Streams, start_s: float, end_s: float, data: Path | None) -> Arrivals:
-        return Arrivals(self._blocks(), start_s)
-
-    def _blocks(self) -> Iterator[Block]:
-        yield self._times_s, np.inf
-
-
 def look_back(
     scenario: Scenario, windows: Sequence[World], *, progress: Callable[[int], None] = lambda _: None
 ) -> Table:
@@ -95,11 +80,7 @@ def _look_back(scenario: Scenario, windows: Sequence[World]) -> Table:
     money = service.economics
     cluster = Cluster(scenario, windows, threads=threads)
     seen = Outlook([cluster.situation(w, 0) for w in range(len(windows))])
-    starts_s = cluster.now_s.copy()
-    recorded = [
-        world._replace(start_s=start_s, traffic=(_Recorded(cluster.arrivals(w, 0) + start_s),))  # type: ignore[arg-type]
-        for w, (world, start_s) in enumerate(zip(windows, starts_s, strict=True))
-    ]
+    drawn = recorded(scenario, windows)
     most = min(service.max_replicas, pool.max_nodes if pool.node is None else service.max_replicas)
     counts = np.unique(
         np.round(np.r_[np.arange(9), np.geomspace(10, max(10, most), 8)]).clip(0, most)
@@ -115,7 +96,7 @@ def _look_back(scenario: Scenario, windows: Sequence[World]) -> Table:
             initial_replicas=int(counts[level]), min_replicas=0, max_replicas=max(most, 1)
         )
         cluster = Cluster(
-            scenario.replace(services=(still,), history_h=0.0), [recorded[w] for w in open_], threads=threads
+            scenario.replace(services=(still,), history_h=0.0), [drawn[w] for w in open_], threads=threads
         )
         orders = cluster.no_orders()
         for k in range(scenario.ticks):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -56,7 +57,31 @@ class World(NamedTuple):
 
     seed: int
     start_s: float | None = None
-    traffic: tuple[Traffic, ...] | None = None
+    traffic: tuple[Traffic | Recorded, ...] | None = None
+
+
+class Recorded:
+    """Arrivals that have been drawn, history included, as a source for many runs of the same window."""
+
+    def __init__(self, times_s: np.ndarray) -> None:
+        self._times_s = times_s
+
+    def begin(self, stream: Any, start_s: float, end_s: float, data: Path | None) -> Arrivals:
+        """All of them from `start_s` on; see `world.arrivals.Source.begin`."""
+        return Arrivals(iter([(self._times_s, math.inf)]), start_s)
+
+
+def recorded(scenario: Scenario, worlds: Sequence[World]) -> list[World]:
+    """The same worlds with their traffic drawn once and for all: runs are the same, and need not draw it again."""
+    cluster = Cluster(scenario, worlds)
+    out = []
+    for w, world in enumerate(worlds):
+        sources = []
+        for s in range(len(scenario.services)):
+            source, _, end_s = cluster.traffic(w, s)
+            sources.append(Recorded(source.until(end_s)))
+        out.append(world._replace(start_s=float(cluster.now_s[w]), traffic=tuple(sources)))
+    return out
 
 
 def stream(seed: int, name: str) -> np.random.Generator:
@@ -228,10 +253,18 @@ class Cluster:
 
     def arrivals(self, w: int, s: int) -> np.ndarray:
         """All arrival times of one row's run, in seconds since its start."""
-        start_s = self._start_s[w]
-        source = self._open(w, s, max(0.0, start_s - self.scenario.history_h * 3600))
-        source.until(start_s)
-        return source.until(start_s + self.scenario.ticks * self.scenario.tick_s) - start_s
+        source, _, end_s = self.traffic(w, s)
+        source.until(self._start_s[w])
+        return source.until(end_s) - self._start_s[w]
+
+    def traffic(self, w: int, s: int) -> tuple[Arrivals, float, float]:
+        """The traffic of one row's run from the beginning of its history, with that time and the end of the run."""
+        begin_s = max(0.0, self._start_s[w] - self.scenario.history_h * 3600)
+        return (
+            self._open(w, s, begin_s),
+            begin_s,
+            self._start_s[w] + self.scenario.ticks * self.scenario.tick_s,
+        )
 
     @property
     def now_s(self) -> np.ndarray:

@@ -1,0 +1,79 @@
+"""Tunes the rules that the learned policy must beat: every one with the same windows, trials and seeds.
+
+`tune.py --data DIR --out DIR`: training windows of the judged service, the best of each search chosen on validation
+windows; writes `tuned.json` and `trials.csv`. The rule on the learned policy's own features (`anticipate`) is searched
+with the same number of trials on the same windows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import protocol
+
+from pilotage.agents.tune import choose, run_groups, tune, typical_usd
+from pilotage.control.scaling import describe, parse
+from pilotage.engine.cluster import World, recorded
+from pilotage.results import as_csv, write_whole
+
+RULES = ("anticipate", "predictive", "staffing", "hpa", "ray-serve", "kpa")
+SEEDS, TRIALS = 5, 30
+SHARES = {
+    "train": {"twitter": 4, "functions": 6, "diurnal": 2, "flash": 2, "on-off": 3, "timers": 3},
+    "validate": {"twitter": 4, "functions": 6, "diurnal": 2, "flash": 2, "on-off": 3, "timers": 3},
+}
+
+
+def groups(data: Path, split: str, seed: int) -> list[list[World]]:
+    """Windows of the judged service by family."""
+    scenario = protocol.service(data)
+    found = protocol.windows(scenario, split, np.random.default_rng([seed, len(split)]), SHARES[split])
+    drawn = list(zip((f for f, _ in found), recorded(scenario, [w for _, w in found]), strict=True))
+    return [[w for f, w in drawn if f == family] for family in dict.fromkeys(f for f, _ in drawn)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("results/scaling"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", help="one rule")
+    options = parser.parse_args()
+    seeds, trials = (1, 2) if options.quick else (SEEDS, TRIALS)
+    scenario, work = protocol.service(options.data), options.out / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    train, validate = (groups(options.data, split, options.seed) for split in SHARES)
+    tuned, rows = {}, []
+    for name in RULES if options.only is None else (options.only,):
+        found = []
+        for seed in range(seeds):
+            kept = work / f"tuned-{name}-{trials}-{options.seed}-{seed}.json"
+            if not kept.is_file():
+                began = time.perf_counter()
+                study = tune(parse(name), scenario, train, trials=trials, seed=seed)
+                best = choose(parse(name), study, scenario, validate)
+                usd = typical_usd(run_groups(scenario, validate, best))
+                values = [t.values[0] for t in study.trials]
+                write_whole(kept, json.dumps({"policy": describe(best), "usd": usd, "values": values}))
+                print(f"{name} seed {seed}: {usd:.3f} $, {time.perf_counter() - began:.0f} s", flush=True)
+            found.append(json.loads(kept.read_text()))
+            rows += [
+                {"policy": name, "seed": seed, "trial": k, "usd": f"{usd:.6g}"}
+                for k, usd in enumerate(found[-1]["values"])
+            ]
+        tuned[name] = min(found, key=lambda one: one["usd"])["policy"]
+    if options.only is None:
+        write_whole(options.out / "trials.csv", as_csv(rows))
+        write_whole(
+            options.out / "tuned.json", msgspec.json.format(msgspec.json.encode(tuned)).decode() + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
