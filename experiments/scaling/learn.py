@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import protocol
 
@@ -19,15 +19,14 @@ from pilotage.agents.domain import service_at_random
 from pilotage.agents.hindsight import Settings, Table, joined, look_back, train
 from pilotage.results import as_csv, write_whole
 
-SERVICES = {"train": 44, "validate": 10}
+SERVICES = {"train": 100, "validate": 24}
 
 
 def tables(split: str, data: Path, work: Path, seed: int, services: int) -> Table:
     """What hindsight tells of a split's windows; every fifth service has an hour of history only."""
-    kept = work / f"{split}-{services}-{seed}.pickle"
+    kept = work / f"{split}-{services}-{seed}.npz"
     if kept.is_file():
-        found: Table = pickle.loads(kept.read_bytes())  # written by this program, never by anybody else
-        return found
+        return Table(**np.load(kept))
     rng, parts = np.random.default_rng([seed, len(split)]), []
     judged, began = protocol.service(data), time.perf_counter()
     for k in range(services):
@@ -37,8 +36,8 @@ def tables(split: str, data: Path, work: Path, seed: int, services: int) -> Tabl
         print(f"{split}: service {k + 1}/{services}, {time.perf_counter() - began:.0f} s", flush=True)
     table = joined(parts)
     work.mkdir(parents=True, exist_ok=True)
-    part = kept.with_suffix(".part")
-    part.write_bytes(pickle.dumps(table))
+    part = kept.with_suffix(".part.npz")
+    np.savez(part, **{name: getattr(table, name) for name in Table.__slots__})
     part.replace(kept)
     return table
 
@@ -69,7 +68,7 @@ def main() -> None:
         ]
     write_whole(options.out / "learning.csv", as_csv(rows))
     best, policy = min(found, key=lambda pair: pair[0])
-    write_whole(options.out / "policy.json", policy.encode())
+    write_whole(options.out / "policy.json", msgspec.json.encode(policy).decode())
     print(json.dumps({"validation_over_clairvoyant": best}))
 
 

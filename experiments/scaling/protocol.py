@@ -54,8 +54,8 @@ TRACES = {
 }
 # windows of a family per split
 SHARES = {
-    "train": {"twitter": 3, "functions": 4, "diurnal": 1, "flash": 1, "on-off": 1, "timers": 1},  # for each service
-    "validate": {"twitter": 2, "functions": 3, "diurnal": 1, "flash": 1, "on-off": 1, "timers": 1},
+    "train": {"twitter": 2, "functions": 2, "synthetic": 2},  # for each of many services
+    "validate": {"twitter": 1, "functions": 2, "synthetic": 1},
     "test": {
         "twitter": 8, "functions": 12, "nasa": 8, "servegen": 8, "diurnal": 4, "flash": 4, "on-off": 4, "timers": 4,
     },
@@ -77,11 +77,11 @@ def windows(
         picks = rng.permutation(len(TRACES.get(family, ())))
         for k in range(count):
             replicas = log_uniform(rng, 2, 12)
-            if family in SYNTHETIC:
-                days = (1.1, 5.0)
-                start_s = _start(rng, days)
+            if family in (*SYNTHETIC, "synthetic"):
+                kind = str(rng.choice(SYNTHETIC)) if family == "synthetic" else family
+                start_s = _start(rng, (1.1, 5.0))
                 traffic: Traffic = traffic_at_random(
-                    rng, family, replicas * capacity, start_s + HORIZON_H * HOUR_S + 60
+                    rng, kind, replicas * capacity, start_s + HORIZON_H * HOUR_S + 60
                 )
             elif family == "servegen":
                 start_s = _start(rng, (1.1, 6.5))
@@ -93,7 +93,7 @@ def windows(
                 days = {"train": trace.train, "validate": trace.validate, "test": trace.test}[
                     split
                 ] or trace.test
-                start_s = _start(rng, days)
+                start_s = _busy_start(rng, trace.source, days, data)
                 known = trace.train or (0.0, trace.test[0])
                 busy = busy_rps(trace.source, data, known[0] * DAY_S, known[1] * DAY_S)
                 traffic = sized(trace.source, busy, replicas, capacity)
@@ -104,6 +104,17 @@ def windows(
 def _start(rng: np.random.Generator, days: tuple[float, float]) -> float:
     """A start such that the whole window lies in those days, at a tick."""
     return float(np.round(rng.uniform(days[0] * DAY_S, days[1] * DAY_S - HORIZON_H * HOUR_S) / 60) * 60)
+
+
+def _busy_start(rng: np.random.Generator, source: Counts, days: tuple[float, float], data: Path) -> float:
+    """A start at which there is something to decide: a window that is not all but idle beside the trace's mean."""
+    counts, step_s = source.counts(data), source.interval_s
+    for _ in range(100):
+        start_s = _start(rng, days)
+        lo = int(start_s / step_s)
+        if counts[lo : lo + int(HORIZON_H * HOUR_S / step_s)].mean() > 0.1 * counts.mean():
+            break
+    return start_s
 
 
 @lru_cache(maxsize=1)

@@ -4,8 +4,8 @@ Importing this module registers every shipped scenario as `pilotage/<stem>-v0`.
 
 `ServingEnv` is the single-agent view of a scenario: one agent steers all of its services. `ServingVecEnv`
 steps many worlds in one compiled call, with every (world, service) pair as an environment of its own that
-shares one policy. Both show what `control.learned.Residual` defines, so that what is trained here runs
-unchanged outside.
+shares one policy. Both show what `control.learned` defines for the base that is corrected (`predictive`, unless
+another is given), so that what is trained here runs unchanged outside.
 
 The reward of a tick is minus the dollars spent in it, divided by the price of one node of the service's
 preferred pool for one tick: a reward of -3 is the cost of three nodes. `info["usd"]` itemises it.
@@ -25,7 +25,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from pilotage.control.guard import Guard
-from pilotage.control.learned import ACTIONS, OBSERVATIONS, Residual
+from pilotage.control.learned import Base, contract, corrections
 from pilotage.control.policy import measure
 from pilotage.control.scaling import Predictive
 from pilotage.engine.cluster import Cluster, World
@@ -49,7 +49,7 @@ def reward_scale_usd(scenario: Scenario) -> np.ndarray:
 class ServingVecEnv(VectorEnv):
     """`worlds` independent worlds of a scenario; environment w * services + s is service s of world w.
 
-    Observations have shape (num_envs, len(OBSERVATIONS)), actions (num_envs, len(ACTIONS)), both float32.
+    Observations and actions have a row per environment, float32; `contract(base)` names their columns.
     `windows`, if given, are the runs to draw from at a reset (start and traffic; the seed is drawn anew);
     otherwise a run starts where the scenario says. `base` is the rule that a zero action follows.
     """
@@ -62,7 +62,7 @@ class ServingVecEnv(VectorEnv):
         num_envs: int = 8,
         *,
         windows: Sequence[World] | None = None,
-        base: Predictive | None = None,
+        base: Base | None = None,
         guard: Guard | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         threads: int = 1,
@@ -77,18 +77,19 @@ class ServingVecEnv(VectorEnv):
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.render_mode = render_mode
+        self._base, self._guard = base or Predictive(), guard or Guard()
+        observations, actions = contract(self._base)
         self.single_observation_space = spaces.Box(
-            -OBSERVATION_LIMIT, OBSERVATION_LIMIT, (len(OBSERVATIONS),), np.float32
+            -OBSERVATION_LIMIT, OBSERVATION_LIMIT, (len(observations),), np.float32
         )
-        self.single_action_space = spaces.Box(-1.0, 1.0, (len(ACTIONS),), np.float32)
+        self.single_action_space = spaces.Box(-1.0, 1.0, (len(actions),), np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._windows = list(windows) if windows else [World(0)]
-        self._base, self._guard = base or Predictive(), guard or Guard()
         self._threads = threads
         self._scale_usd = np.tile(reward_scale_usd(self.scenario), self.worlds)
         self._cluster: Cluster | None = None
-        self._seen = np.zeros((num_envs, len(OBSERVATIONS)), np.float32)
+        self._seen = np.zeros((num_envs, len(observations)), np.float32)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -111,12 +112,12 @@ class ServingVecEnv(VectorEnv):
         if self._cluster is None:
             self._cluster = Cluster(self.scenario, fresh, threads=self._threads)
             situations = [self._cluster.situation(w, s) for w in range(self.worlds) for s in range(services)]
-            self._residual = Residual(situations, self._base, self._guard)
+            self._rows = corrections(situations, self._base, self._guard)
         else:
             self._cluster.restart(indices.tolist(), fresh)
             for w in indices:
                 for s in range(services):
-                    self._residual.restart(w * services + s, self._cluster.situation(w, s))
+                    self._rows.restart(w * services + s, self._cluster.situation(w, s))
         self._cluster.active[indices] = True
         rows = (indices[:, None] * services + np.arange(services)).reshape(-1)
         self._seen[rows] = self._view()[rows]
@@ -125,7 +126,7 @@ class ServingVecEnv(VectorEnv):
         cluster = self._cluster
         assert cluster is not None
         self._values = measure(cluster.ticks).reshape(self.num_envs, -1)
-        return self._residual.view(np.repeat(cluster.now_s, len(self.scenario.services)), self._values)
+        return self._rows.view(np.repeat(cluster.now_s, len(self.scenario.services)), self._values)
 
     def step(
         self, actions: np.ndarray
@@ -142,7 +143,7 @@ class ServingVecEnv(VectorEnv):
             )
         orders = cluster.no_orders()
         flat = orders.reshape(-1)
-        order, release, batch = self._residual.decide(np.asarray(actions, np.float64), self._values)
+        order, release, batch = self._rows.decide(np.asarray(actions, np.float64), self._values)
         flat["order"], flat["release"], flat["max_batch"] = order, release, batch
         cluster.advance(orders)
         ended = cluster.active & (np.round(cluster.clock_s / self.scenario.tick_s) >= self.scenario.ticks)
@@ -152,7 +153,7 @@ class ServingVecEnv(VectorEnv):
         usd = bill(cluster.ticks, self.scenario).reshape(self.num_envs, -1)
         usd[np.repeat(resting, services)] = 0.0
         rewards = -usd.sum(axis=1) / self._scale_usd
-        self._residual.update(measure(cluster.ticks).reshape(self.num_envs, -1))
+        self._rows.update(measure(cluster.ticks).reshape(self.num_envs, -1))
         self._seen = self._view()
         truncations = np.repeat(ended, services)
         info: dict[str, Any] = {"usd": usd, "_usd": np.ones(self.num_envs, bool)}
@@ -170,7 +171,7 @@ class ServingVecEnv(VectorEnv):
 class ServingEnv(gymnasium.Env):
     """The single-agent view: one agent steers all services of one world.
 
-    Observations have shape (services * len(OBSERVATIONS),), actions (services * len(ACTIONS),), both float32.
+    Observations and actions are those of all services, one after another, float32; `contract(base)` names them.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  (as Gymnasium declares it)
@@ -181,10 +182,13 @@ class ServingEnv(gymnasium.Env):
         self._worlds = ServingVecEnv(scenario, services, autoreset_mode=AutoresetMode.DISABLED, **options)
         self.scenario = scenario
         self.render_mode = render_mode
+        seen, said = self._worlds.observation_space.shape, self._worlds.action_space.shape
+        assert seen is not None
+        assert said is not None
         self.observation_space = spaces.Box(
-            -OBSERVATION_LIMIT, OBSERVATION_LIMIT, (services * len(OBSERVATIONS),), np.float32
+            -OBSERVATION_LIMIT, OBSERVATION_LIMIT, (int(np.prod(seen)),), np.float32
         )
-        self.action_space = spaces.Box(-1.0, 1.0, (services * len(ACTIONS),), np.float32)
+        self.action_space = spaces.Box(-1.0, 1.0, (int(np.prod(said)),), np.float32)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -196,7 +200,7 @@ class ServingEnv(gymnasium.Env):
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         observations, rewards, _, truncations, info = self._worlds.step(
-            np.asarray(action).reshape(self._worlds.num_envs, len(ACTIONS))
+            np.asarray(action).reshape(self._worlds.num_envs, -1)
         )
         return (
             observations.reshape(-1),

@@ -9,8 +9,10 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
 import pilotage.env
+from pilotage.control.foresight import Anticipate, Foresight
 from pilotage.control.guard import Guard
-from pilotage.control.learned import ACTIONS, OBSERVATIONS, Learned, Network
+from pilotage.control.learned import ACTIONS, Learned, contract
+from pilotage.control.network import Network
 from pilotage.control.scaling import Predictive
 from pilotage.engine.cluster import World
 from pilotage.engine.run import simulate
@@ -133,18 +135,23 @@ def test_a_masked_reset_leaves_the_other_worlds_alone() -> None:
         assert a[0][1].tobytes() != b[0][1].tobytes()
 
 
-def zero_network(bias: float = 0.0) -> Network:
-    n = len(OBSERVATIONS)
+BASES = [Predictive(), Anticipate(), Foresight()]
+
+
+def zero_network(base=BASES[0], bias: float = 0.0) -> Network:
+    observations, actions = contract(base)
+    n = len(observations)
     return Network(
-        mean=(0.0,) * n, scale=(1.0,) * n, clip=10.0, weights=(((0.0,) * n,) * len(ACTIONS),),
-        biases=((bias,) * len(ACTIONS),),
+        mean=(0.0,) * n, scale=(1.0,) * n, clip=10.0, weights=(((0.0,) * n,) * len(actions),),
+        biases=((bias,) * len(actions),),
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("base", BASES, ids=lambda base: base.__struct_config__.tag)
 @pytest.mark.parametrize("scenario", [SHORT, two_services()], ids=["one service", "two services"])
 @pytest.mark.parametrize("bias", [0.0, 0.4, -0.7])
-def test_law_8_the_environment_follows_the_steer_loop(scenario, bias: float) -> None:
-    env = ServingVecEnv(scenario, len(scenario.services), autoreset_mode="Disabled")
+def test_law_8_the_environment_follows_the_steer_loop(scenario, bias: float, base) -> None:
+    env = ServingVecEnv(scenario, len(scenario.services), base=base, autoreset_mode="Disabled")
     env.reset(seed=11)
     world = env.unwrapped._cluster.worlds[0]
     rewards, usd = [], []
@@ -152,7 +159,7 @@ def test_law_8_the_environment_follows_the_steer_loop(scenario, bias: float) -> 
         _, reward, _, _, info = env.step(np.full(env.action_space.shape, bias))
         rewards.append(reward)
         usd.append(info["usd"])
-    policy = Learned(base=Predictive(), network=zero_network(bias))
+    policy = Learned(base=base, network=zero_network(base, bias))
     run = simulate(scenario, [policy], [World(world.seed)], guard=Guard())[0]
     np.testing.assert_allclose(np.sum(usd, axis=0), run.usd, rtol=1e-9, atol=1e-9)
     # sum(parts) == reward, every step, exactly
@@ -160,16 +167,16 @@ def test_law_8_the_environment_follows_the_steer_loop(scenario, bias: float) -> 
         np.testing.assert_array_equal(reward, -items.sum(axis=1) / reward_scale_usd(scenario))
 
 
-def test_a_zero_action_is_the_rule_itself() -> None:
-    rule = Predictive()
-    silent = Learned(base=rule, network=zero_network())
+@pytest.mark.parametrize("rule", BASES, ids=lambda base: base.__struct_config__.tag)
+def test_a_zero_action_is_the_rule_itself(rule) -> None:
+    silent = Learned(base=rule, network=zero_network(rule))
     runs = simulate(SHORT, [rule, silent], [World(1), World(1)], guard=Guard())
     np.testing.assert_array_equal(runs[0].usd, runs[1].usd)
     assert runs[0].totals.tobytes() == runs[1].totals.tobytes()
 
 
 def test_a_learned_policy_survives_the_disk(tmp_path) -> None:
-    policy = Learned(base=Predictive(), network=zero_network(0.123456789))
+    policy = Learned(base=Predictive(), network=zero_network(bias=0.123456789))
     policy.save(tmp_path)
     assert Learned.load(tmp_path) == policy
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from pilotage.control.forecast import LoadTracker
 from pilotage.control.guard import Guard
-from pilotage.control.learned import OBSERVATIONS, Learned, Network, policy_from
+from pilotage.control.learned import OBSERVATIONS, Learned, policy_from
+from pilotage.control.network import Network
 from pilotage.control.policy import FEATURES, INDEX, Decision, Observation, Situation
 from pilotage.control.scaling import (
     Anticipate,

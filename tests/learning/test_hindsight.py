@@ -51,7 +51,7 @@ def test_costs_by_hand() -> None:
     assert cost(0, 0, 1, 1) == 12  # too late for tick 2
     assert cost(0, 1, 1, 1) == 3
     assert cost(0, 0.5, 0.5, 0.5) == 1.5 + 10  # half of a replica misses half
-    assert hindsight.least(missed, price, lead)[0] == 3
+    assert hindsight.least(missed, price, lead, np.zeros(1, np.int64))[0] == 3
 
 
 def test_the_least_cost_is_that_of_the_best_plan() -> None:
@@ -62,7 +62,7 @@ def test_the_least_cost_is_that_of_the_best_plan() -> None:
         plans = [np.array([p], float) for p in itertools.product(range(3), repeat=5)]
         costs = [follow(p, p, missed, p[:, 0], price, lead)[0][0] for p in plans]
         # plans that begin ready: both start for nothing
-        assert hindsight.least(missed, price, lead)[0] == pytest.approx(min(costs))
+        assert hindsight.least(missed, price, lead, np.zeros(1, np.int64))[0] == pytest.approx(min(costs))
 
 
 def test_the_derivative_is_the_quotient_of_differences() -> None:

@@ -42,7 +42,7 @@ def service_at_random(rng: np.random.Generator, shape: Scenario) -> Scenario:
     """
     service, pool = shape.services[0], shape.pools[0]
     variant = service.variants[0]
-    capacity_rps = log_uniform(rng, 4, 100)  # at full batches
+    capacity_rps = log_uniform(rng, 4, 60)  # at full batches
     max_batch = int(rng.choice([n for n in (1, 4, 8, 16, 32) if n <= 2 * capacity_rps]))
     full_s = max_batch / capacity_rps
     fixed = float(rng.uniform(0.1, 0.9)) if max_batch > 1 else 1.0

@@ -120,7 +120,7 @@ def _look_back(scenario: Scenario, windows: Sequence[World]) -> Table:
         inputs=inputs,
         price_usd=one * pool.price_usd_per_hour * scenario.tick_s / 3600,
         lead=seen.lead,
-        low=one * service.min_replicas,
+        low=np.full(len(windows), service.min_replicas),
         high=one * most,
         start=one * service.initial_replicas,
     )
@@ -281,7 +281,7 @@ def _loss(
     start = order.detach().numpy()[:, 0] + rng.integers(-1, 4, len(chosen))
     start = np.clip(start, table.low[chosen], table.high[chosen])
     cost = _Cost.apply(order, keep, missed_usd, start, price_usd, lead)
-    floor = hindsight.least(missed_usd, price_usd, lead) + 0.05 * price_usd * length
+    floor = hindsight.least(missed_usd, price_usd, lead, table.low[chosen]) + 0.05 * price_usd * length
     ratio = cost / torch.from_numpy(floor)
     return (torch.log(ratio) + settings.tail * ratio).mean()
 
@@ -310,7 +310,7 @@ def ratios(reader: Reader, table: Table) -> np.ndarray:
         why, least_at = np.zeros(held.shape, np.int8), np.zeros(held.shape, np.int64)
         run = (table.missed_usd[chosen], table.start[chosen], table.price_usd[chosen], table.lead[chosen])
         cost = hindsight.follow(order_to, keep_to, *run, held, why, least_at)
-        out.append(cost / hindsight.least(run[0], run[2], run[3]))
+        out.append(cost / hindsight.least(run[0], run[2], run[3], table.low[chosen]))
     reader.train()
     return np.concatenate(out)
 

@@ -1,9 +1,10 @@
 """Learning a policy with stable-baselines3.
 
-PPO (Schulman et al. 2017) on `ServingVecEnv`: the network corrects a rule (see `control.learned`), its last
-layer starts at zero, so that training starts from the rule and the untrained policy is already in the running.
+PPO (Schulman et al. 2017) on `ServingVecEnv`: the network corrects a base (see `control.learned`), its last
+layer starts at zero, so that training starts from the base and the untrained policy is already in the running.
 Every so often the policy is judged on validation traffic, noise off, and the best one is kept: what comes out
-is never worse there than the rule it started from.
+is never worse there than the base it started from. With a `foresight` policy as base, this is the fine-tuning in the
+engine itself, queues and noise included, of what was learned from hindsight.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 from pilotage.agents.tune import run_groups, typical_usd
-from pilotage.control.learned import Learned, Network
-from pilotage.control.scaling import Predictive
+from pilotage.control.learned import Base, Learned
+from pilotage.control.network import Network
 from pilotage.engine.cluster import World
 from pilotage.env import ServingVecEnv
 from pilotage.scenario import Scenario
@@ -100,7 +101,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 def train(
     scenario: Scenario,
-    base: Predictive,
+    base: Base,
     windows: Sequence[World],
     validation: Sequence[Sequence[World]],
     settings: Settings,
@@ -180,7 +181,7 @@ class _Judge(BaseCallback):
     def __init__(
         self,
         scenario: Scenario,
-        base: Predictive,
+        base: Base,
         validation: Sequence[Sequence[World]],
         settings: Settings,
         folder: Path,

@@ -75,7 +75,12 @@ class Levels:
 
     def wanted(self) -> tuple[np.ndarray, np.ndarray]:
         """The levels up to which to order and down to which to release, in replicas; shape (rows,) each."""
-        return self._read(*self.outlook.view())
+        return self.wanted_from()[:2]
+
+    def wanted_from(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same, with the inputs that they were read from, of shape (rows, len(INPUTS))."""
+        references, inputs = self.outlook.view()
+        return *self._read(references, inputs), inputs
 
     def decide(
         self, order_to: np.ndarray, keep_to: np.ndarray, values: np.ndarray

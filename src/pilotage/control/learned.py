@@ -1,10 +1,11 @@
 """Learned policies, run with NumPy alone: what a network sees, what its outputs mean, and the network.
 
-A learned policy corrects a rule. The rule is `predictive`: it forecasts the load at the end of the start-up
-delay and says how many replicas that needs. The network sees the situation in units that do not depend on the
-service (loads in replicas, times relative to the objective) and answers with three numbers in [-1, 1]; all
-zeros is the rule itself, so that an untrained policy is already sensible. `Residual` holds this contract for
-any number of rows at once: the training environment runs thousands, a controller runs one.
+A learned policy corrects another one, its base. The network sees the situation in units that do not depend on the
+service (loads in replicas, times relative to the objective) and answers with three numbers in [-1, 1]; all zeros is the
+base itself, so that an untrained policy is already sensible. The base is `predictive`, which forecasts the load at the
+end of the start-up delay and says how many replicas that needs, or one of the policies of `control.foresight`, with two
+levels and their outlook. `corrections` gives the contract for any number of rows at once: the training environment runs
+thousands, a controller runs one.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ import msgspec
 import numpy as np
 
 from pilotage.control.forecast import LoadTracker
+from pilotage.control.foresight import Anticipate, Foresight, Levels
 from pilotage.control.guard import Guard
 from pilotage.control.network import Forward, Network
+from pilotage.control.outlook import INPUTS
 from pilotage.control.policy import INDEX, Controller, Decision, Observation, Policy, Situation
 from pilotage.control.scaling import Predictive, parse
 from pilotage.world.spec import SpecError, decode
 
-# what the three outputs do, each in [-1, 1]:
+# what the three outputs do to `predictive`, each in [-1, 1]:
 #   headroom  scales the rule's need by 1 +- HEADROOM and shifts it by +- 1 replica
 #   batch     below 0 lowers the batch limit, down to an eighth of the largest batch; above 0 keeps it
 #   patience  multiplies the rule's scale-down delay by PATIENCE**patience
@@ -71,6 +74,8 @@ class Residual:
     `update` takes in a tick's measurements, `view` shows what the network sees, and `decide` turns its outputs
     into orders that have passed the guard. Measurements have shape (rows, len(FEATURES)).
     """
+
+    observations, actions = OBSERVATIONS, ACTIONS
 
     def __init__(self, situations: Sequence[Situation], base: Predictive, guard: Guard) -> None:
         self.base, self.guard = base, guard
@@ -162,18 +167,128 @@ class Residual:
         order, release = self.guard.clamp(
             np.maximum(target - current, 0), np.maximum(current - target, 0), current, self.limits
         )
-        limit = np.maximum(1, np.round(self._max_batch * 2.0 ** (3 * np.minimum(batch, 0))))
-        return order.astype(np.int64), release.astype(np.int64), limit.astype(np.int64)
+        return order.astype(np.int64), release.astype(np.int64), batch_limit(batch, self._max_batch)
+
+
+# what a correction of two levels sees besides their inputs, and what its outputs do: the levels are scaled by
+# 1 +- LEVEL_HEADROOM and shifted by +- half a replica, the batch limit is as above
+LEVEL_STATE: Final = (
+    "order_level",  # relative to the present load
+    "keep_level",
+    "replicas",  # ordered and not released, relative
+    "ready",
+    "draining_share",
+    "queue",
+    "utilization",
+    "latency",
+    "missed",
+    "batch",
+)
+LEVEL_OBSERVATIONS: Final = (*INPUTS, *LEVEL_STATE)
+LEVEL_ACTIONS: Final = ("order", "keep", "batch")
+LEVEL_HEADROOM: Final = 0.3
+
+
+class LevelCorrection:
+    """What `Residual` is to `predictive`, for policies of two levels."""
+
+    observations, actions = LEVEL_OBSERVATIONS, LEVEL_ACTIONS
+
+    def __init__(self, situations: Sequence[Situation], base: Foresight | Anticipate, guard: Guard) -> None:
+        self._levels = Levels(situations, base, guard)
+        self._capacity = np.array([s.capacity_rps() for s in situations])
+        self._slo_s = np.array([s.service.slo_s for s in situations])
+        self._max_batch = np.array([s.service.server.max_batch for s in situations])
+        self._known: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+
+    @property
+    def _now(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Both levels and their inputs, read once a tick."""
+        if self._known is None:
+            self._known = self._levels.wanted_from()
+        return self._known
+
+    def restart(self, row: int, situation: Situation) -> None:
+        """Forgets a row's run; a new one begins."""
+        self._levels.restart(row, situation)
+        self._known = None
+
+    def update(self, values: np.ndarray) -> None:
+        """Takes in the measurements of the tick that has passed."""
+        self._levels.update(values)
+        self._known = None
+
+    def view(self, now_s: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """What the network sees, float32 of shape (rows, len(LEVEL_OBSERVATIONS)). Changes nothing."""
+        known = np.nan_to_num(values, nan=0.0)
+        seen = {name: known[:, k] for name, k in INDEX.items()}
+        ordered = seen["replicas_ready"] + seen["replicas_starting"] + seen["replicas_pending"]
+        order_to, keep_to, inputs = self._now
+        scale = inputs[:, INPUTS.index("scale")]
+        served_rps = np.maximum(seen["replicas_ready"], 1) * self._capacity
+        late = np.where(
+            seen["latency_p95"] > 0, np.log(np.maximum(seen["latency_p95"], 1e-6) / self._slo_s), 0
+        )
+        missed = np.where(
+            np.isnan(values[:, INDEX["attainment"]]), 0.0, np.clip(1 - seen["attainment"], 0, 1)
+        )
+        columns = {
+            "order_level": np.log1p(order_to) - scale,
+            "keep_level": np.log1p(keep_to) - scale,
+            "replicas": np.log1p(ordered) - scale,
+            "ready": np.log1p(seen["replicas_ready"]) - scale,
+            "draining_share": seen["replicas_draining"] / np.maximum(ordered, 1),
+            "queue": np.log1p(seen["queue_length"] / (served_rps * self._slo_s)),
+            "utilization": seen["utilization"],
+            "latency": late,
+            "missed": np.sqrt(missed),
+            "batch": seen["batch_size"] / self._max_batch,
+        }
+        state = np.stack([columns[name] for name in LEVEL_STATE], axis=1)
+        return np.clip(np.concatenate([inputs, state], axis=1), -20, 20).astype(np.float32)
+
+    def decide(self, actions: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Replicas to order, replicas to release and the batch limit, int64 of shape (rows,) each."""
+        up, down, batch = np.clip(np.nan_to_num(actions), -1, 1).T
+        order_to, keep_to, _ = self._now
+        order, release = self._levels.decide(
+            np.maximum(order_to * (1 + LEVEL_HEADROOM * up) + 0.5 * up, 0),
+            np.maximum(keep_to * (1 + LEVEL_HEADROOM * down) + 0.5 * down, 0),
+            values,
+        )
+        return order, release, batch_limit(batch, self._max_batch)
+
+
+def batch_limit(action: np.ndarray, max_batch: np.ndarray) -> np.ndarray:
+    """Below 0 an action lowers the batch limit, down to an eighth of the largest batch; above 0 it keeps it."""
+    return np.maximum(1, np.round(max_batch * 2.0 ** (3 * np.minimum(action, 0)))).astype(np.int64)
+
+
+Base = Predictive | Anticipate | Foresight
+
+
+def corrections(situations: Sequence[Situation], base: Base, guard: Guard) -> Residual | LevelCorrection:
+    """The contract between a network and the world, for a base."""
+    if isinstance(base, Predictive):
+        return Residual(situations, base, guard)
+    return LevelCorrection(situations, base, guard)
+
+
+def contract(base: Base) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of what a network sees, and of what it says, if it corrects a base."""
+    kind = Residual if isinstance(base, Predictive) else LevelCorrection
+    return kind.observations, kind.actions
 
 
 class Learned(Policy, frozen=True, kw_only=True, tag="learned"):
-    """A network's correction of a rule. A training folder holds it as `policy.json`."""
+    """A network's correction of another policy. A training folder holds it as `policy.json`."""
 
-    base: Predictive
+    base: Base
     network: Network
 
     def __post_init__(self) -> None:
-        self.network.must_map(len(OBSERVATIONS), len(ACTIONS))
+        observations, actions = contract(self.base)
+        self.network.must_map(len(observations), len(actions))
 
     def begin(self, situation: Situation) -> Controller:
         return _Learned(self, situation)
@@ -201,17 +316,17 @@ class Learned(Policy, frozen=True, kw_only=True, tag="learned"):
 
 class _Learned:
     def __init__(self, policy: Learned, situation: Situation) -> None:
-        self._residual = Residual([situation], policy.base, Guard())
+        self._rows = corrections([situation], policy.base, Guard())
         self._network = Forward(policy.network)
         self._first = True
 
     def decide(self, seen: Observation) -> Decision:
         values = seen.values[None, :]
         if not self._first:  # the first observation is older than the run; the history has it
-            self._residual.update(values)
+            self._rows.update(values)
         self._first = False
-        actions = self._network(self._residual.view(np.array([seen.now_s]), values))
-        order, release, limit = self._residual.decide(actions, values)
+        actions = self._network(self._rows.view(np.array([seen.now_s]), values))
+        order, release, limit = self._rows.decide(actions, values)
         return Decision(
             order=int(order[0]), release=int(release[0]), max_batch=int(limit[0]), reason="learned"
         )

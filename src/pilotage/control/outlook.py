@@ -17,8 +17,8 @@ import numpy as np
 from pilotage.control.policy import Situation
 
 _DAY_S: Final = 86400.0
-_RECENT_S: Final = (60.0, 300.0, 900.0, 1800.0, 3600.0, 7200.0)
-_MEAN_S: Final = (60.0, 300.0, 900.0, 3600.0)
+_RECENT_S: Final = (60.0, 300.0, 900.0, 1800.0, 3600.0, 7200.0, 21600.0, 86400.0)
+_MEAN_S: Final = (60.0, 300.0, 900.0, 3600.0, 86400.0)
 _BUSY_S: Final = (60.0, 300.0, 1800.0)
 _TREND_S: Final = (300.0, 900.0)
 # (minutes of a period, how many of them back): what is scheduled comes again at the same minute
@@ -55,6 +55,7 @@ _CONTEXT: Final = (
     "stake",  # log of what a replica's worth of requests costs if missed, relative to the replica
     "grain",  # log of the requests that one replica serves in a tick
     "patience",  # log of the objective relative to a full batch
+    "usable",  # log of the share of its capacity that a replica can use within the objective
 )
 # what a network sees: every reference relative to the present load, and the context
 INPUTS: Final = (*REFERENCES, *_CONTEXT)
@@ -122,6 +123,16 @@ class LoadHistory:
     def _over(self, sums: np.ndarray, ago: np.ndarray, length: np.ndarray) -> np.ndarray:
         end = self._clock - 1 - ago
         return (sums[end % self._size, self._rows] - sums[(end - length) % self._size, self._rows]) / length
+
+
+def _usable(s: Situation) -> float:
+    """The share of a replica's capacity that is left if a request may wait for one batch and be in the next."""
+    times_s = s.batch_times_s()
+    sizes = np.arange(1, len(times_s) + 1)
+    fits = 2 * times_s <= s.service.slo_s
+    rates = sizes / times_s
+    best = rates[fits].max() if fits.any() else rates[0] * min(1.0, s.service.slo_s / (2 * times_s[0]))
+    return max(float(best / rates.max()), 1e-3)
 
 
 class Outlook:
@@ -196,6 +207,7 @@ class Outlook:
             np.clip(stake, 1e-3, 1e6),
             capacity_rps * s.tick_s,
             max(s.service.slo_s / float(s.batch_times_s()[-1]), 1e-3),
+            _usable(s),
         ])  # fmt: skip
 
     def reset(self, row: int, situation: Situation) -> None:

@@ -67,8 +67,8 @@ def trace_back(weight, missed_usd, price_usd, held, why, least_at, by_order, by_
 
 
 @compiled
-def least(missed_usd, price_usd, lead):
-    """The least cost of any sequence of whole replicas known beforehand; shape (runs,)."""
+def least(missed_usd, price_usd, lead, low):
+    """The least cost of any sequence of at least `low` whole replicas known beforehand; shape (runs,)."""
     runs, ticks, levels = missed_usd.shape
     out = np.empty(runs)
     value, fresh = np.empty(levels), np.empty(levels)
@@ -77,15 +77,15 @@ def least(missed_usd, price_usd, lead):
         value[:] = 0.0
         for k in range(ticks - 1, -1, -1):
             # from n now to any level afterwards: down for nothing, up for the time it takes to start
-            low = np.inf
-            for n in range(levels):
-                low = min(low, value[n])
-                fresh[n] = low
-            low = np.inf
-            for n in range(levels - 1, -1, -1):
-                low = min(low, value[n] + step * n)
-                fresh[n] = min(fresh[n], low - step * n)
-            for n in range(levels):
+            best = np.inf
+            for n in range(low[r], levels):
+                best = min(best, value[n])
+                fresh[n] = best
+            best = np.inf
+            for n in range(levels - 1, low[r] - 1, -1):
+                best = min(best, value[n] + step * n)
+                fresh[n] = min(fresh[n], best - step * n)
+            for n in range(low[r], levels):
                 value[n] = fresh[n] + missed_usd[r, k, n] + price_usd[r] * n
-        out[r] = value.min()
+        out[r] = value[low[r] :].min()
     return out
