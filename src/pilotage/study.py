@@ -24,7 +24,7 @@ from pilotage.agents.bound import bound
 from pilotage.agents.train import Settings, train
 from pilotage.agents.tune import choose, tune
 from pilotage.control.guard import Guard
-from pilotage.control.learned import Learned, policy_from
+from pilotage.control.learned import Learned, policy_from, trained
 from pilotage.control.policy import Policy
 from pilotage.control.scaling import Predictive, describe
 from pilotage.engine.cluster import World
@@ -271,7 +271,8 @@ def _training(
     key = _key("train", scenario.digest(), describe(base), settings, windows, groups["validate"])
     training, complete = work / key, work / f"{key}.complete"
     if complete.is_file():
-        learned = Learned.load(training)
+        learned = trained(training)
+        assert isinstance(learned, Learned)
     else:
         learned = train(
             scenario,

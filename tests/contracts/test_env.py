@@ -11,7 +11,7 @@ from gymnasium.vector import AutoresetMode
 import pilotage.env
 from pilotage.control.foresight import Anticipate, Foresight
 from pilotage.control.guard import Guard
-from pilotage.control.learned import ACTIONS, Learned, contract
+from pilotage.control.learned import ACTIONS, Learned, contract, trained
 from pilotage.control.network import Network
 from pilotage.control.scaling import Predictive
 from pilotage.engine.cluster import World
@@ -178,7 +178,7 @@ def test_a_zero_action_is_the_rule_itself(rule) -> None:
 def test_a_learned_policy_survives_the_disk(tmp_path) -> None:
     policy = Learned(base=Predictive(), network=zero_network(bias=0.123456789))
     policy.save(tmp_path)
-    assert Learned.load(tmp_path) == policy
+    assert trained(tmp_path) == policy
 
 
 def test_num_envs_must_fit_the_services() -> None:

@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 from pilotage.agents.tune import run_groups, typical_usd
-from pilotage.control.learned import Base, Learned
+from pilotage.control.learned import Base, Learned, trained
 from pilotage.control.network import Network
 from pilotage.engine.cluster import World
 from pilotage.env import ServingVecEnv
@@ -159,7 +159,9 @@ def train(
         model.learn(left, callback=judge, reset_num_timesteps=model.num_timesteps == 0, log_interval=10)
     judge.evaluate()
     env.close()
-    return Learned.load(folder)
+    learned = trained(folder)
+    assert isinstance(learned, Learned)
+    return learned
 
 
 def network(model: PPO, env: VecNormalize) -> Network:

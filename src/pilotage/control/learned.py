@@ -300,19 +300,6 @@ class Learned(Policy, frozen=True, kw_only=True, tag="learned"):
         part.write_bytes(msgspec.json.encode(self))
         part.replace(folder / "policy.json")
 
-    @staticmethod
-    def load(folder: Path) -> Learned:
-        path = folder / "policy.json"
-        try:
-            raw = json.loads(path.read_text())
-        except OSError as error:
-            raise SpecError(
-                f"{path}: cannot be read: {error.strerror}; give the folder of a training"
-            ) from None
-        except ValueError as error:
-            raise SpecError(f"{path}: not valid JSON: {error}") from None
-        return decode(raw, Learned, str(path))
-
 
 class _Learned:
     def __init__(self, policy: Learned, situation: Situation) -> None:
@@ -332,8 +319,29 @@ class _Learned:
         )
 
 
+SHIPPED: Final = "pilot"  # the policy that comes with the package; `experiments/scaling/learn.py` trained it
+
+
+def trained(folder: Path) -> Learned | Foresight:
+    """The policy that a training left in a folder: a correction, or what was learned from hindsight."""
+    return _read(folder / "policy.json")
+
+
+def _read(path: Path) -> Learned | Foresight:
+    try:
+        raw = json.loads(path.read_text())
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}; give the folder of a training") from None
+    except ValueError as error:
+        raise SpecError(f"{path}: not valid JSON: {error}") from None
+    found: Learned | Foresight = decode(raw, Learned | Foresight, str(path))  # type: ignore[arg-type]
+    return found
+
+
 def policy_from(text: str) -> Policy:
     """The policy that a command-line argument names: a name, a name with parameters, a file, or a training."""
+    if text == SHIPPED:
+        return _read(Path(__file__).with_name(f"{SHIPPED}.json"))
     if (Path(text) / "policy.json").is_file():
-        return Learned.load(Path(text))
+        return trained(Path(text))
     return parse(text)
