@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -17,6 +20,7 @@ import protocol
 
 from pilotage.agents.domain import service_at_random
 from pilotage.agents.hindsight import Settings, Table, joined, look_back, train
+from pilotage.control.foresight import Foresight
 from pilotage.results import as_csv, write_whole
 
 SERVICES = {"train": 100, "validate": 24}
@@ -42,6 +46,25 @@ def tables(split: str, data: Path, work: Path, seed: int, services: int) -> Tabl
     return table
 
 
+def candidate(
+    data: Path, work: Path, seed: int, services: dict[str, int], epochs: int | None, number: int
+) -> tuple[Foresight, list[float]]:
+    """What one seed learns, kept in `work`."""
+    kept = work / f"candidate-{services['train']}-{seed}-{number}.json"
+    if not kept.is_file():
+        learned, judged = (tables(split, data, work, seed, services[split]) for split in SERVICES)
+        settings = Settings(seed=number)
+        policy, curve = train(
+            learned,
+            judged,
+            settings if epochs is None else msgspec.structs.replace(settings, epochs=epochs),
+            progress=lambda epoch, ratio: print(f"seed {number}: epoch {epoch}, {ratio:.3f}", flush=True),
+        )
+        write_whole(kept, msgspec.json.encode({"policy": policy, "curve": curve}).decode())
+    raw = json.loads(kept.read_text())
+    return msgspec.convert(raw["policy"], Foresight), raw["curve"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
@@ -50,26 +73,23 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
-    work, services = (
-        options.out / "work",
-        {k: v // 10 or 1 for k, v in SERVICES.items()} if options.quick else SERVICES,
-    )
-    learned, judged = (tables(split, options.data, work, options.seed, services[split]) for split in SERVICES)
+    work = options.out / "work"
+    services = {k: v // 10 if options.quick else v for k, v in SERVICES.items()}
+    for split in SERVICES:
+        tables(split, options.data, work, options.seed, services[split])
     rows, found = [], []
-    for seed in range(options.seed, options.seed + options.seeds):
-        settings = Settings(seed=seed, epochs=4 if options.quick else Settings().epochs)
-        policy, curve = train(
-            learned, judged, settings,
-            progress=lambda epoch, ratio, seed=seed: print(f"seed {seed}: epoch {epoch}, {ratio:.3f}", flush=True),
-        )  # fmt: skip
-        found.append((min(curve), policy))
-        rows += [
-            {"seed": seed, "epoch": k, "validation_over_clairvoyant": f"{r:.5g}"} for k, r in enumerate(curve)
-        ]
+    one = partial(candidate, options.data, work, options.seed, services, 4 if options.quick else None)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for number, (policy, curve) in enumerate(pool.map(one, range(options.seeds))):
+            found.append((min(curve), policy))
+            rows += [
+                {"seed": number, "epoch": k, "validation_over_hindsight": f"{ratio:.5g}"}
+                for k, ratio in enumerate(curve)
+            ]
     write_whole(options.out / "learning.csv", as_csv(rows))
     best, policy = min(found, key=lambda pair: pair[0])
     write_whole(options.out / "policy.json", msgspec.json.encode(policy).decode())
-    print(json.dumps({"validation_over_clairvoyant": best}))
+    print(json.dumps({"validation_over_hindsight": best}))
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def joined(tables: Sequence[Table]) -> Table:
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How to train; the defaults are those of the shipped policy."""
 
-    epochs: int = 100
+    epochs: int = 80
     windows_per_batch: int = 32
     learning_rate: float = 2e-3
     weight_decay: float = 1e-3
