@@ -2,7 +2,7 @@
 
 `tune.py --data DIR --out DIR`: training windows of the judged service, the best of each search chosen on validation
 windows; writes `tuned.json` and `trials.csv`. The rule on the learned policy's own features (`anticipate`) is searched
-with the same number of trials on the same windows.
+on what hindsight tells of the same windows, as the learned policy was trained.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import msgspec
 import numpy as np
 import protocol
 
+from pilotage.agents.hindsight import look_back, search
 from pilotage.agents.tune import choose, run_groups, tune, typical_usd
-from pilotage.control.scaling import describe, parse
+from pilotage.control.scaling import Anticipate, describe, parse
 from pilotage.engine.cluster import World, recorded
 from pilotage.results import as_csv, write_whole
 
@@ -56,16 +57,21 @@ def main() -> None:
             kept = work / f"tuned-{name}-{trials}-{options.seed}-{seed}.json"
             if not kept.is_file():
                 began = time.perf_counter()
-                study = tune(parse(name), scenario, train, trials=trials, seed=seed)
-                best = choose(parse(name), study, scenario, validate)
+                policy = parse(name)
+                if isinstance(policy, Anticipate):
+                    table = look_back(scenario, [world for group in train for world in group])
+                    best, values = search(policy, table, trials=trials, seed=seed)
+                else:
+                    study = tune(policy, scenario, train, trials=trials, seed=seed)
+                    best = choose(policy, study, scenario, validate)
+                    values = [t.values[0] for t in study.trials]
                 usd = typical_usd(run_groups(scenario, validate, best))
-                values = [t.values[0] for t in study.trials]
                 write_whole(kept, json.dumps({"policy": describe(best), "usd": usd, "values": values}))
                 print(f"{name} seed {seed}: {usd:.3f} $, {time.perf_counter() - began:.0f} s", flush=True)
             found.append(json.loads(kept.read_text()))
             rows += [
-                {"policy": name, "seed": seed, "trial": k, "usd": f"{usd:.6g}"}
-                for k, usd in enumerate(found[-1]["values"])
+                {"policy": name, "seed": seed, "trial": k, "value": f"{value:.6g}"}
+                for k, value in enumerate(found[-1]["values"])
             ]
         tuned[name] = min(found, key=lambda one: one["usd"])["policy"]
     if options.only is None:

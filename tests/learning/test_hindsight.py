@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pilotage.control.guard import Guard
-from pilotage.control.scaling import Schedule
+from pilotage.control.scaling import Anticipate, Schedule
 from pilotage.engine import hindsight
 from pilotage.engine.cluster import World
 from pilotage.engine.run import simulate
@@ -130,6 +130,21 @@ def test_the_exported_network_says_what_the_trained_one_did() -> None:
     read = training.Foresight(network=reader.network()).reader()
     for one, other in zip(read(table.references[0], table.inputs[0]), expected, strict=True):
         np.testing.assert_allclose(one, other.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_search_on_hindsight_finds_what_costs_least_in_the_engine() -> None:
+    """A wasteful rule is searched: what is found saves as much in runs as hindsight promised, within 10 %."""
+    scenario = QUICK.replace(services=(QUICK.services[0].replace(traffic=Poisson(rate_rps=60.0)),))
+    worlds = [World(k) for k in range(2)]
+    table = training.look_back(scenario, worlds)
+    wasteful = Anticipate(beta=2.0, margin=2.0, five_minutes=1.5)
+    found, ratios = training.search(wasteful, table, trials=40, seed=1)
+    assert ratios[0] == pytest.approx(np.exp(np.log(training.ratios(wasteful, table)).mean()))
+    assert min(ratios) < 0.7 * ratios[0]
+    runs = [simulate(scenario, [policy] * 2, worlds, guard=Guard()) for policy in (wasteful, found)]
+    before, after = (sum(run.total_usd for run in of) for of in runs)
+    promised = training.costs_usd(found, table).sum() / training.costs_usd(wasteful, table).sum()
+    assert after / before == pytest.approx(promised, rel=0.1)
 
 
 def test_training_repeats_itself() -> None:

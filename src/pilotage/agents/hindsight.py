@@ -18,9 +18,11 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import optuna
 import torch
 
-from pilotage.control.foresight import PRIOR, READOUT, Foresight
+from pilotage.agents.tune import candidate_of, space
+from pilotage.control.foresight import PRIOR, READOUT, Anticipate, Foresight, whole
 from pilotage.control.network import Network
 from pilotage.control.outlook import INPUTS, REFERENCES, Outlook
 from pilotage.control.policy import INDEX, measure
@@ -296,27 +298,48 @@ def _bounded(
     return torch.clamp(order, low, high), torch.clamp(keep, low, high)
 
 
-def ratios(reader: Reader, table: Table) -> np.ndarray:
-    """Cost over the clairvoyant's of every window, in whole replicas."""
-    reader.eval()
-    out = []
+def costs_usd(policy: Foresight | Anticipate, table: Table) -> np.ndarray:
+    """What a policy of two levels would have cost in every window, in whole replicas; shape (windows,)."""
+    read, out = policy.reader(), []
     for lo in range(0, len(table), CHUNK):
-        chosen = np.arange(lo, min(lo + CHUNK, len(table)))
-        with torch.no_grad():
-            order, keep = _bounded(reader, table.inputs[chosen], table.references[chosen], table, chosen)
-        order_to = np.ceil(order.numpy() - 0.5)
-        keep_to = np.maximum(np.floor(keep.numpy() + 0.5), order_to)
-        held = np.zeros(order_to.shape)
-        why, least_at = np.zeros(held.shape, np.int8), np.zeros(held.shape, np.int64)
-        run = (table.missed_usd[chosen], table.start[chosen], table.price_usd[chosen], table.lead[chosen])
-        cost = hindsight.follow(order_to, keep_to, *run, held, why, least_at)
-        out.append(cost / hindsight.least(run[0], run[2], run[3], table.low[chosen]))
-    reader.train()
+        part = slice(lo, lo + CHUNK)
+        shape = table.references[part].shape[:2]
+        seen = (x[part].reshape(-1, x.shape[2]) for x in (table.references, table.inputs))
+        low, high = table.low[part, None], table.high[part, None]
+        order_to, keep_to = whole(*(np.clip(x.reshape(shape), low, high) for x in read(*seen)))
+        held, why, least_at = np.zeros(shape), np.zeros(shape, np.int8), np.zeros(shape, np.int64)
+        run = (x[part] for x in (table.missed_usd, table.start, table.price_usd, table.lead))
+        out.append(hindsight.follow(order_to, keep_to, *run, held, why, least_at))
     return np.concatenate(out)
 
 
+def ratios(policy: Foresight | Anticipate, table: Table) -> np.ndarray:
+    """The same over the least cost of any plan that knew the window; shape (windows,)."""
+    least_usd = hindsight.least(table.missed_usd, table.price_usd, table.lead, table.low)
+    return costs_usd(policy, table) / np.maximum(least_usd, 1e-12)
+
+
 def _typical_ratio(reader: Reader, table: Table) -> float:
-    return float(np.exp(np.log(ratios(reader, table)).mean()))
+    return float(np.exp(np.log(ratios(Foresight(network=reader.network()), table)).mean()))
+
+
+def search(
+    policy: Foresight | Anticipate, table: Table, *, trials: int, seed: int = 0
+) -> tuple[Foresight | Anticipate, list[float]]:
+    """The policy with the parameters that would have cost least over the table's windows, by Bayesian optimisation.
+
+    The first trial is the policy as given. Returns it with the geometric mean ratio of every trial.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    distributions = space(policy)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True))
+    study.enqueue_trial({name: getattr(policy, name) for name in distributions})
+    for _ in range(trials):
+        trial = study.ask(distributions)
+        study.tell(trial, float(np.log(ratios(policy.replace(**trial.params), table)).mean()))
+    found = candidate_of(policy, study.best_params)
+    assert isinstance(found, Foresight | Anticipate)
+    return found, [float(np.exp(t.value)) for t in study.trials if t.value is not None]
 
 
 def _load(reader: Reader, network: Network) -> None:
