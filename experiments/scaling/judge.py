@@ -63,14 +63,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/scaling"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument(
+        "--split", choices=("validate", "test"), default="test", help="validation is not counted"
+    )
     options = parser.parse_args()
     started, began = datetime.now(UTC), time.perf_counter()
     scenario = protocol.service(options.data)
-    rng = np.random.default_rng([options.seed, 4])
-    found = protocol.windows(scenario, "test", rng)[:: 8 if options.quick else 1]
+    rng = np.random.default_rng([options.seed, 4 if options.split == "test" else 1004])
+    found = protocol.windows(scenario, options.split, rng, protocol.JUDGED[options.split])
+    found = found[:: 8 if options.quick else 1]
     families = np.array([family for family, _ in found])
     worlds = recorded(scenario, [world for _, world in found])
     tuned = json.loads((options.out / "tuned.json").read_text())
+    test = options.split == "test"
     contenders = {LEARNED: msgspec.json.decode((options.out / "policy.json").read_bytes(), type=Foresight)}
     contenders |= {f"{name} tuned": parse(text) for name, text in tuned.items()}
     contenders |= {name: parse(name) for name in DEFAULTS}
@@ -150,15 +155,20 @@ def main() -> None:
     for line in acceptance:
         print(line)
     options.out.mkdir(parents=True, exist_ok=True)
-    opened = options.out / "opened.csv"
-    before = opened.read_text() if opened.is_file() else "when,windows,seed\n"
-    write_whole(opened, before + f"{started:%Y-%m-%dT%H:%MZ},{len(worlds)},{options.seed}\n")
-    write_whole(options.out / "leaderboard.csv", as_csv(rows))
-    write_whole(options.out / "windows.csv", as_csv(details))
-    write_whole(options.out / "acceptance.csv", as_csv(acceptance))
+    if test:
+        opened = options.out / "opened.csv"
+        before = opened.read_text() if opened.is_file() else "when,windows,seed\n"
+        write_whole(opened, before + f"{started:%Y-%m-%dT%H:%MZ},{len(worlds)},{options.seed}\n")
+    name = "" if test else "validation_"
+    write_whole(options.out / f"{name}leaderboard.csv", as_csv(rows))
+    write_whole(options.out / f"{name}windows.csv", as_csv(details))
+    write_whole(options.out / f"{name}acceptance.csv", as_csv(acceptance))
     facts = provenance("scaling", sys.argv, started, {"judge": round(time.perf_counter() - began, 1)})
-    facts |= {"command": "python experiments/scaling/judge.py --data DATA", "seeds": [options.seed]}
-    write_whole(options.out / "run.json", json.dumps(facts, indent=2) + "\n")
+    facts |= {
+        "command": f"python experiments/scaling/judge.py --data DATA --split {options.split}",
+        "seeds": [options.seed],
+    }
+    write_whole(options.out / f"{name}run.json", json.dumps(facts, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,11 @@ def tables(split: str, data: Path, work: Path, seed: int, services: int) -> Tabl
     for k in range(services):
         scenario = judged if k % 8 == 0 else service_at_random(rng, judged)
         scenario = scenario.replace(history_h=1.0 if k % 5 == 4 else protocol.HISTORY_H)
-        parts.append(look_back(scenario, [w for _, w in protocol.windows(scenario, split, rng)]))
+        parts.append(
+            look_back(
+                scenario, [w for _, w in protocol.windows(scenario, split, rng, protocol.SHARES[split])]
+            )
+        )
         print(f"{split}: service {k + 1}/{services}, {time.perf_counter() - began:.0f} s", flush=True)
     table = joined(parts)
     work.mkdir(parents=True, exist_ok=True)

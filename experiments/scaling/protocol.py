@@ -56,6 +56,10 @@ TRACES = {
 SHARES = {
     "train": {"twitter": 2, "functions": 2, "synthetic": 2},  # for each of many services
     "validate": {"twitter": 1, "functions": 2, "synthetic": 1},
+}
+# windows of the one service that is judged; two families are never seen before test
+JUDGED = {
+    "validate": {"twitter": 6, "functions": 9, "diurnal": 2, "flash": 2, "on-off": 3, "timers": 3},
     "test": {
         "twitter": 8, "functions": 12, "nasa": 8, "servegen": 8, "diurnal": 4, "flash": 4, "on-off": 4, "timers": 4,
     },
@@ -69,11 +73,11 @@ def service(data: Path) -> Scenario:
 
 
 def windows(
-    scenario: Scenario, split: str, rng: np.random.Generator, shares: dict[str, int] | None = None
+    scenario: Scenario, split: str, rng: np.random.Generator, shares: dict[str, int]
 ) -> list[tuple[str, World]]:
     """Windows of a split, by family, sized for a service."""
     capacity, data, out = capacity_rps(scenario), Path(scenario.data or "."), []
-    for family, count in (SHARES[split] if shares is None else shares).items():
+    for family, count in shares.items():
         picks = rng.permutation(len(TRACES.get(family, ())))
         for k in range(count):
             replicas = log_uniform(rng, 2, 12)

@@ -50,6 +50,7 @@ def main() -> None:
     scenario, work = protocol.service(options.data), options.out / "work"
     work.mkdir(parents=True, exist_ok=True)
     train, validate = (groups(options.data, split, options.seed) for split in SHARES)
+    table = look_back(scenario, [world for group in train for world in group])
     tuned, rows = {}, []
     for name in RULES if options.only is None else (options.only,):
         found = []
@@ -59,7 +60,6 @@ def main() -> None:
                 began = time.perf_counter()
                 policy = parse(name)
                 if isinstance(policy, Anticipate):
-                    table = look_back(scenario, [world for group in train for world in group])
                     best, values = search(policy, table, trials=trials, seed=seed)
                 else:
                     study = tune(policy, scenario, train, trials=trials, seed=seed)
