@@ -47,7 +47,7 @@ def write_evaluation(folder: Path, results: Sequence[dict[str, Any]]) -> None:
 def provenance(
     experiment: str, command: Sequence[str], started: datetime, durations_s: dict[str, float]
 ) -> dict[str, Any]:
-    """Where a result comes from: command, commit, versions, machine, durations."""
+    """Where a result comes from: command (of absolute paths, the last part), commit, versions, machine, durations."""
 
     def git(*arguments: str) -> str:
         try:
@@ -65,7 +65,7 @@ def provenance(
     packages = ("pilotage", "numpy", "numba", "gymnasium", "optuna", "stable-baselines3", "torch")
     return {
         "experiment": experiment,
-        "command": "pilotage " + " ".join(command),
+        "command": "pilotage " + " ".join(Path(word).name if Path(word).is_absolute() else word for word in command),
         "commit": git("rev-parse", "HEAD"),
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         "versions": {name: _version(name) for name in packages},
