@@ -214,12 +214,18 @@ class Reader(torch.nn.Module):
     def network(self) -> Network:
         """The same as plain numbers."""
         layers = [*self.hidden, self.out]
+
+        def plain(values: torch.Tensor) -> tuple[float, ...]:
+            return tuple(
+                float(f"{v:.6g}") for v in values.detach().tolist()
+            )  # what float32 holds, and no more
+
         return Network(
-            mean=tuple(self.mean.double().tolist()),
-            scale=tuple(self.scale.double().tolist()),
+            mean=plain(self.mean),
+            scale=plain(self.scale),
             clip=self.clip,
-            weights=tuple(tuple(map(tuple, m.weight.detach().double().tolist())) for m in layers),
-            biases=tuple(tuple(m.bias.detach().double().tolist()) for m in layers),
+            weights=tuple(tuple(map(plain, m.weight)) for m in layers),
+            biases=tuple(plain(m.bias) for m in layers),
         )
 
 

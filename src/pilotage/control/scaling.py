@@ -33,7 +33,7 @@ from pilotage.control.ray_serve import RayServe
 from pilotage.control.sageserve import SageServe
 from pilotage.control.seasonal import PredictiveSeasonal
 from pilotage.control.wva import Wva
-from pilotage.world.spec import Count, Name, SpecError, closest, decode, read_toml
+from pilotage.world.spec import Count, Name, Spec, SpecError, closest, decode, read_toml
 
 _LOG = {"log": True}
 ScaleDownDelay = Annotated[float, Meta(ge=15, le=3600, extra=_LOG)]
@@ -252,8 +252,15 @@ def parse(text: str) -> Policy:
 
 
 def describe(policy: Policy) -> str:
-    """The policy as a command-line argument: its name and the fields that differ from their defaults."""
+    """The policy as a command-line argument: its name and the fields that differ from their defaults.
+
+    Of a field that is a policy or a network of its own only the kind is said, in angle brackets.
+    """
     fields = msgspec.structs.asdict(policy)
     default = {f.name: f.default for f in msgspec.structs.fields(policy)}
-    parts = [f"{k}={v}" for k, v in fields.items() if v != default[k]]
+    parts = [
+        f"{k}=<{type(v).__name__.lower()}>" if isinstance(v, Spec) else f"{k}={v}"
+        for k, v in fields.items()
+        if v != default[k]
+    ]
     return str(policy.__struct_config__.tag) + (":" + ",".join(parts) if parts else "")
