@@ -113,6 +113,7 @@ _names = (
     "relaxation",
     "router",
     "services",
+    "stowing",
     "traffic",
 )
 _sources = [*(Path(__file__).with_name(f"{name}.py") for name in _names), Path(pilotage.metrics.__file__)]
