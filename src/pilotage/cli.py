@@ -33,7 +33,8 @@ Hours = Annotated[float | None, typer.Option("--hours", help="length of the run 
 PlacementRule = Annotated[
     str | None,
     typer.Option(
-        "--placement", help="rule, or placement.json of a training, instead of the scenario's: learned-placement, ..."
+        "--placement",
+        help="rule, or placement.json of a training, instead of the scenario's: learned-placement, ...",
     ),
 ]
 Policies = Annotated[

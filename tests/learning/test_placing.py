@@ -67,7 +67,9 @@ def test_training_repeats_itself_and_is_kept_whole(tmp_path: Path):
 def test_a_fleet_costs_the_same_again_and_its_baseline_is_kubernetes():
     fleet = Fleet(load("steady").replace(horizon_h=0.2), Static(replicas=3), [World(1), World(2)])
     assert fleet.usd(vector({"rent_new": 1.0})) == pytest.approx(fleet.usd(vector({"rent_new": 1.0})))
-    assert fleet.loss(vector({"rent_new": 1.0})) == pytest.approx(0)  # one pool, one replica per node: no choice
+    assert fleet.loss(vector({"rent_new": 1.0})) == pytest.approx(
+        0
+    )  # one pool, one replica per node: no choice
 
 
 # --- what the scores mean -----------------------------------------------------------------------------------
@@ -92,8 +94,10 @@ def test_terms_are_dollars_per_hour_by_hand():
     assert of("rent_share") == 0.5
     assert of("rent_left") == pytest.approx((0.5 + 0.75) / 2)
     assert of("rent_unfilled", unfilled=0.25) == 0.25
-    assert of("rent_amortized", unfilled=0.0) == 0.5  # it takes half of a node that will be full
-    assert of("rent_amortized", unfilled=0.5) == 1.0  # of one that it will have for itself
+    worth = {"worth_usd_per_hour": 0.4, "filled_usd_per_hour": 0.8}
+    assert of("rent_amortized", **worth) == 0.5
+    assert of("rent_wasted", **worth) == pytest.approx(0.2)
+    assert of("rent_above_worth", **worth) == pytest.approx(0.1)
     assert of("stake_slowed", missed_usd_per_hour=12, slowdown=3) == pytest.approx(8)
     assert of("stake_slowing", harm_usd_per_hour=5) == 5
     spot = {"missed_usd_per_hour": 100, "interruptions_per_hour": 0.5, "ready_in_s": 360, "serving": 4}
@@ -110,7 +114,9 @@ def test_another_currency_changes_no_order(factor, weights):
     one = {"missed_usd_per_hour": 7.0, "harm_usd_per_hour": 2.0, "usd_per_hour": 1.5, "slowdown": 2.0}
     score = RULES[RULE](candidate(**one), np.array(weights))
     one |= {name: one[name] * factor for name in one if "usd" in name}
-    assert RULES[RULE](candidate(**one), np.array(weights)) == pytest.approx(factor * score, rel=1e-9, abs=1e-9)
+    assert RULES[RULE](candidate(**one), np.array(weights)) == pytest.approx(
+        factor * score, rel=1e-9, abs=1e-9
+    )
 
 
 def test_pairs_let_the_large_go_first_where_that_saves_a_node():

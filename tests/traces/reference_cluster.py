@@ -368,15 +368,42 @@ class Reference:
         c["room"] = pool.max_nodes - sum(other.pool is pool for other in self.nodes)
         c["failing"] = 0.0 if node else pool.provisioning_failure
         c["missed_usd_per_hour"] = self.stake(run, run.variant, pool)
-        c["slowdown"], slowdown = 1.0, {(i.service, i.neighbour): i.slowdown for i in self.scenario.interference}
+        c["slowdown"], slowdown = (
+            1.0,
+            {(i.service, i.neighbour): i.slowdown for i in self.scenario.interference},
+        )
         for neighbour in node.replicas if node else ():
             pair = run.service.name, neighbour.run.service.name
             c["slowdown"] *= slowdown.get(pair, 1.0)
             lost = self.stake(neighbour.run, neighbour.variant, pool)
             c["harm_usd_per_hour"] += lost * (1 - 1 / slowdown.get(pair[::-1], 1.0))
+        c["worth_usd_per_hour"] = c["filled_usd_per_hour"] = self.worth(run)
         if not is_whole(run, run.variant, pool):
-            c["unfilled"] = self.unfilled(run, pool, zone, [a - b for a, b in zip(c["free"], c["needs"], strict=True)])
+            left = [a - b for a, b in zip(c["free"], c["needs"], strict=True)]
+            for other in self.runs:
+                if self.may_go(other, pool, zone) and other.service.variants[other.variant].resources:
+                    want = needs(other, other.variant, pool)
+                    for _ in range(other.pending - (other is run)):
+                        if all(a <= b + _ROUNDING for a, b in zip(want, left, strict=True)):
+                            left = [b - a for a, b in zip(want, left, strict=True)]
+                            c["filled_usd_per_hour"] += self.worth(other)
+            c["unfilled"] = min(
+                [1.0, *(max(a / b, 0.0) for a, b in zip(left, has(pool), strict=True) if b > 0)]
+            )
         return self.rule(c)
+
+    def worth(self, run: ServiceRun) -> float:
+        """Dollars per hour for the largest share of a node that a replica takes, where that is least."""
+        found = []
+        for pool in self.pools:
+            if pool.name in run.service.pools and (run.variant, pool.name) in run.laws:
+                share, usd = 1.0, pool.price_usd_per_hour
+                if not is_whole(run, run.variant, pool):
+                    both = zip(needs(run, run.variant, pool), has(pool), strict=True)
+                    share = max([0.0, *((a / b if b > 0 else 2.0) for a, b in both if a > 0)])
+                if share <= 1 + _ROUNDING:
+                    found.append(share * usd)
+        return min(found, default=0.0)
 
     def stake(self, run: ServiceRun, variant: int, pool: Pool) -> float:
         """Dollars per hour of requests that one replica would serve in full batches."""
@@ -385,15 +412,6 @@ class Reference:
         batch_s = fixed[n] + each[n] * n
         per_s = n * run.server.batches_in_flight / batch_s if batch_s > 0 else 0.0
         return 3600 * (usd.late_usd + usd.dropped_usd) / 2 * per_s
-
-    def unfilled(self, run: ServiceRun, pool: Pool, zone: str, left: list[float]) -> float:
-        for other in self.runs:
-            if self.may_go(other, pool, zone) and other.service.variants[other.variant].resources:
-                want = needs(other, other.variant, pool)
-                for _ in range(other.pending - (other is run)):
-                    if all(a <= b + _ROUNDING for a, b in zip(want, left, strict=True)):
-                        left = [b - a for a, b in zip(want, left, strict=True)]
-        return min([1.0, *(max(a / b, 0.0) for a, b in zip(left, has(pool), strict=True) if b > 0)])
 
     def settle(self, run: ServiceRun, number: int, node: Node) -> None:
         """Puts a new replica on a node."""

@@ -1,8 +1,8 @@
 """Packing problems and fleets at random: what a placement is trained on that is to work where it has never been.
 
-Ranges are those in which clusters are found: nodes of 4 to 64 cores, a third of the kinds with a GPU; replicas that take
-a tenth to two thirds of a node; spot nodes at a quarter to a half of the price, taken back every two hours to every two
-days; what requests cost that one replica would have served is 3 to 600 times the rent of its part of a node.
+Ranges are those in which clusters are found: nodes of 4 to 64 cores, a third of the kinds with a GPU; replicas that
+take a tenth to two thirds of a node; spot nodes at a quarter to a half of the price, taken back every two hours to
+every two days; what requests cost that one replica would have served is 3 to 600 times the rent of its part of a node.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def node_at_random(rng: np.random.Generator) -> tuple[Resources, float]:
 
 def needs_at_random(rng: np.random.Generator, node: Resources) -> Resources:
     """What a replica takes of a node: one resource more than the others, as they do."""
-    shares = np.minimum(rng.uniform(0.1, 0.67) * rng.uniform(0.3, 1.0, 4) / rng.uniform(0.7, 1.0), 1.0).tolist()
+    shares = np.minimum(
+        rng.uniform(0.1, 0.67) * rng.uniform(0.3, 1.0, 4) / rng.uniform(0.7, 1.0), 1.0
+    ).tolist()
     gpus = max(round(4 * shares[2] * node.gpus), 1) / 4 if node.gpus else 0.0
     return Resources(
         cpu=max(round(shares[0] * node.cpu, 1), 0.1),
@@ -65,33 +67,31 @@ def _pools(rng: np.random.Generator, k: int, whole: bool) -> list[Pool]:
     node, price = node_at_random(rng)
     boot_s, boot_cv = log_uniform(rng, 20, 200), float(rng.uniform(0, 0.3))
     zones = [f"{region}{zone}" for region in ("near-", "far-") for zone in "abc"]
-    common = {
-        "node": None if whole else node,
-        "boot_s": boot_s,
-        "boot_cv": boot_cv,
-        "billing_minimum_s": 60.0,
-        "idle_removal_s": float(rng.choice([0, 60, 120, 600])),
-        "crashes_per_hour": float(rng.choice([0, 0, 0.01])),
-    }
+    base = Pool(
+        name=f"nodes-{k}",
+        price_usd_per_hour=price,
+        node=None if whole else node,
+        boot_s=boot_s,
+        boot_cv=boot_cv,
+        billing_minimum_s=60.0,
+        idle_removal_s=float(rng.choice([0, 60, 120, 600])),
+        crashes_per_hour=float(rng.choice([0, 0, 0.01])),
+        zones=tuple(zones[: int(rng.integers(1, 4))]),
+    )
     found = []
     markets = int(rng.integers(1, 3)) if whole or rng.random() < 0.4 else 0  # else there is nothing to choose
     for m in range(markets):
+        market = Hazard(per_hour=log_uniform(rng, 0.02, 0.6))
         found.append(
-            Pool(
+            base.replace(
                 name=f"spot-{k}-{m}",
                 price_usd_per_hour=price * float(rng.uniform(0.25, 0.55)),
                 provisioning_failure=float(rng.choice([0, 1])) * float(rng.uniform(0.02, 0.35)),
                 zones=tuple(zones[3 * m : 3 * m + int(rng.integers(1, 4))]),
-                spot=Spot(
-                    notice_s=float(rng.choice([0, 30, 120])), market=Hazard(per_hour=log_uniform(rng, 0.02, 0.6))
-                ),
-                **common,
+                spot=Spot(notice_s=float(rng.choice([0, 30, 120])), market=market),
             )
         )
-    found.append(
-        Pool(name=f"nodes-{k}", price_usd_per_hour=price, zones=tuple(zones[: int(rng.integers(1, 4))]), **common)
-    )
-    return found
+    return [*found, base]
 
 
 def fleet_at_random(rng: np.random.Generator, hours: float = 4.0, tick_s: float = 15.0) -> Scenario:
@@ -104,7 +104,9 @@ def fleet_at_random(rng: np.random.Generator, hours: float = 4.0, tick_s: float 
         pools, node = kinds[k], kinds[k][-1].node
         resources = needs_at_random(rng, node) if node else None
         share = max(
-            (n / h for n, h in zip(resources.vector, node.vector, strict=True) if h > 0) if resources and node else [1.0]
+            (n / h for n, h in zip(resources.vector, node.vector, strict=True) if h > 0)
+            if resources and node
+            else [1.0]
         )
         capacity_rps, max_batch = log_uniform(rng, 0.5, 5), int(rng.choice([1, 4, 8]))
         full_s = max_batch / capacity_rps
@@ -113,7 +115,9 @@ def fleet_at_random(rng: np.random.Generator, hours: float = 4.0, tick_s: float 
         stake = log_uniform(rng, 3, 600) * share * pools[-1].price_usd_per_hour / 3600 / capacity_rps
         law = Affine(base_ms=200 * full_s, per_item_ms=800 * full_s / max_batch, noise_cv=0.1)
         listed = [p.name for p in pools]
-        if len(listed) > 1 and rng.random() < 0.3:  # a team that does not want the first market, or prefers on demand
+        if (
+            len(listed) > 1 and rng.random() < 0.3
+        ):  # a team that does not want the first market, or prefers on demand
             listed = listed[1:] if rng.random() < 0.5 else listed[::-1]
         services.append(
             Service(
@@ -123,15 +127,20 @@ def fleet_at_random(rng: np.random.Generator, hours: float = 4.0, tick_s: float 
                 max_replicas=24,
                 initial_replicas=max(1, round(0.8 * replicas)),
                 economics=Economics(late_usd=stake, dropped_usd=stake * float(rng.uniform(1, 3))),
-                server=BatchServer(max_batch=max_batch, batch_wait_ms=5.0, queue_limit=500, request_timeout_s=8 * full_s + 2),
+                server=BatchServer(
+                    max_batch=max_batch, batch_wait_ms=5.0, queue_limit=500, request_timeout_s=8 * full_s + 2
+                ),
                 traffic=traffic_at_random(
-                    rng, str(rng.choice(["diurnal", "diurnal", "flash"])), 1.2 * replicas * capacity_rps, hours * 3600
+                    rng,
+                    str(rng.choice(["diurnal", "diurnal", "flash"])),
+                    1.2 * replicas * capacity_rps,
+                    hours * 3600,
                 ),
                 variants=(
                     Variant(
                         name="only",
                         resources=resources,
-                        latency={name: law for name in listed},
+                        latency=dict.fromkeys(listed, law),
                         image_pull_s=log_uniform(rng, 5, 80),
                         load_s=log_uniform(rng, 2, 40),
                         warm_load_share=0.5,
@@ -141,7 +150,8 @@ def fleet_at_random(rng: np.random.Generator, hours: float = 4.0, tick_s: float 
         )
     room = log_uniform(rng, 0.7, 3)  # below 1, capacity is short at the peaks
     limited = [
-        pool.replace(max_nodes=max(3, int(np.ceil(room * nodes)))) for pools, nodes in zip(kinds, wanted, strict=True)
+        pool.replace(max_nodes=max(3, int(np.ceil(room * nodes))))
+        for pools, nodes in zip(kinds, wanted, strict=True)
         for pool in pools
     ]
     used = {name for service in services for name in service.pools}

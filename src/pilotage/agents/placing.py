@@ -7,10 +7,14 @@ with spot markets, failed orders, neighbours and late requests, it is the logari
 Kubernetes' scores on the same requests. Fleets are driven by orders that a scaling policy gave once, so that a run is
 nothing but compiled code; the policies differ from fleet to fleet.
 
-The search is CMA-ES (Hansen, The CMA Evolution Strategy: A Tutorial, arXiv:1604.00772), with mirrored samples (Brockhoff
-et al., PPSN 2010), each generation on problems of its own, the same for all of its candidates. It starts from a cautious
-rule, in units in which every weight matters about as much. The mean of the search is judged on validation problems every
-so often, and the best is kept.
+The search is CMA-ES (Hansen, The CMA Evolution Strategy: A Tutorial, arXiv:1604.00772), with mirrored samples
+(Brockhoff et al., PPSN 2010), each generation on problems of its own, the same for all of its candidates. It starts
+from a cautious rule, in units in which every weight matters about as much. The mean of the search is judged on validation
+problems every so often, and the best is kept.
+
+It goes in two steps, for the terms fall into two groups. How well replicas fill nodes is learned on packing problems
+alone (`GEOMETRY`); then, with these weights held, what is at stake and on which market, in fleets alone. Each step is
+then free of the other's noise, and what was learned of packing cannot be lost.
 """
 
 from __future__ import annotations
@@ -56,6 +60,10 @@ PRIOR: Final = {
     "stake_zone": 0.0005,
     "stake_node": 0.0005,
 }
+GEOMETRY: Final = (
+    "rent_new", "rent_share", "rent_share_squared", "rent_left", "rent_left_squared", "rent_unfilled",
+    "rent_unfilled_new", "rent_amortized", "rent_wasted", "rent_above_worth", "rent_imbalance", "rent_alone",
+)  # fmt: skip
 UNITS: Final = {
     "stake": 0.003,
     "stake_interrupted": 0.4,
@@ -72,21 +80,20 @@ UNITS: Final = {
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How to train. First on packing problems alone, then on both kinds."""
+    """How to train; `fleet_hours` is the length of a fleet's run."""
 
     instances: int = 300  # packing problems, half of them dynamic
-    fleets: int = 96
+    fleets: int = 72
     validation_instances: int = 120
-    validation_fleets: int = 24
-    generations_packing: int = 150
-    generations: int = 50
-    population: int = 16
-    instances_per_generation: int = 60
+    validation_fleets: int = 32
+    generations_packing: int = 200
+    generations: int = 40
+    population: int = 14
+    instances_per_generation: int = 80
     fleets_per_generation: int = 10
-    fleet_hours: float = 4.0
-    step: float = 0.5
-    step_fleets: float = 0.35  # when fleets join in
-    packing_weight: float = 4.0  # of packing's logarithms beside those of fleets, which are larger
+    fleet_hours: float = 3.0
+    step_packing: float = 1.0
+    step: float = 0.7
     evaluations: int = 10
     seed: int = 0
 
@@ -205,7 +212,10 @@ class Evolution:
         white = self._axes @ ((self._axes.T @ move) / self._lengths)
         self._step_path = (1 - c) * self._step_path + math.sqrt(c * (2 - c) * self._m) * white
         length = float(np.linalg.norm(self._step_path))
-        settled = length / math.sqrt(1 - (1 - c) ** (2 * self._generation)) < (1.4 + 2 / (len(move) + 1)) * self._expected
+        settled = (
+            length / math.sqrt(1 - (1 - c) ** (2 * self._generation))
+            < (1.4 + 2 / (len(move) + 1)) * self._expected
+        )
         c = self._c_path
         self._path = (1 - c) * self._path + settled * math.sqrt(c * (2 - c) * self._m) * move
         kept = 1 - self._c_one - self._c_rank + (not settled) * self._c_one * c * (2 - c)
@@ -232,53 +242,56 @@ def train(
     learn_fleets = fleets(10 * seed + 3, settings.fleets, settings.fleet_hours)
     judged_fleets = fleets(10 * seed + 4, settings.validation_fleets, settings.fleet_hours)
     say(f"{len(learn_fleets) + len(judged_fleets)} fleets")
-    rng, units = np.random.default_rng(seed), vector(UNITS, 1.0)
     curve: list[dict[str, Any]] = []
-    best, best_loss = vector(PRIOR), math.inf
+    units, geometric = vector(UNITS, 1.0), np.isin(TERMS, GEOMETRY)
 
-    def judge(weights: np.ndarray, phase: str, generation: int) -> float:
-        static, dynamic = ([p.loss(weights) for p in judged if p.dynamic == d] for d in (False, True))
-        cost = [fleet.loss(weights) for fleet in judged_fleets]
-        loss = float(np.mean(cost)) + settings.packing_weight * float(np.mean(static) + np.mean(dynamic)) / 2
-        curve.append(
-            {
-                "phase": phase,
-                "generation": generation,
-                "static_over_optimum": math.exp(np.mean(static)),
-                "dynamic_over_optimum": math.exp(np.mean(dynamic)),
-                "fleets_over_kubernetes": math.exp(np.mean(cost)),
-                "loss": loss,
-            }
+    def judge(weights: np.ndarray, step: str, generation: int) -> float:
+        static, dynamic = (
+            float(np.mean([p.loss(weights) for p in judged if p.dynamic == d])) for d in (False, True)
         )
+        cost = float(np.mean(list(pool.map(lambda fleet: fleet.loss(weights), judged_fleets))))
+        figures = {
+            "static_over_optimum": math.exp(static),
+            "dynamic_over_optimum": math.exp(dynamic),
+            "fleets_over_kubernetes": math.exp(cost),
+        }
+        curve.append({"step": step, "generation": generation} | figures)
         say(", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in curve[-1].items()))
-        return loss
+        return static + dynamic if step == "packing" else cost
 
+    def of_packing(asked: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        picked = rng.choice(len(learn), settings.instances_per_generation, replace=False)
+        return np.array([np.mean([learn[k].loss(weights) for k in picked]) for weights in asked])
+
+    def of_fleets(asked: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        picked = rng.choice(len(learn_fleets), settings.fleets_per_generation, replace=False).tolist()
+        losses = pool.map(lambda k: [learn_fleets[k].loss(weights) for weights in asked], picked)
+        return np.mean(list(losses), axis=0)
+
+    rng, best = np.random.default_rng(seed), vector(PRIOR)
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        start = vector(PRIOR) / units
-        for phase, generations in (("packing", settings.generations_packing), ("fleets", settings.generations)):
-            step = settings.step if phase == "packing" else settings.step_fleets
-            search = Evolution(start, step, settings.population, rng)
-            for g in range(generations):
-                picked = [learn[k] for k in rng.choice(len(learn), settings.instances_per_generation, replace=False)]
-                which: Sequence[int] = []
-                if phase == "fleets":
-                    which = rng.choice(len(learn_fleets), settings.fleets_per_generation, replace=False).tolist()
-                candidates = search.ask()
+        for step, free, losses, generations, sigma in (
+            ("packing", geometric, of_packing, settings.generations_packing, settings.step_packing),
+            ("fleets", ~geometric, of_fleets, settings.generations, settings.step),
+        ):
+            held, least = best.copy(), judge(best, step, 0)
 
-                def of_fleet(k: int, asked: np.ndarray = candidates) -> list[float]:
-                    return [learn_fleets[k].loss(x * units) for x in asked]
+            def whole(x: np.ndarray, held: np.ndarray = held, free: np.ndarray = free) -> np.ndarray:
+                weights: np.ndarray = held.copy()
+                weights[free] = x * units[free]
+                return weights
 
-                cost = np.array(list(pool.map(of_fleet, which))).reshape(len(which), len(candidates))
-                losses = np.array([np.mean([p.loss(x * units) for p in picked]) for x in candidates])
-                losses = settings.packing_weight * losses + (cost.mean(axis=0) if len(which) else 0.0)
-                search.tell(losses)
-                due = (g + 1) % max(1, generations // settings.evaluations) == 0 or g == generations - 1
-                if due and (phase == "fleets" or g == generations - 1):
-                    loss = judge(search.mean * units, phase, g + 1)
-                    if loss < best_loss:
-                        best, best_loss = search.mean * units, loss
-            start = search.mean
+            search = Evolution(held[free] / units[free], sigma, settings.population, rng)
+            for g in range(1, generations + 1):
+                search.tell(losses(np.array([whole(x) for x in search.ask()]), rng))
+                if g % max(1, generations // settings.evaluations) == 0 or g == generations:
+                    weights = whole(search.mean)
+                    if (loss := judge(weights, step, g)) < least:
+                        best, least = weights, loss
+            if (
+                step == "packing"
+            ):  # scores have no scale of their own: that of the start, which the units are for
+                best[free] *= np.linalg.norm(vector(PRIOR)[free]) / np.linalg.norm(best[free])
     rounded = tuple(float(f"{x:.5g}") for x in best)
-    kept = min(curve, key=lambda row: row["loss"])
-    figures = {k: float(f"{v:.5g}") for k, v in kept.items() if isinstance(v, float)}
-    return LearnedPlacement(terms=TERMS, weights=rounded, trained=figures | {"seed": float(seed)}), curve
+    figures = {"validation_loss": float(f"{least:.5g}"), "seed": float(seed)}
+    return LearnedPlacement(terms=TERMS, weights=rounded, trained=figures), curve

@@ -26,7 +26,7 @@ class LearnedPlacement(Spec, frozen=True, kw_only=True, tag="learned-placement")
 
     terms: Annotated[tuple[str, ...], Meta(min_length=1)]
     weights: Annotated[tuple[float, ...], Meta(min_length=1)]
-    trained: dict[str, float] = {}
+    trained: dict[str, float] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.terms) != len(self.weights):
@@ -35,13 +35,17 @@ class LearnedPlacement(Spec, frozen=True, kw_only=True, tag="learned-placement")
             )
         for name, weight in zip(self.terms, self.weights, strict=True):
             if self.terms.count(name) > 1 or not math.isfinite(weight):
-                raise SpecError(f"weight {weight} of term {name!r}: give every term once, and a finite number")
+                raise SpecError(
+                    f"weight {weight} of term {name!r}: give every term once, and a finite number"
+                )
 
     def weights_of(self, terms: Sequence[str]) -> tuple[float, ...]:
         """The weights in the order of `terms`. Raises SpecError where the two are not the same terms."""
         for name in self.terms:
             if name not in terms:
-                raise SpecError(f"a learned placement weighs {name!r}, which does not exist; {closest(name, terms)}")
+                raise SpecError(
+                    f"a learned placement weighs {name!r}, which does not exist; {closest(name, terms)}"
+                )
         for name in terms:
             if name not in self.terms:
                 raise SpecError(f"a learned placement has no weight for {name!r}; train it anew")

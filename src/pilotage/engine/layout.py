@@ -180,7 +180,12 @@ CANDIDATE: Final = np.dtype(
         ("missed_usd_per_hour", "f8"),  # what an hour of requests costs that the replica would have served
         ("slowdown", "f8"),  # of its batches, by its neighbours
         ("harm_usd_per_hour", "f8"),  # what the neighbours would have served, but for the slowdown by it
-        ("unfilled", "f8"),  # least free share of the node, with it and all that is pending and fits
+        ("worth_usd_per_hour", "f8"),  # rent of the share that the replica takes where that is cheapest
+        (
+            "filled_usd_per_hour",
+            "f8",
+        ),  # the same of it and of all that is pending and fits on the node besides
+        ("unfilled", "f8"),  # least free share of the node with all of these
     ],
     align=True,
 )

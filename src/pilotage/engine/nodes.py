@@ -443,7 +443,7 @@ def emptiest_zone(f, s, now):
 @compiled
 def assess(f, s, n, p, zone, emptiest, rule, weights, now):
     """The rule's score of node n, or of a new node (n < 0) of pool p in a zone."""
-    c, param, pool = f.candidate[0], f.params[s], f.pools[p]
+    c, pool = f.candidate[0], f.pools[p]
     v = f.rows[s]["variant"]
     variant = f.variants[v]
     whole = variant["whole"] or pool["whole"]
@@ -471,7 +471,10 @@ def assess(f, s, n, p, zone, emptiest, rule, weights, now):
     c["slowdown"], c["harm_usd_per_hour"] = 1.0, 0.0
     if n >= 0 and f.slowdown.shape[0] > 0:
         interfere(f, s, n)
-    c["unfilled"] = unfilled(f, s, p, whole)
+    c["worth_usd_per_hour"] = worth_usd_per_hour(f, s)
+    c["filled_usd_per_hour"], c["unfilled"] = c["worth_usd_per_hour"], 0.0
+    if not whole:
+        fill(f, s, p)
     return rule(c, weights)
 
 
@@ -507,11 +510,27 @@ def interfere(f, s, n):
 
 
 @compiled
-def unfilled(f, s, p, whole):
-    """The least share of the candidate's node that is free with one replica of s and, service by service, all pending
-    ones that may go there and fit."""
-    if whole:
-        return 0.0
+def worth_usd_per_hour(f, s):
+    """The rent of the largest share of a node that a replica of service s takes, in the pool where that is least."""
+    v, least = f.rows[s]["variant"], math.inf
+    variant = f.variants[v]
+    for p in range(f.pools.shape[0]):
+        if f.preference[s, p] >= 0 and f.laws[v, p]["offset"] >= 0:
+            pool, share = f.pools[p], 0.0
+            for j in range(RESOURCE_COUNT):
+                if variant["needs"][j] > 0:
+                    share = max(share, variant["needs"][j] / pool["has"][j] if pool["has"][j] > 0 else 2.0)
+            if variant["whole"] or pool["whole"]:
+                share = 1.0
+            if share <= 1 + _ROUNDING:
+                least = min(least, pool["usd_per_s"] * 3600 * share)
+    return least if least < math.inf else 0.0
+
+
+@compiled
+def fill(f, s, p):
+    """Describes the candidate's node with one replica of s and, service by service, all pending ones that may go there
+    and fit."""
     c = f.candidate[0]
     has, least = c["has"], 1.0
     left_0, left_1 = c["free"][0] - c["needs"][0], c["free"][1] - c["needs"][1]
@@ -521,22 +540,24 @@ def unfilled(f, s, p, whole):
         variant = f.variants[row["variant"]]
         pending = row["pending"] - (other == s)
         if pending > 0 and may_go(f, other, p, c["zone"]) and not variant["whole"]:
-            needs = variant["needs"]
-            for _ in range(pending):
-                if not (
-                    needs[0] <= left_0 + _ROUNDING
-                    and needs[1] <= left_1 + _ROUNDING
-                    and needs[2] <= left_2 + _ROUNDING
-                    and needs[3] <= left_3 + _ROUNDING
-                ):
-                    break
+            needs, count = variant["needs"], 0
+            while (
+                count < pending
+                and needs[0] <= left_0 + _ROUNDING
+                and needs[1] <= left_1 + _ROUNDING
+                and needs[2] <= left_2 + _ROUNDING
+                and needs[3] <= left_3 + _ROUNDING
+            ):
                 left_0, left_1 = left_0 - needs[0], left_1 - needs[1]
                 left_2, left_3 = left_2 - needs[2], left_3 - needs[3]
+                count += 1
+            if count > 0:
+                c["filled_usd_per_hour"] += count * worth_usd_per_hour(f, other)
     lefts = (left_0, left_1, left_2, left_3)
     for j in range(RESOURCE_COUNT):
         if has[j] > 0:
             least = min(least, max(lefts[j] / has[j], 0.0))
-    return least
+    c["unfilled"] = least
 
 
 @compiled

@@ -88,8 +88,10 @@ def _share(amount: float, whole: float) -> float:
     """amount / whole within [0, 1]; 0 of what is not modelled."""
     return min(max(amount / whole, 0.0), 1.0) if whole > 0 else 0.0
 
+
 # what `terms` gives, in this order: dollars per hour, so that other money or other hours change no order of scores.
-# rent: the price of the node; stake: what requests cost that the replica would have served
+# rent: the price of the node; stake: what requests cost that the replica would have served; what a replica is worth:
+# the rent of the share that it takes, where that is cheapest
 TERMS: Final = (
     "rent_new",  # of a node that would have to be opened
     "rent_share",  # times the largest share of the node that the replica takes
@@ -98,7 +100,9 @@ TERMS: Final = (
     "rent_left_squared",  # times the mean of the squared shares
     "rent_unfilled",  # times the least free share, once all that is pending and fits is there, too
     "rent_unfilled_new",  # the same, of a node that would have to be opened
-    "rent_amortized",  # of such a node, times the replica's part of what will then be in use
+    "rent_amortized",  # of such a node, times the replica's part of what all of these are worth
+    "rent_wasted",  # of such a node, less what all of these are worth
+    "rent_above_worth",  # for the replica's largest share, less what it is worth
     "rent_imbalance",  # times the standard deviation of the shares in use
     "rent_alone",  # less, the more replicas are on the node
     "rent_siblings",  # times the share of these that are of the same service
@@ -359,6 +363,7 @@ def _costs(candidate: np.void) -> tuple[float, ...]:
     else:  # a node that says nothing of what it has carries one replica
         share, least = 1.0, 0.0
     rent, stake = candidate["usd_per_hour"], candidate["missed_usd_per_hour"]
+    worth, filled = candidate["worth_usd_per_hour"], candidate["filled_usd_per_hour"]
     new = 1.0 if candidate["node"] < 0 else 0.0
     unfilled = min(max(candidate["unfilled"], 0.0), least)
     start_h = candidate["ready_in_s"] / 3600
@@ -374,7 +379,9 @@ def _costs(candidate: np.void) -> tuple[float, ...]:
         rent * squares,
         rent * unfilled,
         rent * unfilled * new,
-        rent * new * share / max(1 - unfilled, share, 1e-9),
+        rent * new * (worth / filled if filled > 0 else 1.0),
+        new * (rent - filled),
+        rent * share - worth,
         rent * _deviation(candidate, _EACH, 1),
         rent / (1.0 + candidate["replicas"]),
         rent * candidate["siblings"] / max(candidate["replicas"], 1.0),

@@ -21,24 +21,39 @@ _part = njit(cache=True, nogil=True, error_model="numpy")
 
 @_part
 def _fits(needs, free):
+    short = 0
     for j in range(RESOURCE_COUNT):
-        if needs[j] > free[j] + _ROUNDING:
-            return False
-    return True
+        short += needs[j] > free[j] + _ROUNDING
+    return short == 0
 
 
 @_part
-def _unfilled(c, needs, waiting, preference, zone_ok, p, zone, r):
-    """Least free share of the candidate's node with replica r and, in their order, all waiting ones that fit."""
+def _worth(needs, preference, has, usd_per_hour):
+    """Dollars per hour of the largest share of a node that a replica takes, in the pool where that is least."""
+    least = math.inf
+    for p in range(len(usd_per_hour)):
+        if preference[p] >= 0:
+            share = 0.0
+            for j in range(RESOURCE_COUNT):
+                if needs[j] > 0:
+                    share = max(share, needs[j] / has[p, j])
+            least = min(least, share * usd_per_hour[p])
+    return least if least < math.inf else 0.0
+
+
+@_part
+def _fill(c, needs, worth, waiting, preference, zone_ok, p, zone, r):
+    """Describes the candidate's node with replica r and, in their order, all waiting ones that fit."""
     left = c["free"] - c["needs"]
+    c["worth_usd_per_hour"] = c["filled_usd_per_hour"] = worth[r]
     for q in range(len(waiting)):
         if waiting[q] and q != r and preference[q, p] >= 0 and zone_ok[q, zone] and _fits(needs[q], left):
             left = left - needs[q]
-    least = 1.0
+            c["filled_usd_per_hour"] += worth[q]
+    c["unfilled"] = 1.0
     for j in range(RESOURCE_COUNT):
         if c["has"][j] > 0:
-            least = min(least, max(left[j] / c["has"][j], 0.0))
-    return least
+            c["unfilled"] = min(c["unfilled"], max(left[j] / c["has"][j], 0.0))
 
 
 @njit(
@@ -65,10 +80,15 @@ def stow(
     count, pools = preference.shape
     c, total_usd, nodes = candidate[0], 0.0, 0
     free, began_s = np.zeros((count, RESOURCE_COUNT)), np.zeros(count)
-    inside, alive = np.zeros(count, np.int64), np.zeros(count, np.bool_)  # replicas of a node; whether it is there
+    inside, alive = (
+        np.zeros(count, np.int64),
+        np.zeros(count, np.bool_),
+    )  # replicas of a node; whether it is there
     placed, waiting = np.zeros(count, np.bool_), np.zeros(count, np.bool_)
     siblings, in_zone = np.zeros(count, np.int64), np.zeros(zone_ok.shape[1], np.int64)
-    used = np.zeros(pools, np.int64)
+    used, worth = np.zeros(pools, np.int64), np.zeros(count)
+    for r in range(count):
+        worth[r] = _worth(needs[r], preference[r], has, usd_per_hour)
     lo = 0
     while lo < count:
         now = start_s[lo]
@@ -110,7 +130,12 @@ def stow(
                 for scored in range(2):  # first the emptiest zone of those with a candidate, then the scores
                     for n in range(nodes):
                         p, zone = opened[n]
-                        if alive[n] and preference[r, p] >= 0 and zone_ok[r, zone] and _fits(needs[r], free[n]):
+                        if (
+                            alive[n]
+                            and preference[r, p] >= 0
+                            and zone_ok[r, zone]
+                            and _fits(needs[r], free[n])
+                        ):
                             if scored == 0:
                                 emptiest = in_zone[zone] if emptiest < 0 else min(emptiest, in_zone[zone])
                                 continue
@@ -119,7 +144,7 @@ def stow(
                             c["usd_per_hour"], c["room"] = usd_per_hour[p], max_nodes[p] - used[p]
                             c["replicas"], c["siblings"] = inside[n], siblings[n]
                             c["in_zone"], c["in_emptiest_zone"] = in_zone[zone], emptiest
-                            c["unfilled"] = _unfilled(c, needs, waiting, preference, zone_ok, p, zone, r)
+                            _fill(c, needs, worth, waiting, preference, zone_ok, p, zone, r)
                             score = rule(c, weights)
                             if score > best:
                                 best, best_r, best_n = score, r, n
@@ -138,7 +163,7 @@ def stow(
                                 c["usd_per_hour"], c["room"] = usd_per_hour[p], max_nodes[p] - used[p]
                                 c["replicas"], c["siblings"] = 0, 0
                                 c["in_zone"], c["in_emptiest_zone"] = in_zone[zone], emptiest
-                                c["unfilled"] = _unfilled(c, needs, waiting, preference, zone_ok, p, zone, r)
+                                _fill(c, needs, worth, waiting, preference, zone_ok, p, zone, r)
                                 score = rule(c, weights)
                                 if score > best:
                                     best, best_r, best_n, best_p, best_zone = score, r, -1, p, zone
