@@ -9,11 +9,11 @@ nothing but compiled code; the policies differ from fleet to fleet.
 
 The search is CMA-ES (Hansen, The CMA Evolution Strategy: A Tutorial, arXiv:1604.00772), with mirrored samples
 (Brockhoff et al., PPSN 2010), each generation on problems of its own, the same for all of its candidates. It starts
-from a cautious rule, in units in which every weight matters about as much. The mean of the search is judged on validation
-problems every so often, and the best is kept.
+from a cautious rule, in units in which every weight matters about as much. The mean of the search is judged on
+validation problems every so often, and the best is kept.
 
 It goes in two steps, for the terms fall into two groups. How well replicas fill nodes is learned on packing problems
-alone (`GEOMETRY`); then, with these weights held, what is at stake and on which market, in fleets alone. Each step is
+alone (`GEOMETRY`); then, with these held, what is at stake and on which market, in fleets alone (`STAKES`). Each step is
 then free of the other's noise, and what was learned of packing cannot be lost.
 """
 
@@ -64,6 +64,8 @@ GEOMETRY: Final = (
     "rent_new", "rent_share", "rent_share_squared", "rent_left", "rent_left_squared", "rent_unfilled",
     "rent_unfilled_new", "rent_amortized", "rent_wasted", "rent_above_worth", "rent_imbalance", "rent_alone",
 )  # fmt: skip
+STAKES: Final = ("rent_spot", *(name for name in TERMS if name.startswith("stake")))
+SCALES: Final = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # of the first group, tried before the second is learned
 UNITS: Final = {
     "stake": 0.003,
     "stake_interrupted": 0.4,
@@ -82,19 +84,19 @@ UNITS: Final = {
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How to train; `fleet_hours` is the length of a fleet's run."""
 
-    instances: int = 300  # packing problems, half of them dynamic
-    fleets: int = 72
-    validation_instances: int = 120
-    validation_fleets: int = 32
-    generations_packing: int = 200
-    generations: int = 40
-    population: int = 14
+    instances: int = 200  # packing problems, half of them dynamic
+    fleets: int = 40
+    validation_instances: int = 100
+    validation_fleets: int = 20
+    generations_packing: int = 100
+    generations: int = 14
+    population: int = 12
     instances_per_generation: int = 80
-    fleets_per_generation: int = 10
+    fleets_per_generation: int = 8
     fleet_hours: float = 3.0
     step_packing: float = 1.0
-    step: float = 0.7
-    evaluations: int = 10
+    step: float = 0.5
+    evaluations: int = 7
     seed: int = 0
 
 
@@ -243,7 +245,7 @@ def train(
     judged_fleets = fleets(10 * seed + 4, settings.validation_fleets, settings.fleet_hours)
     say(f"{len(learn_fleets) + len(judged_fleets)} fleets")
     curve: list[dict[str, Any]] = []
-    units, geometric = vector(UNITS, 1.0), np.isin(TERMS, GEOMETRY)
+    units = vector(UNITS, 1.0)
 
     def judge(weights: np.ndarray, step: str, generation: int) -> float:
         static, dynamic = (
@@ -271,8 +273,14 @@ def train(
     rng, best = np.random.default_rng(seed), vector(PRIOR)
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for step, free, losses, generations, sigma in (
-            ("packing", geometric, of_packing, settings.generations_packing, settings.step_packing),
-            ("fleets", ~geometric, of_fleets, settings.generations, settings.step),
+            (
+                "packing",
+                np.isin(TERMS, GEOMETRY),
+                of_packing,
+                settings.generations_packing,
+                settings.step_packing,
+            ),
+            ("fleets", np.isin(TERMS, STAKES), of_fleets, settings.generations, settings.step),
         ):
             held, least = best.copy(), judge(best, step, 0)
 
