@@ -13,8 +13,8 @@ from a cautious rule, in units in which every weight matters about as much. The 
 validation problems every so often, and the best is kept.
 
 It goes in two steps, for the terms fall into two groups. How well replicas fill nodes is learned on packing problems
-alone (`GEOMETRY`); then, with these held, what is at stake and on which market, in fleets alone (`STAKES`). Each step is
-then free of the other's noise, and what was learned of packing cannot be lost.
+alone (`GEOMETRY`); then, with these held, what is at stake and on which market, in fleets alone (`STAKES`). Each step
+is then free of the other's noise, and what was learned of packing cannot be lost.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ def train(
     judged_fleets = fleets(10 * seed + 4, settings.validation_fleets, settings.fleet_hours)
     say(f"{len(learn_fleets) + len(judged_fleets)} fleets")
     curve: list[dict[str, Any]] = []
-    units = vector(UNITS, 1.0)
+    units, packed_terms, staked = vector(UNITS, 1.0), np.isin(TERMS, GEOMETRY), np.isin(TERMS, STAKES)
 
     def judge(weights: np.ndarray, step: str, generation: int) -> float:
         static, dynamic = (
@@ -273,14 +273,8 @@ def train(
     rng, best = np.random.default_rng(seed), vector(PRIOR)
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for step, free, losses, generations, sigma in (
-            (
-                "packing",
-                np.isin(TERMS, GEOMETRY),
-                of_packing,
-                settings.generations_packing,
-                settings.step_packing,
-            ),
-            ("fleets", np.isin(TERMS, STAKES), of_fleets, settings.generations, settings.step),
+            ("packing", packed_terms, of_packing, settings.generations_packing, settings.step_packing),
+            ("fleets", staked, of_fleets, settings.generations, settings.step),
         ):
             held, least = best.copy(), judge(best, step, 0)
 
@@ -296,10 +290,13 @@ def train(
                     weights = whole(search.mean)
                     if (loss := judge(weights, step, g)) < least:
                         best, least = weights, loss
-            if (
-                step == "packing"
-            ):  # scores have no scale of their own: that of the start, which the units are for
+            if step == "packing":  # its scores have no scale of their own: that at which fleets cost least
                 best[free] *= np.linalg.norm(vector(PRIOR)[free]) / np.linalg.norm(best[free])
+                scaled = [np.where(free, scale * best, best) for scale in SCALES]
+                costs = [
+                    np.mean(list(pool.map(Fleet.loss, learn_fleets, [w] * len(learn_fleets)))) for w in scaled
+                ]
+                best = scaled[int(np.argmin(costs))]
     rounded = tuple(float(f"{x:.5g}") for x in best)
     figures = {"validation_loss": float(f"{least:.5g}"), "seed": float(seed)}
     return LearnedPlacement(terms=TERMS, weights=rounded, trained=figures), curve
