@@ -4,8 +4,8 @@ Here belongs what happens between two decisions. Not here: what exists (`world`)
 (`metrics`), who decides (`control`). Compiled code knows only numbers: `layout` says how a scenario becomes
 numbers, `numbers` makes them, `randomness` draws, `traffic` draws arrivals, `queues` holds what queues of requests
 are made of, `central`, `bound` and `router` serve the three kinds of them, `services` takes one service through a
-tick, `placement` holds the rules that choose a node, `stowing` replays packing problems with them, `nodes` keeps nodes, replicas and their bills, and `kernel`
-puts these together. `cluster` shows a world with the same `read`/`apply` face as a live one.
+tick, `placement` holds the rules that choose a node, `stowing` replays packing problems with them, `nodes` keeps
+nodes, replicas and their bills, and `kernel` puts these together. `cluster` shows a world with the same `read`/`apply` face as a live one.
 
 Semantics, which the plain-Python reference in `tests/traces` repeats event by event:
 
@@ -54,8 +54,8 @@ node takes its replicas with it. A spot interruption gives notice: at the first 
 
 *Replicas.* An order is pending until it is placed. Placement takes the services in the order of the scenario,
 one replica each, round after round, until nothing fits; or, with rules that score pairs (`placement.PAIRWISE`),
-again and again the service whose next replica has the highest score of all, the first among equals. The candidates for a replica are the nodes, in the order
-in which they were opened, and one new node for every pool and zone with room; only those it may go to and fits
+again and again the service whose next replica has the highest score of all, the first among equals. The
+candidates for a replica are the nodes, in the order in which they were opened, and one new node for every pool and zone with room; only those it may go to and fits
 on are shown to the rule, which gives each a score, and the highest wins, the first among equals. A replica takes
 its share of the node at once, and the lowest number that is free in its service; when the node is up it pulls
 the image and loads the weights, or loads from the cache, then serves. The cache of a variant is there from the
