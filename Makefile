@@ -40,6 +40,7 @@ DATA ?= $(PILOTAGE_DATA)
 reproduce: $(STAMP) bench
 	$(BIN)/pilotage study experiments/quickstart.toml
 	$(BIN)/pilotage study experiments/real_traffic.toml --data $(DATA)
+	$(BIN)/python experiments/placement/run.py
 	$(BIN)/python experiments/traffic_fit.py --data $(DATA)
 	$(BIN)/python experiments/fidelity/ray_serve/run.py --data $(DATA)
 

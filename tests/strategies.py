@@ -298,7 +298,7 @@ def scenarios(draw, max_ticks=12, max_services=3, clusters=True, routed=True) ->
 
 @st.composite
 def placements(draw):
-    rule = draw(one_of(*WEIGHTS, "linear", "linear"))
+    rule = draw(one_of(*WEIGHTS, "linear", "linear", "learned-placement", "learned-placement"))
     count = draw(st.sampled_from(WEIGHTS[rule]))
     return Placement(rule=rule, weights=tuple(draw(one_of(0.0, 1.0, 2.0, -0.3)) for _ in range(count)))
 

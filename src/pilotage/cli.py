@@ -30,6 +30,13 @@ Env = Annotated[str, typer.Argument(help="a shipped environment (see `pilotage e
 Data = Annotated[Path | None, typer.Option("--data", help="folder of traces (default: PILOTAGE_DATA)")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 Hours = Annotated[float | None, typer.Option("--hours", help="length of the run instead of the scenario's")]
+PlacementRule = Annotated[
+    str | None,
+    typer.Option(
+        "--placement",
+        help="rule, or placement.json of a training, instead of the scenario's: learned-placement, ...",
+    ),
+]
 Policies = Annotated[
     list[str],
     typer.Option(
@@ -90,10 +97,14 @@ def _known(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _scenario(env: str, data: Path | None, hours: float | None) -> Any:
+def _scenario(env: str, data: Path | None, hours: float | None, placement: str | None = None) -> Any:
     from pilotage.scenario import load
 
     scenario = load(env, data)
+    if placement is not None:
+        from pilotage.engine.cluster import placement_from
+
+        scenario = scenario.replace(placement=placement_from(placement))
     if hours is not None:
         if not (math.isfinite(hours) and hours > 0):
             raise SpecError(f"--hours {hours}: must be a positive number")
@@ -176,6 +187,7 @@ def simulate(
     policy: Annotated[str, typer.Option("--policy", help="name, name:field=value,…, .toml file, or folder")],
     seed: Annotated[int, typer.Option(min=0)] = 0,
     hours: Hours = None,
+    placement: PlacementRule = None,
     data: Data = None,
     out: Annotated[Path | None, typer.Option("--out", help="folder for timeline.csv and a figure")] = None,
     as_json: AsJson = False,
@@ -188,7 +200,7 @@ def simulate(
     from pilotage.evaluate import compare, summary
 
     chosen = policy_from(policy)
-    scenario = _scenario(env, data, hours)
+    scenario = _scenario(env, data, hours, placement)
     folder = _writable(out) if out else None
     runs = run_policies(
         scenario, [chosen], [World(seed)], guard=Guard(), label=policy, keep_timeline=folder is not None
@@ -214,6 +226,7 @@ def evaluate(
     seeds: Annotated[int, typer.Option(min=1, help="paired runs per policy")] = 10,
     bound: Annotated[bool, typer.Option("--bound", help="compare with the clairvoyant bound")] = False,
     hours: Hours = None,
+    placement: PlacementRule = None,
     data: Data = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="folder for evaluation.json and table.csv")
@@ -231,7 +244,7 @@ def evaluate(
     for name in policy:
         if policy.count(name) > 1:
             raise SpecError(f"--policy {name!r} is given {policy.count(name)} times; give each policy once")
-    scenario = _scenario(env, data, hours)
+    scenario = _scenario(env, data, hours, placement)
     folder = _writable(out) if out else None
     worlds = [World(seed) for seed in range(seeds)]
     results = []

@@ -26,7 +26,7 @@ class Interference(Spec, frozen=True, kw_only=True):
 
 class Placement(Spec, frozen=True, kw_only=True):
     """Which node a replica goes to: the rule of `engine.placement` that scores the nodes it fits on, and its weights
-    (none: the rule's own)."""
+    (none: the rule's own, or those that are shipped)."""
 
     rule: Literal[
         "first-fit",
@@ -34,9 +34,11 @@ class Placement(Spec, frozen=True, kw_only=True):
         "least-allocated",
         "most-allocated",
         "balanced",
+        "kubernetes",
         "cheapest",
         "spread",
         "linear",
+        "learned-placement",
     ] = "first-fit"
     weights: tuple[float, ...] = ()
 

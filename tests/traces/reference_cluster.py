@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pilotage.engine.layout import CANDIDATE
+from pilotage.engine.placement import PAIRWISE
 from pilotage.world.pools import Pool
 from pilotage.world.servers import log_normal_table
 from tests.traces.reference import Replica, ServiceRun, exponential, quantile, uniform
@@ -275,28 +276,40 @@ class Reference:
 
     # --- placement -------------------------------------------------------------------------------------------
     def place(self) -> None:
-        """Gives pending replicas nodes, one per service and round, until nothing fits."""
+        """Gives pending replicas nodes until nothing fits: one per service and round, or the best pair of all."""
+        if self.scenario.placement.rule in PAIRWISE:
+            while choices := [found for run in self.runs if run.pending and (found := self.find(run))]:
+                self.put(*max(choices, key=lambda choice: choice[1]))
+            return
         while sum([self.place_one(run) for run in self.runs if run.pending]):
             pass
 
     def place_one(self, run: ServiceRun) -> bool:
-        numbers = {r.number for r in run.present}
-        if len(numbers) == 2 * run.service.max_replicas + 8:
-            return False
+        found = self.find(run)
+        if found:
+            self.put(*found)
+        return found is not None
+
+    def find(self, run: ServiceRun) -> tuple | None:
+        """Where a rule wants a replica of a service: (run, score, node or None, pool, zone)."""
+        if len({r.number for r in run.present}) == 2 * run.service.max_replicas + 8:
+            return None
         candidates = [(node, node.pool, node.zone) for node in self.nodes if self.has_room(run, node)]
         by_name = {pool.name: pool for pool in self.pools}
         for pool in (by_name[name] for name in run.service.pools):
             candidates += [(None, pool, zone) for zone in pool.zones if self.can_open(run, pool, zone)]
         if not candidates:
-            return False
+            return None
         least = min(self.in_zone(run, zone) for _, _, zone in candidates)
         scores = [self.score(run, least, *candidate) for candidate in candidates]
         if max(scores) == -math.inf:
-            return False
-        node, pool, zone = candidates[scores.index(max(scores))]
+            return None
+        return run, max(scores), *candidates[scores.index(max(scores))]
+
+    def put(self, run: ServiceRun, _: float, node: Node | None, pool: Pool, zone: str) -> None:
+        numbers = {r.number for r in run.present}
         number = next(k for k in range(len(numbers) + 1) if k not in numbers)
         self.settle(run, number, node or self.open_node(pool, zone, run))
-        return True
 
     def may_go(self, run: ServiceRun, pool: Pool, zone: str) -> bool:
         return (
@@ -349,7 +362,56 @@ class Reference:
         c["batch_s"] = fixed[n] + each[n] * n
         c["replicas"], c["siblings"] = (len(node.replicas), self.siblings(run, node)) if node else (0, 0)
         c["in_zone"], c["in_emptiest_zone"] = self.in_zone(run, zone), least
+        present = serving_or_starting(run)
+        c["serving"] = len(present)
+        c["on_spot"] = sum(r.node.pool.spot is not None for r in present)
+        c["room"] = pool.max_nodes - sum(other.pool is pool for other in self.nodes)
+        c["failing"] = 0.0 if node else pool.provisioning_failure
+        c["missed_usd_per_hour"] = self.stake(run, run.variant, pool)
+        c["slowdown"], slowdown = (
+            1.0,
+            {(i.service, i.neighbour): i.slowdown for i in self.scenario.interference},
+        )
+        for neighbour in node.replicas if node else ():
+            pair = run.service.name, neighbour.run.service.name
+            c["slowdown"] *= slowdown.get(pair, 1.0)
+            lost = self.stake(neighbour.run, neighbour.variant, pool)
+            c["harm_usd_per_hour"] += lost * (1 - 1 / slowdown.get(pair[::-1], 1.0))
+        c["worth_usd_per_hour"] = c["filled_usd_per_hour"] = self.worth(run)
+        if not is_whole(run, run.variant, pool):
+            left = [a - b for a, b in zip(c["free"], c["needs"], strict=True)]
+            for other in self.runs:
+                if self.may_go(other, pool, zone) and other.service.variants[other.variant].resources:
+                    want = needs(other, other.variant, pool)
+                    for _ in range(other.pending - (other is run)):
+                        if all(a <= b + _ROUNDING for a, b in zip(want, left, strict=True)):
+                            left = [b - a for a, b in zip(want, left, strict=True)]
+                            c["filled_usd_per_hour"] += self.worth(other)
+            c["unfilled"] = min(
+                [1.0, *(max(a / b, 0.0) for a, b in zip(left, has(pool), strict=True) if b > 0)]
+            )
         return self.rule(c)
+
+    def worth(self, run: ServiceRun) -> float:
+        """Dollars per hour for the largest share of a node that a replica takes, where that is least."""
+        found = []
+        for pool in self.pools:
+            if pool.name in run.service.pools and (run.variant, pool.name) in run.laws:
+                share, usd = 1.0, pool.price_usd_per_hour
+                if not is_whole(run, run.variant, pool):
+                    both = zip(needs(run, run.variant, pool), has(pool), strict=True)
+                    share = max([0.0, *((a / b if b > 0 else 2.0) for a, b in both if a > 0)])
+                if share <= 1 + _ROUNDING:
+                    found.append(share * usd)
+        return min(found, default=0.0)
+
+    def stake(self, run: ServiceRun, variant: int, pool: Pool) -> float:
+        """Dollars per hour of requests that one replica would serve in full batches."""
+        fixed, each, _ = run.laws[variant, pool.name]
+        n, usd = run.server.max_batch, run.service.economics
+        batch_s = fixed[n] + each[n] * n
+        per_s = n * run.server.batches_in_flight / batch_s if batch_s > 0 else 0.0
+        return 3600 * (usd.late_usd + usd.dropped_usd) / 2 * per_s
 
     def settle(self, run: ServiceRun, number: int, node: Node) -> None:
         """Puts a new replica on a node."""

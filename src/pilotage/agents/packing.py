@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Final, NamedTuple
 
 import numpy as np
@@ -36,7 +36,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[import
 from scipy.sparse import csr_array  # type: ignore[import-untyped]
 
 from pilotage.engine.layout import CANDIDATE
-from pilotage.engine.placement import RULES, SIGNATURE, WEIGHTS, choose
+from pilotage.engine.placement import PAIRWISE, RULES, SIGNATURE, WEIGHTS
+from pilotage.engine.stowing import stow
 from pilotage.world.pools import Pool, Resources
 from pilotage.world.spec import Name, NonNegative, Positive, Spec, SpecError, closest
 
@@ -152,39 +153,69 @@ class Optimum(Packing):
 
 
 # --- the rule ---------------------------------------------------------------------------------------------
-@dataclass(slots=True, eq=False)
-class _Node:
-    pool: int
-    zone: str
-    opened_s: float
-    number: int
-    replicas: list[int] = field(default_factory=list)
+def replay(
+    instance: Instance,
+    rule: str | Callable,
+    weights: Sequence[float] | np.ndarray = (),
+    *,
+    jointly: bool | None = None,
+) -> Packing:
+    """The instance placed online by a rule: a name in `placement.RULES`, or a function made by `@rule`.
+
+    Replicas that start at the same time are placed in their order or, `jointly`, the best pair of a replica and a node
+    first (None: as the rule does in the engine). Raises SpecError for a rule or weights that do not exist.
+    """
+    return Online(instance).packing(rule, weights, jointly)
 
 
-def replay(instance: Instance, rule: str | Callable, weights: Sequence[float] | np.ndarray = ()) -> Packing:
-    """The instance placed online by a rule: a name in `placement.RULES`, or a function made by `@rule`."""
-    compiled, vector = _compiled(rule, weights)
-    numbers = _Numbers(instance)
-    order = sorted(range(len(instance.replicas)), key=lambda r: instance.replicas[r].start_s)
-    opened: list[_Node] = []
-    nodes: list[_Node] = []
-    where = [-1] * len(order)
-    usd = 0.0
-    for r in order:
-        now = instance.replicas[r].start_s
-        usd += _remove_the_gone(instance, opened, now)
-        options, candidates = _candidates(instance, numbers, opened, r)
-        chosen = choose(compiled, candidates, vector)
-        if chosen >= 0:
-            node = options[chosen]
-            if node.number < 0:
-                node.number, node.opened_s = len(nodes), now
-                nodes.append(node)
-                opened.append(node)
-            node.replicas.append(r)
-            where[r] = node.number
-    usd += _remove_the_gone(instance, opened, math.inf)
-    return Packing(usd, tuple((instance.pools[n.pool].name, n.zone) for n in nodes), tuple(where))
+class Online:
+    """An instance in the arrays that `engine.stowing` takes, for many rules."""
+
+    def __init__(self, instance: Instance) -> None:
+        self._instance = instance
+        replicas, numbers = instance.replicas, _Numbers(instance)
+        self._order = sorted(range(len(replicas)), key=lambda r: replicas[r].start_s)
+        names = [pool.name for pool in instance.pools]
+        preference = np.full((len(replicas), len(names)), -1)
+        for row, r in zip(preference, self._order, strict=True):
+            for p in instance.allowed(r):
+                row[p] = (replicas[r].pools or names).index(names[p])
+        zones = np.full((len(names), len(numbers.zones)), -1)
+        for row, pool in zip(zones, instance.pools, strict=True):
+            row[: len(pool.zones)] = [numbers.zones.index(zone) for zone in pool.zones]
+        self._zones = numbers.zones
+        self._arrays = (
+            np.ascontiguousarray(numbers.needs[self._order]),
+            np.array([replicas[r].start_s for r in self._order], float),
+            np.array([replicas[r].end_s for r in self._order], float),
+            np.array([numbers.services.index(replicas[r].service) for r in self._order]),
+            preference,
+            np.array(
+                [
+                    [replicas[r].zones is None or z in (replicas[r].zones or ()) for z in numbers.zones]
+                    for r in self._order
+                ],
+                np.int64,
+            ),
+            np.ascontiguousarray(numbers.has),
+            np.array([pool.price_usd_per_hour for pool in instance.pools], float),
+            np.array([pool.max_nodes for pool in instance.pools]),
+            zones,
+        )
+
+    def packing(
+        self, rule: str | Callable, weights: Sequence[float] | np.ndarray = (), jointly: bool | None = None
+    ) -> Packing:
+        """See `replay`."""
+        compiled, vector = _compiled(rule, weights)
+        pairs = rule in PAIRWISE if jointly is None else jointly
+        where = np.full(len(self._order), -1)
+        opened = np.full((len(where), 2), -1)
+        usd = stow(compiled, vector, pairs, np.zeros(1, CANDIDATE), *self._arrays, where, opened)
+        found = np.empty_like(where)
+        found[self._order] = where
+        nodes = tuple((self._instance.pools[p].name, self._zones[z]) for p, z in opened[opened[:, 0] >= 0])
+        return Packing(usd, nodes, tuple(found.tolist()))
 
 
 def _compiled(rule: str | Callable, weights: Sequence[float] | np.ndarray) -> tuple[Callable, np.ndarray]:
@@ -208,64 +239,14 @@ def _compiled(rule: str | Callable, weights: Sequence[float] | np.ndarray) -> tu
     return RULES[rule], vector
 
 
-def _remove_the_gone(instance: Instance, opened: list[_Node], now: float) -> float:
-    """Takes off replicas that have ended and nodes that are empty; returns what these nodes cost."""
-    usd = 0.0
-    for node in list(opened):
-        ends = [instance.replicas[r].end_s for r in node.replicas]
-        node.replicas = [r for r in node.replicas if instance.replicas[r].end_s > now]
-        if not node.replicas:
-            opened.remove(node)
-            usd += _usd(instance, node.pool, node.opened_s, max(ends))
-    return usd
-
-
-def _candidates(
-    instance: Instance, numbers: _Numbers, opened: list[_Node], r: int
-) -> tuple[list[_Node], np.ndarray]:
-    """The nodes on which replica r fits, as the engine shows them to a rule: open ones, then new ones."""
-    allowed = list(instance.allowed(r))
-    options = [
-        node
-        for node in opened
-        if node.pool in allowed
-        and node.zone in instance.zones_of(r, node.pool)
-        and (numbers.needs[r] <= numbers.free(node) + _ROUNDING).all()
-    ]
-    for p in allowed:
-        if sum(node.pool == p for node in opened) < instance.pools[p].max_nodes:
-            options += [_Node(p, zone, 0.0, -1) for zone in instance.zones_of(r, p)]
-    records = np.zeros(len(options), CANDIDATE)
-    records["needs"] = numbers.needs[r]
-    service = instance.replicas[r].service
-    preferred = instance.replicas[r].pools or [pool.name for pool in instance.pools]
-    here = [node.zone for node in opened for q in node.replicas if instance.replicas[q].service == service]
-    for record, node in zip(records, options, strict=True):
-        pool = instance.pools[node.pool]
-        record["node"], record["pool"] = node.number, node.pool
-        record["zone"] = numbers.zones.index(node.zone)
-        record["preference"] = preferred.index(pool.name)
-        record["has"], record["free"] = numbers.has[node.pool], numbers.free(node)
-        record["usd_per_hour"] = pool.price_usd_per_hour
-        record["replicas"] = len(node.replicas)
-        record["siblings"] = sum(instance.replicas[q].service == service for q in node.replicas)
-        record["in_zone"] = here.count(node.zone)
-    records["service"] = numbers.services.index(service)
-    records["in_emptiest_zone"] = records["in_zone"].min(initial=len(here))
-    return options, records
-
-
 class _Numbers:
     """An instance in numbers: `needs` has shape (replicas, resources), `has` (pools, resources)."""
 
     def __init__(self, instance: Instance) -> None:
-        self.needs = np.array([replica.needs.vector for replica in instance.replicas])
-        self.has = np.array([pool.node.vector for pool in instance.pools if pool.node])
+        self.needs = np.array([replica.needs.vector for replica in instance.replicas], float)
+        self.has = np.array([pool.node.vector for pool in instance.pools if pool.node], float)
         self.zones = sorted({zone for pool in instance.pools for zone in pool.zones})
         self.services = sorted({replica.service for replica in instance.replicas})
-
-    def free(self, node: _Node) -> np.ndarray:
-        return self.has[node.pool] - self.needs[node.replicas].sum(axis=0)
 
 
 # --- the optimum ------------------------------------------------------------------------------------------

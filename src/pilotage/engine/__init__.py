@@ -2,10 +2,11 @@
 
 Here belongs what happens between two decisions. Not here: what exists (`world`), what a number means in dollars
 (`metrics`), who decides (`control`). Compiled code knows only numbers: `layout` says how a scenario becomes
-numbers, `numbers` makes them, `randomness` draws, `traffic` draws arrivals, `queues` holds what queues of requests
-are made of, `central`, `bound` and `router` serve the three kinds of them, `services` takes one service through a
-tick, `placement` holds the rules that choose a node, `nodes` keeps nodes, replicas and their bills, and `kernel`
-puts these together. `cluster` shows a world with the same `read`/`apply` face as a live one.
+numbers, `numbers` makes them, `randomness` draws, `traffic` draws arrivals, `queues` holds what queues of
+requests are made of, `central`, `bound` and `router` serve the three kinds of them, `services` takes one
+service through a tick, `placement` holds the rules that choose a node, `stowing` replays packing problems with
+them, `nodes` keeps nodes, replicas and their bills, and `kernel` puts these together. `cluster` shows a world
+with the same `read`/`apply` face as a live one.
 
 Semantics, which the plain-Python reference in `tests/traces` repeats event by event:
 
@@ -53,17 +54,19 @@ node takes its replicas with it. A spot interruption gives notice: at the first 
 (those that are starting go) and no more are placed there.
 
 *Replicas.* An order is pending until it is placed. Placement takes the services in the order of the scenario,
-one replica each, round after round, until nothing fits. The candidates for a replica are the nodes, in the order
-in which they were opened, and one new node for every pool and zone with room; only those it may go to and fits
-on are shown to the rule, which gives each a score, and the highest wins, the first among equals. A replica takes
-its share of the node at once, and the lowest number that is free in its service; when the node is up it pulls
-the image and loads the weights, or loads from the cache, then serves. The cache of a variant is there from the
-time at which the first replica of it on the node was to serve, also if that was released before. A row holds at
-most 2 max_replicas + 8 replicas at once, the draining ones included; further orders stay pending. A release
-takes pending orders first, then replicas that are starting, then ready ones, in each group the youngest first,
-sparing those on nodes younger than the pool's `min_lifetime_s`. A released replica takes no new requests,
-finishes what it has, and goes. `initial_replicas` are placed like an order at the start of the run, but are
-ready at once, on nodes that are up, with everything cached; those that find no node stay pending.
+one replica each, round after round, until nothing fits; or, with rules that score pairs (`placement.PAIRWISE`),
+again and again the service whose next replica has the highest score of all, the first among equals. The
+candidates for a replica are the nodes, in the order in which they were opened, and one new node for every pool
+and zone with room; only those it may go to and fits on are shown to the rule, which gives each a score, and the
+highest wins, the first among equals. A replica takes its share of the node at once, and the lowest number that
+is free in its service; when the node is up it pulls the image and loads the weights, or loads from the cache,
+then serves. The cache of a variant is there from the time at which the first replica of it on the node was to
+serve, also if that was released before. A row holds at most 2 max_replicas + 8 replicas at once, the draining
+ones included; further orders stay pending. A release takes pending orders first, then replicas that are
+starting, then ready ones, in each group the youngest first, sparing those on nodes younger than the pool's
+`min_lifetime_s`. A released replica takes no new requests, finishes what it has, and goes. `initial_replicas`
+are placed like an order at the start of the run, but are ready at once, on nodes that are up, with everything
+cached; those that find no node stay pending.
 
 *Losses.* A replica that dies or is drained by a notice is ordered anew at once, as Kubernetes' controllers do:
 it is pending from then on, and placed at the next tick; one that was draining is not. A replica that crashes
@@ -113,6 +116,7 @@ _names = (
     "relaxation",
     "router",
     "services",
+    "stowing",
     "traffic",
 )
 _sources = [*(Path(__file__).with_name(f"{name}.py") for name in _names), Path(pilotage.metrics.__file__)]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from pilotage.control.placing import LearnedPlacement, shipped
 from pilotage.control.policy import FEATURES, Decision, Observation, Situation, measure
 from pilotage.engine import kernel, traffic  # noqa: F401  (traffic: compiled drawing of arrivals)
 from pilotage.engine.layout import (
@@ -34,11 +35,11 @@ from pilotage.engine.layout import (
 )
 from pilotage.engine.nodes import POOL_NODES
 from pilotage.engine.numbers import closures, encode, lay_out
-from pilotage.engine.placement import RULES, WEIGHTS
+from pilotage.engine.placement import PAIRWISE, RULES, TERMS, WEIGHTS
 from pilotage.metrics import BUCKETS
-from pilotage.scenario import Scenario
+from pilotage.scenario import Placement, Scenario
 from pilotage.world.arrivals import Arrivals, Traffic
-from pilotage.world.spec import SpecError
+from pilotage.world.spec import SpecError, decode
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -93,6 +94,26 @@ def _sequence(seed: int, name: str) -> np.random.SeedSequence:
     return np.random.SeedSequence(seed, spawn_key=(zlib.crc32(name.encode()),))
 
 
+def weights_of(scenario: Scenario) -> tuple[float, ...]:
+    """The weights of a scenario's placement rule; of a learned one that has none of its own, those that are shipped."""
+    rule, weights = scenario.placement.rule, scenario.placement.weights
+    if rule in PAIRWISE and not weights:
+        return shipped().weights_of(TERMS)
+    if len(weights) not in WEIGHTS[rule]:
+        raise SpecError(
+            f"placement rule {rule!r} has {len(weights)} weights; valid: {' or '.join(map(str, WEIGHTS[rule]))}"
+        )
+    return weights
+
+
+def placement_from(text: str) -> Placement:
+    """The placement that a command-line argument names: a rule, or a `placement.json` or the folder that holds one."""
+    if text.endswith(".json") or Path(text).is_dir():
+        weights = LearnedPlacement.read(Path(text)).weights_of(TERMS)
+        return Placement(rule="learned-placement", weights=weights)
+    return decode({"rule": text}, Placement, "placement")
+
+
 class Cluster:
     """`len(worlds)` independent worlds of one scenario, in structured arrays of one row per world and service.
 
@@ -100,7 +121,9 @@ class Cluster:
     live cluster is `read()`, `apply(decisions)`, `wait()`, with the services of all worlds in a row. A world may
     be put back to the start of another run with `restart`; one that is not `active` stands still. With
     `threads` above 1 the rows are shared out over cores. `rule` and `weights` take the place of the scenario's
-    placement: any function compiled with `engine.placement.rule`, such as a learned scorer. How far ahead traffic
+    placement: any function compiled with `engine.placement.rule`, such as a learned scorer; `jointly` (None: as the
+    scenario's rule does) chooses the best pair of a pending replica of any service and a node, instead of taking the
+    services in turn. `weights` may be changed in place before a `restart`. How far ahead traffic
     is read (`read_ahead_s`; None: as suits the traffic) changes no result.
     """
 
@@ -113,6 +136,7 @@ class Cluster:
         read_ahead_s: float | None = None,
         rule: Any = None,
         weights: np.ndarray | None = None,
+        jointly: bool | None = None,
     ) -> None:
         self.scenario = scenario
         self.worlds = list(worlds)
@@ -152,13 +176,9 @@ class Cluster:
             routers=np.zeros(int(self.params["router_hi"][-1]) + 1, ROUTER),
             messages=np.zeros(0, MESSAGE),
         )
+        self._jointly = rule is None and scenario.placement.rule in PAIRWISE if jointly is None else jointly
         self._rule = RULES[scenario.placement.rule] if rule is None else rule
-        self._weights = np.array(scenario.placement.weights if weights is None else weights, dtype=np.float64)
-        if rule is None and len(self._weights) not in WEIGHTS[scenario.placement.rule]:
-            raise SpecError(
-                f"placement rule {scenario.placement.rule!r} has {len(self._weights)} weights; "
-                f"valid: {' or '.join(map(str, WEIGHTS[scenario.placement.rule]))}"
-            )
+        self.weights = np.array(weights_of(scenario) if weights is None else weights, dtype=np.float64)
         self._most = np.full(s, 64)  # per service: storage for so many arrivals
         self._capacity = np.tile(self._most, w)
         self.arrival_storage, self.requests = np.zeros(0), np.zeros(0, REQUEST)
@@ -171,7 +191,7 @@ class Cluster:
         self._start_s = np.zeros(w)
         self._sources: dict[int, Arrivals] = {}
         self._history: list[np.ndarray] = [np.zeros(0)] * (w * s)
-        self._decisions = self.no_orders()
+        self.decisions = self.no_orders()
         self.restart(range(w), self.worlds)
 
     def seeds(self, world: int, service: int) -> dict[str, int]:
@@ -223,7 +243,7 @@ class Cluster:
                 self._sources[r] = source
             self._state.seeds[w] = self.seed_nodes(w)
             self._close(w, closures(scenario, start_s, stream(world.seed, "outages")))
-            kernel.begin(w, w + 1, self._state, self.numbers, self._rule, self._weights)
+            kernel.begin(w, w + 1, self._state, self.numbers, self._rule, self.weights, self._jointly)
             mine = slice(w * services, (w + 1) * services)
             for field in ("ready", "pending", "max_batch"):  # what a monitor sees before the first tick
                 self.ticks[field][w] = self.rows[field][mine]
@@ -297,7 +317,7 @@ class Cluster:
         storage = (self.arrival_storage, self.requests)
         histograms, totals = self.histograms.reshape(w * s, BUCKETS), self.totals.reshape(w * s)
         taken = (np.ascontiguousarray(orders).reshape(w * s), self._blank)
-        rule = (self._rule, self._weights)
+        rule = (self._rule, self.weights, self._jointly)
         if self._pool is None:
             if kernel.advance(*books, *storage, *taken, histograms, totals):
                 kernel.place(*books, *rule)
@@ -391,7 +411,7 @@ class Cluster:
 
     def apply(self, decisions: Sequence[Decision]) -> None:
         """Takes one decision per row; they act when time goes on."""
-        self._decisions = np.array(
+        self.decisions = np.array(
             [
                 (
                     decision.order,
@@ -409,7 +429,7 @@ class Cluster:
 
     def wait(self) -> None:
         """Lets one tick pass."""
-        self.advance(self._decisions)
+        self.advance(self.decisions)
 
     @cached_property
     def _pool_index(self) -> Mapping[str, int]:

@@ -22,7 +22,7 @@ inlined = njit(inline="always")
 # A placement rule is passed as a function of a declared type: only so does a kernel that takes it get cached.
 _state, _numbers = typeof(EMPTY_STATE), typeof(EMPTY_NUMBERS)
 _books = (boolean[::1], float64[::1], float64, _state, _numbers)
-_rule = (RULE, float64[::1])
+_rule = (RULE, float64[::1], boolean)  # and whether it chooses among the replicas of all services, too
 
 
 def entry(*signature):
@@ -60,7 +60,7 @@ def context(r, thread, m, s, arrivals, requests, t0):
 
 
 @entry(int64, int64, _state, _numbers, *_rule)
-def begin(lo, hi, m, s, rule, weights):
+def begin(lo, hi, m, s, rule, weights, jointly):
     """Puts worlds [lo, hi) at their start: queues empty, the initial replicas ready as far as nodes go."""
     count = s.preference.shape[0]
     for w in range(lo, hi):
@@ -80,7 +80,7 @@ def begin(lo, hi, m, s, rule, weights):
                 m.replicas[k]["state"], m.replicas[k]["node"] = GONE, -1
             for e in range(param["slot_lo"], param["slot_hi"]):
                 m.slots[e]["size"], m.slots[e]["replica"] = 0, (e - param["slot_lo"]) // param["slots"]
-        nodes.start_initial(fleet(w, m, s), rule, weights)
+        nodes.start_initial(fleet(w, m, s), rule, weights, jointly)
 
 
 @compiled
@@ -174,11 +174,11 @@ def set_paces(active, m, s):
 
 
 @entry(*_books, *_rule)
-def place(active, clock, tick_s, m, s, rule, weights):
+def place(active, clock, tick_s, m, s, rule, weights, jointly):
     """Gives pending replicas nodes. By itself, for to hand over a rule takes longer than a whole tick."""
     for w in range(clock.shape[0]):
         if active[w]:
-            nodes.place_all(fleet(w, m, s), rule, weights, clock[w])
+            nodes.place_all(fleet(w, m, s), rule, weights, jointly, clock[w])
     set_paces(active, m, s)
 
 

@@ -56,6 +56,7 @@ PARAMETERS: Final = np.dtype(
         ("router_lo", "i8"),  # its router, if it has one
         ("router_hi", "i8"),
         ("initial", "i8"),
+        ("missed_usd", "f8"),  # what a request that is late or dropped costs, the mean of both
         ("overhead_s", "f8"),  # of a request on its way, outside the server
         ("overhead_table", "i8"),
         ("max_ongoing_requests", "i8"),  # from here on, of the router
@@ -172,6 +173,19 @@ CANDIDATE: Final = np.dtype(
         ("in_zone", "i8"),  # of the same service in the node's zone
         ("in_emptiest_zone", "i8"),  # in the zone, of those with a candidate, that has fewest
         ("service", "i8"),
+        ("serving", "i8"),  # replicas of the service that are starting or ready
+        ("on_spot", "i8"),  # of these, on spot nodes
+        ("room", "i8"),  # nodes that the pool may still open
+        ("failing", "f8"),  # probability that a new node never comes
+        ("missed_usd_per_hour", "f8"),  # what an hour of requests costs that the replica would have served
+        ("slowdown", "f8"),  # of its batches, by its neighbours
+        ("harm_usd_per_hour", "f8"),  # what the neighbours would have served, but for the slowdown by it
+        ("worth_usd_per_hour", "f8"),  # rent of the share that the replica takes where that is cheapest
+        (
+            "filled_usd_per_hour",
+            "f8",
+        ),  # the same of it and of all that is pending and fits on the node besides
+        ("unfilled", "f8"),  # least free share of the node with all of these
     ],
     align=True,
 )

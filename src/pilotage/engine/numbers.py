@@ -170,6 +170,7 @@ def _parameters(scenario: Scenario, service: Service, s: int, tables: _Tables) -
     record["winner_hi"] = _tree(int(record["slot_hi"])) if record["routing"] == CENTRAL else 0
     record["tree_hi"] = _tree(replicas) if record["routing"] == LEAST_OUTSTANDING else 0
     record["initial"] = service.initial_replicas
+    record["missed_usd"] = (service.economics.late_usd + service.economics.dropped_usd) / 2
     record["overhead_s"], table = server.overhead_law()
     record["overhead_table"] = tables.number(table)
     record["router_hi"] = record["routing"] == RAY_SERVE

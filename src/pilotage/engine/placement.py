@@ -22,8 +22,15 @@ milli-cores and 200 MiB (not in `balanced`).
 `spread` puts zones first and nodes second, the topologies of PodTopologySpread's system defaults
 (pkg/scheduler/framework/plugins/podtopologyspread); upstream adds them up, weighted.
 
-*Learned rules.* `linear` scores by weights times `features`; any function compiled with `@rule` can be passed
-where a rule is wanted, and gets its parameters as the weights.
+`kubernetes` adds up `least-allocated` and `balanced`, which both weigh 1 in the default profile; the rest of
+that profile needs more than a candidate shows (PodTopologySpread and ImageLocality are scaled by the best and
+the worst candidate) or does not apply.
+
+*Learned rules.* `linear` scores by weights times `features`. `learned-placement` is minus an expected cost: the
+weights, which `agents.placing` learns, times `terms`, each in dollars per hour; and it chooses the best of all
+pairs of a pending replica and a candidate, so that its scores also say who goes first (`PAIRWISE`), where the
+other rules take the services in turn. Any function compiled with `@rule` can be passed where a rule is wanted,
+and gets its parameters as the weights.
 """
 
 from __future__ import annotations
@@ -80,6 +87,40 @@ FEATURES: Final = (
 def _share(amount: float, whole: float) -> float:
     """amount / whole within [0, 1]; 0 of what is not modelled."""
     return min(max(amount / whole, 0.0), 1.0) if whole > 0 else 0.0
+
+
+# what `terms` gives, in this order: dollars per hour, so that other money or other hours change no order of scores.
+# rent: the price of the node; stake: what requests cost that the replica would have served; what a replica is worth:
+# the rent of the share that it takes, where that is cheapest
+TERMS: Final = (
+    "rent_new",  # of a node that would have to be opened
+    "rent_share",  # times the largest share of the node that the replica takes
+    "rent_share_squared",
+    "rent_left",  # times the share of the node that stays free, mean over the resources
+    "rent_left_squared",  # times the mean of the squared shares
+    "rent_unfilled",  # times the least free share, once all that is pending and fits is there, too
+    "rent_unfilled_new",  # the same, of a node that would have to be opened
+    "rent_amortized",  # of such a node, times the replica's part of what all of these are worth
+    "rent_wasted",  # of such a node, less what all of these are worth
+    "rent_above_worth",  # for the replica's largest share, less what it is worth
+    "rent_imbalance",  # times the standard deviation of the shares in use
+    "rent_alone",  # less, the more replicas are on the node
+    "rent_siblings",  # times the share of these that are of the same service
+    "rent_preference",  # 0 in the service's first pool, half in its second, ...
+    "rent_scarcity",  # of a new node, more, the fewer the pool can still open
+    "rent_spot",
+    "stake",
+    "stake_interrupted",  # times the share of the time for which an interrupted node is being replaced
+    "stake_interrupted_few",  # the same, less, the more replicas the service has
+    "stake_interrupted_together",  # the same, times the share of the service's replicas that are on spot nodes
+    "stake_failing",  # times the hours lost to an order that is not met
+    "stake_start",  # times the hours until the replica would serve
+    "stake_slowed",  # times the share of its work that neighbours cost
+    "stake_slowing",  # of the neighbours, times the share of their work that it costs
+    "stake_zone",  # times the share of the replicas that its zone has beyond the emptiest
+    "stake_node",  # times the share of the replicas that are on the node
+    "stake_scarcity",  # less, the more nodes the pool can still open
+)
 
 
 # --- what Kubernetes computes -------------------------------------------------------------------------------
@@ -198,6 +239,14 @@ def balanced(candidate: np.void, weights: np.ndarray) -> float:
 
 
 @rule
+def kubernetes(candidate: np.void, weights: np.ndarray) -> float:
+    """What NodeResourcesFit and NodeResourcesBalancedAllocation add up to by default. Weights: of the resources."""
+    if candidate["node"] < 0:
+        return -_NEW
+    return least_allocated(candidate, weights) + balanced(candidate, weights)
+
+
+@rule
 def cheapest(candidate: np.void, weights: np.ndarray) -> float:
     """The fewest dollars more: an existing node costs nothing more, a new one its price per hour of service.
 
@@ -295,16 +344,95 @@ def linear(candidate: np.void, weights: np.ndarray) -> float:
     return score
 
 
+@_part
+def _costs(candidate: np.void) -> tuple[float, ...]:
+    """The terms as a tuple, which needs no memory."""
+    has, free, needs = candidate["has"], candidate["free"], candidate["needs"]
+    share, least, left, squares, modelled = 0.0, 1.0, 0.0, 0.0, 0
+    for j in range(RESOURCE_COUNT):
+        if has[j] > 0:
+            after = _share(free[j] - needs[j], has[j])
+            share = max(share, _share(needs[j], has[j]))
+            least = min(least, after)
+            left += after
+            squares += after**2
+            modelled += 1
+    if modelled > 0:
+        left /= modelled
+        squares /= modelled
+    else:  # a node that says nothing of what it has carries one replica
+        share, least = 1.0, 0.0
+    rent, stake = candidate["usd_per_hour"], candidate["missed_usd_per_hour"]
+    worth, filled = candidate["worth_usd_per_hour"], candidate["filled_usd_per_hour"]
+    new = 1.0 if candidate["node"] < 0 else 0.0
+    unfilled = min(max(candidate["unfilled"], 0.0), least)
+    start_h = candidate["ready_in_s"] / 3600
+    lost = candidate["interruptions_per_hour"] * start_h
+    down = stake * lost / (1 + lost)
+    serving = candidate["serving"] + 1.0
+    skew = max(candidate["in_zone"] - candidate["in_emptiest_zone"], 0)
+    return (
+        rent * new,
+        rent * share,
+        rent * share**2,
+        rent * left,
+        rent * squares,
+        rent * unfilled,
+        rent * unfilled * new,
+        rent * new * (worth / filled if filled > 0 else 1.0),
+        new * (rent - filled),
+        rent * share - worth,
+        rent * _deviation(candidate, _EACH, 1),
+        rent / (1.0 + candidate["replicas"]),
+        rent * candidate["siblings"] / max(candidate["replicas"], 1.0),
+        rent * candidate["preference"] / (1.0 + candidate["preference"]),
+        rent * new / (1.0 + max(candidate["room"], 0)),
+        rent * (1.0 if candidate["spot"] != 0 else 0.0),
+        stake,
+        down,
+        down / serving,
+        down * candidate["on_spot"] / serving,
+        stake * start_h * candidate["failing"],
+        stake * start_h,
+        stake * (1 - 1 / max(candidate["slowdown"], 1.0)),
+        candidate["harm_usd_per_hour"],
+        stake * skew / serving,
+        stake * candidate["siblings"] / serving,
+        stake / (1.0 + max(candidate["room"], 0)),
+    )
+
+
+@njit(void(Candidate, types.float64[::1]), cache=True, nogil=True, error_model="numpy")
+def terms(candidate: np.void, out: np.ndarray) -> None:
+    """Writes TERMS of a candidate into `out`, shape (len(TERMS),), in dollars per hour; of a shorter one, the first."""
+    vector = _costs(candidate)
+    for i in range(min(len(vector), len(out))):
+        out[i] = vector[i]
+
+
+@rule
+def learned_placement(candidate: np.void, weights: np.ndarray) -> float:
+    """Minus weights times terms, in the order of TERMS; weights that are not given are 0."""
+    vector = _costs(candidate)
+    cost = 0.0
+    for i in range(min(len(vector), len(weights))):
+        cost += weights[i] * vector[i]
+    return -cost
+
+
 RULES: Final = {
     "first-fit": first_fit,
     "best-fit": best_fit,
     "least-allocated": least_allocated,
     "most-allocated": most_allocated,
     "balanced": balanced,
+    "kubernetes": kubernetes,
     "cheapest": cheapest,
     "spread": spread,
     "linear": linear,
+    "learned-placement": learned_placement,
 }
+PAIRWISE: Final = ("learned-placement",)  # choose among pairs of a replica and a candidate
 # how many weights a rule can be given
 WEIGHTS: Final = {
     "first-fit": (0,),
@@ -312,9 +440,11 @@ WEIGHTS: Final = {
     "least-allocated": (0, RESOURCE_COUNT),
     "most-allocated": (0, RESOURCE_COUNT),
     "balanced": (0, RESOURCE_COUNT),
+    "kubernetes": (0, RESOURCE_COUNT),
     "cheapest": (0, 1),
     "spread": (0, RESOURCE_COUNT),
     "linear": (len(FEATURES),),
+    "learned-placement": (len(TERMS),),
 }
 
 
