@@ -289,6 +289,9 @@ def test_availability_gives_the_closed_times(data: Path) -> None:
     assert RECORDED.closed_s("b", 0, 200, data) == [(0, 60), (120, 180)]
     assert RECORDED.closed_s("b", 30, 130, data) == [(30, 60), (120, 130)]
     assert RECORDED.replace(campaign="second").closed_s("b", 50, 150, data) == []
+    # a notice may come within the run for what closes after it: a longer run would have seen it, too
+    assert RECORDED.closed_s("a", 0, 90, data, 15) == [(100, 105)]
+    assert RECORDED.closed_s("a", 0, 90, data, 5) == []
     assert RECORDED.interruptions_per_hour(data) == RECORDED.saving(data) == 0
 
 

@@ -142,7 +142,9 @@ class Reference:
                 found += [(pool, zone, start, start, end) for where, start, end in windows if where == zone]
                 if pool.spot:
                     t0, notice = scenario.start_h * 3600, pool.spot.notice_s
-                    for start, end in pool.spot.market.closed_s(zone, t0, t0 + horizon, self.data):
+                    for start, end in pool.spot.market.closed_s(
+                        zone, t0, t0 + horizon, self.data, pool.spot.notice_s
+                    ):
                         found.append((pool, zone, start - t0 - notice, start - t0, end - t0))
         return found
 

@@ -221,8 +221,9 @@ def closures(scenario: Scenario, start_s: float, rng: np.random.Generator) -> np
         if pool.spot is None:
             continue
         for zone in pool.zones:
-            windows = pool.spot.market.closed_s(zone, start_s, start_s + horizon_s, data_path(scenario))
-            found += [
-                (p, names.index(zone), a - start_s, b - start_s, pool.spot.notice_s) for a, b in windows
-            ]
+            notice_s = pool.spot.notice_s
+            windows = pool.spot.market.closed_s(
+                zone, start_s, start_s + horizon_s, data_path(scenario), notice_s
+            )
+            found += [(p, names.index(zone), a - start_s, b - start_s, notice_s) for a, b in windows]
     return np.array(found, CLOSURE)

@@ -38,9 +38,12 @@ class Market(Spec, frozen=True, kw_only=True, tag_field="kind"):
         """The share by which nodes are cheaper than the pool's price; negative where they are dearer."""
         return 0.0
 
-    def closed_s(self, zone: str, start_s: float, end_s: float, data: Path | None) -> list[Window]:
+    def closed_s(
+        self, zone: str, start_s: float, end_s: float, data: Path | None, notice_s: float = 0.0
+    ) -> list[Window]:
         """The times in [start_s, end_s) at which a zone gives no nodes and takes back all, in order, disjoint.
 
+        Those that begin up to `notice_s` later are given as well, as far as they are known: their notice comes before.
         All times are seconds on the traffic's clock, on which a run starts at the scenario's `start_h`.
         """
         return []
@@ -112,7 +115,9 @@ class Availability(Market, frozen=True, kw_only=True, tag="availability"):
     campaign: str
     series: dict[Name, str]
 
-    def closed_s(self, zone: str, start_s: float, end_s: float, data: Path | None) -> list[Window]:
+    def closed_s(
+        self, zone: str, start_s: float, end_s: float, data: Path | None, notice_s: float = 0.0
+    ) -> list[Window]:
         self.check_zones((zone,))
         file, name = traces.find(self.path, data), self.series[zone]
         campaigns = _runs(*_version(file))
@@ -130,6 +135,7 @@ class Availability(Market, frozen=True, kw_only=True, tag="availability"):
                 f"({finish_s / 3600:.4g} h), not the run from {start_s:.6g} s to {end_s:.6g} s "
                 f"({end_s / 3600:.4g} h); valid: start and start plus horizon within what it covers"
             )
+        end_s += notice_s
         return [(max(a, start_s), min(b, end_s)) for a, b in closed if a < end_s and b > start_s]
 
     def check_zones(self, zones: Sequence[str]) -> None:
