@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import numpy as np
 
 from pilotage.control.guard import Guard
 from pilotage.control.learned import policy_from
-from pilotage.engine.cluster import Cluster, World
+from pilotage.engine.cluster import Cluster, World, recorded
 from pilotage.engine.randomness import from_table, uniform
 from pilotage.engine.relaxation import demands_of
 from pilotage.engine.run import simulate
@@ -77,9 +78,11 @@ def scenario_of(
     )
 
 
-def run_all(scenario: Scenario, worlds: int = 1, threads: int = 1) -> tuple[float, float, Cluster]:
-    """Simulates all ticks without changes: CPU seconds, wall seconds (traffic included), and the cluster."""
-    cluster = Cluster(scenario, [World(1 + k) for k in range(worlds)], threads=threads)
+def run_all(
+    scenario: Scenario, worlds: Sequence[World] = (World(1),), threads: int = 1
+) -> tuple[float, float, Cluster]:
+    """Simulates all ticks without changes: CPU seconds, wall seconds (drawing of traffic included), the cluster."""
+    cluster = Cluster(scenario, worlds, threads=threads)
     orders = cluster.no_orders()
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(scenario.ticks):
@@ -87,7 +90,7 @@ def run_all(scenario: Scenario, worlds: int = 1, threads: int = 1) -> tuple[floa
     return time.process_time() - cpu, time.perf_counter() - wall, cluster
 
 
-def rate_of(scenario: Scenario, rounds: int, worlds: int = 1) -> float:
+def rate_of(scenario: Scenario, rounds: int, worlds: Sequence[World] = (World(1),)) -> float:
     """Requests per CPU second, the median of `rounds`."""
     run_all(scenario.replace(horizon_h=scenario.tick_s / 3600), worlds)  # compiled and warm
     rates = []
@@ -149,6 +152,7 @@ def against(
     """The engine beside a peer on the same requests, some 150,000 of them.
 
     Nobody leaves, because the peer's model has no impatience, and ticks are long, because nobody decides at them.
+    Both are given arrivals drawn beforehand; the peer is given demands and noise, too, which the engine draws.
     """
     one = scenario.services[0]
     plain = one.server.replace(queue_limit=None, request_timeout_s=None, patience_s=None)
@@ -157,12 +161,13 @@ def against(
     ticks = round(150_000 / one.traffic.rate_rps / tick_s)
     scenario = scenario.replace(horizon_h=ticks * tick_s / 3600, tick_s=tick_s)
     ours, theirs, ratios = [], [], []
-    cluster = run_all(scenario)[2]
+    worlds = recorded(scenario, [World(1)])
+    cluster = run_all(scenario, worlds)[2]
     model = model_of(cluster)
     for _ in range(rounds):  # the engine before and after the peer: the machine is not always as fast
-        before = rate_of(scenario, 5)
+        before = rate_of(scenario, 5, worlds)
         rate, latencies = ask_peer(python, peer, model)
-        ours.append((before + rate_of(scenario, 5)) / 2)
+        ours.append((before + rate_of(scenario, 5, worlds)) / 2)
         theirs.append(rate)
         ratios.append(ours[-1] / rate)
     ratio = statistics.median(ratios)
@@ -258,7 +263,8 @@ def flatness(rounds: int) -> tuple[list[Row], list[Line]]:
         scenario = scenario.replace(
             services=tuple(s.replace(traffic=traffic) for s in scenario.services), horizon_h=0.1, start_h=0.0
         )
-        return 1e9 / rate_of(scenario, rounds, worlds=1000 // (services * replicas))
+        worlds = [World(1 + k) for k in range(1000 // (services * replicas))]
+        return 1e9 / rate_of(scenario, rounds, worlds)
 
     rows, lines = [], []
     for what, routing in (("services", "central"), ("replicas", "central"), ("replicas", "power-of-two")):
@@ -357,7 +363,7 @@ def main() -> None:
     accelerator = scenario_of(1000.0, 6, 20.0, 1.0, max_batch=32, batch_wait_ms=5.0).replace(horizon_h=1.0)
     processor = scenario_of(40.0, 5, 60.0, 30.0).replace(horizon_h=2.0)
     fast, small = rate_of(accelerator, rounds), rate_of(processor, rounds)
-    many = rate_of(processor.replace(horizon_h=0.5), rounds, worlds=64)
+    many = rate_of(processor.replace(horizon_h=0.5), rounds, worlds=[World(1 + k) for k in range(64)])
     take((
         [
             row("accelerator service, 1,000 requests/s, batches of 6", "requests/s", fast),
