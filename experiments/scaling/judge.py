@@ -85,7 +85,7 @@ def main() -> None:
             scenario, [policy] * len(worlds), worlds, guard=Guard(), label=name, threads=os.cpu_count() or 1
         )
         print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
-    table = look_back(scenario, worlds)
+    table = look_back(scenario, worlds, threads=os.cpu_count() or 1)
     least_usd = hindsight.least(table.missed_usd, table.price_usd, table.lead, table.low)
     held = np.arange(1, table.missed_usd.shape[2])
     static = table.price_usd[:, None] * held * scenario.ticks + table.missed_usd[:, :, 1:].sum(axis=1)

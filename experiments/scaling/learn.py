@@ -23,30 +23,35 @@ from pilotage.agents.hindsight import Settings, Table, joined, look_back, train
 from pilotage.control.foresight import Foresight
 from pilotage.results import as_csv, write_whole
 
-SERVICES = {"train": 100, "validate": 24}
+SERVICES = {"train": 240, "validate": 40}
+
+
+def table_of(data: Path, split: str, seed: int, number: int) -> Table:
+    """What hindsight tells of one service's windows: every eighth is the judged one, a fifth have no long past."""
+    rng = np.random.default_rng([seed, len(split), number])
+    judged = protocol.service(data)
+    scenario = judged if number % 8 == 0 else service_at_random(rng, judged)
+    scenario = scenario.replace(history_h=1.0 if number % 5 == 4 else protocol.HISTORY_H)
+    return look_back(scenario, [w for _, w in protocol.windows(scenario, split, rng, protocol.SHARES[split])])
 
 
 def tables(split: str, data: Path, work: Path, seed: int, services: int) -> Table:
-    """What hindsight tells of a split's windows; every fifth service has an hour of history only."""
+    """What hindsight tells of a split's windows."""
     kept = work / f"{split}-{services}-{seed}.npz"
     if kept.is_file():
         return Table(**np.load(kept))
-    rng, parts = np.random.default_rng([seed, len(split)]), []
-    judged, began = protocol.service(data), time.perf_counter()
-    for k in range(services):
-        scenario = judged if k % 8 == 0 else service_at_random(rng, judged)
-        scenario = scenario.replace(history_h=1.0 if k % 5 == 4 else protocol.HISTORY_H)
-        parts.append(
-            look_back(
-                scenario, [w for _, w in protocol.windows(scenario, split, rng, protocol.SHARES[split])]
+    parts, began = [], time.perf_counter()
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for part in pool.map(partial(table_of, data, split, seed), range(services)):
+            parts.append(part)
+            print(
+                f"{split}: service {len(parts)}/{services}, {time.perf_counter() - began:.0f} s", flush=True
             )
-        )
-        print(f"{split}: service {k + 1}/{services}, {time.perf_counter() - began:.0f} s", flush=True)
     table = joined(parts)
     work.mkdir(parents=True, exist_ok=True)
-    part = kept.with_suffix(".part.npz")
-    np.savez(part, **{name: getattr(table, name) for name in Table.__slots__})
-    part.replace(kept)
+    unfinished = kept.with_suffix(".part.npz")
+    np.savez(unfinished, **{name: getattr(table, name) for name in Table.__slots__})
+    unfinished.replace(kept)
     return table
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def main() -> None:
     scenario, work = protocol.service(options.data), options.out / "work"
     work.mkdir(parents=True, exist_ok=True)
     train, validate = (groups(options.data, split, options.seed) for split in SHARES)
-    table = look_back(scenario, [world for group in train for world in group])
+    table = look_back(scenario, [world for group in train for world in group], threads=os.cpu_count() or 1)
     tuned, rows = {}, []
     for name in RULES if options.only is None else (options.only,):
         found = []

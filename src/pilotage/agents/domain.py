@@ -63,7 +63,7 @@ def service_at_random(rng: np.random.Generator, shape: Scenario) -> Scenario:
         ),
         services=(
             service.replace(
-                slo_ms=1e3 * full_s * log_uniform(rng, 1.5, 8),
+                slo_ms=1e3 * full_s * log_uniform(rng, 1.2, 8),
                 economics=service.economics.replace(late_usd=missed_usd, dropped_usd=missed_usd),
                 server=service.server.replace(
                     max_batch=max_batch, request_timeout_s=max(5.0, 8 * full_s), batch_wait_ms=10.0

@@ -10,7 +10,6 @@ ratio itself, so that the worst are not forgotten. Prices vary from batch to bat
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,14 +24,15 @@ from pilotage.agents.tune import candidate_of, space
 from pilotage.control.foresight import PRIOR, READOUT, Anticipate, Foresight, whole
 from pilotage.control.network import Network
 from pilotage.control.outlook import INPUTS, REFERENCES, Outlook
-from pilotage.control.policy import INDEX, measure
+from pilotage.control.policy import INDEX, Situation, measure
 from pilotage.engine import hindsight
 from pilotage.engine.cluster import Cluster, World, recorded
 from pilotage.engine.run import bill
 from pilotage.scenario import Scenario
 from pilotage.world.spec import SpecError
 
-CHUNK = 24  # windows that are simulated at once, which bounds memory
+CHUNK = 24  # windows that are simulated at once, which bounds memory,
+TOGETHER = 4  # each with so many counts of replicas
 _STAKE = INPUTS.index("stake")
 _CLEAN_USD = 1e-9
 
@@ -61,7 +61,11 @@ class Table:
 
 
 def look_back(
-    scenario: Scenario, windows: Sequence[World], *, progress: Callable[[int], None] = lambda _: None
+    scenario: Scenario,
+    windows: Sequence[World],
+    *,
+    threads: int = 1,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Table:
     """Simulates one service's windows with every count of replicas. Windows last as long as the scenario says."""
     if len(scenario.services) != 1:
@@ -71,46 +75,34 @@ def look_back(
         )
     parts = []
     for lo in range(0, len(windows), CHUNK):
-        parts.append(_look_back(scenario, windows[lo : lo + CHUNK]))
+        parts.append(_look_back(scenario, windows[lo : lo + CHUNK], threads))
         progress(min(lo + CHUNK, len(windows)))
     return joined(parts)
 
 
-def _look_back(scenario: Scenario, windows: Sequence[World]) -> Table:
-    threads = os.cpu_count() or 1
+def _look_back(scenario: Scenario, windows: Sequence[World], threads: int) -> Table:
     service, pool = scenario.services[0], scenario.pool_by_name[scenario.services[0].pools[0]]
-    money = service.economics
-    cluster = Cluster(scenario, windows, threads=threads)
-    seen = Outlook([cluster.situation(w, 0) for w in range(len(windows))])
     drawn = recorded(scenario, windows)
     most = min(service.max_replicas, pool.max_nodes if pool.node is None else service.max_replicas)
     counts = np.unique(
         np.round(np.r_[np.arange(9), np.geomspace(10, max(10, most), 8)]).clip(0, most)
     ).astype(int)
     missed = np.zeros((len(counts), len(windows), scenario.ticks), np.float32)
-    references = np.zeros((len(windows), scenario.ticks, len(REFERENCES)), np.float32)
-    inputs = np.zeros((len(windows), scenario.ticks, len(INPUTS)), np.float32)
     open_ = np.arange(len(windows))  # windows in which something is still missed
-    for level in range(1, len(counts)):
+    for lo in range(1, len(counts), TOGETHER):
+        held = counts[lo : lo + TOGETHER]
+        ticks = _held(scenario, [drawn[w] for w in open_], held, threads)
+        missed[lo : lo + len(held), open_] = np.moveaxis(
+            bill(ticks, scenario)[..., 0, 1:3].sum(axis=-1), 0, 2
+        )
+        if lo == 1:
+            arrived = ticks[:, 0, :, 0]
+            missed[0] = arrived["arrived"].T * service.economics.dropped_usd
+            seen = Outlook(_situations(scenario, drawn))
+            references, inputs = _seen(seen, measure(arrived))
+        open_ = open_[missed[lo + len(held) - 1, open_].sum(axis=1) > _CLEAN_USD]
         if len(open_) == 0:
             break
-        still = service.replace(
-            initial_replicas=int(counts[level]), min_replicas=0, max_replicas=max(most, 1)
-        )
-        cluster = Cluster(
-            scenario.replace(services=(still,), history_h=0.0), [drawn[w] for w in open_], threads=threads
-        )
-        orders = cluster.no_orders()
-        for k in range(scenario.ticks):
-            if level == 1:
-                references[:, k], inputs[:, k] = seen.view()
-            ticks = cluster.advance(orders)
-            missed[level, open_, k] = bill(ticks, scenario)[:, 0, 1:3].sum(axis=1)
-            if level == 1:
-                values = measure(ticks)[:, 0]
-                seen.update(values[:, INDEX["arrival_rate"]], values[:, INDEX["arrival_peak"]])
-                missed[0, :, k] = ticks["arrived"][:, 0] * money.dropped_usd
-        open_ = open_[missed[level, open_].sum(axis=1) > _CLEAN_USD]
     n = np.arange(most + 1)
     at = np.clip(np.searchsorted(counts, n, side="right") - 1, 0, len(counts) - 2)
     share = ((n - counts[at]) / (counts[at + 1] - counts[at])).astype(np.float32)[:, None, None]
@@ -126,6 +118,35 @@ def _look_back(scenario: Scenario, windows: Sequence[World]) -> Table:
         high=one * most,
         start=one * service.initial_replicas,
     )
+
+
+def _situations(scenario: Scenario, windows: Sequence[World]) -> list[Situation]:
+    cluster = Cluster(scenario, windows)
+    return [cluster.situation(w, 0) for w in range(len(windows))]
+
+
+def _held(scenario: Scenario, windows: Sequence[World], counts: np.ndarray, threads: int) -> np.ndarray:
+    """Counters of windows in which a count of replicas is held; shape (ticks, counts, windows, 1)."""
+    most = int(counts.max())
+    service = scenario.services[0].replace(initial_replicas=most, min_replicas=0, max_replicas=max(most, 1))
+    scenario = scenario.replace(services=(service,), history_h=0.0)
+    cluster = Cluster(scenario, [world for _ in counts for world in windows], threads=threads)
+    orders, none = cluster.no_orders(), cluster.no_orders()
+    orders["release"][:, 0] = np.repeat(most - counts, len(windows))
+    ticks = [cluster.advance(orders if k == 0 else none).copy() for k in range(scenario.ticks)]
+    return np.stack(ticks).reshape(scenario.ticks, len(counts), len(windows), 1)
+
+
+def _seen(outlook: Outlook, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """References and inputs at the beginning of every tick, from what was measured in each: (ticks, windows, ...)."""
+    shown = []
+    for rate, peak in zip(
+        values[..., INDEX["arrival_rate"]], values[..., INDEX["arrival_peak"]], strict=True
+    ):
+        shown.append(outlook.view())
+        outlook.update(rate, peak)
+    references, inputs = zip(*shown, strict=True)
+    return tuple(np.stack(x, axis=1).astype(np.float32) for x in (references, inputs))
 
 
 def joined(tables: Sequence[Table]) -> Table:
@@ -147,7 +168,7 @@ def joined(tables: Sequence[Table]) -> Table:
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How to train; the defaults are those of the shipped policy."""
 
-    epochs: int = 80
+    epochs: int = 60
     windows_per_batch: int = 32
     learning_rate: float = 2e-3
     weight_decay: float = 1e-3

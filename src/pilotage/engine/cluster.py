@@ -74,13 +74,14 @@ class Recorded:
 
 def recorded(scenario: Scenario, worlds: Sequence[World]) -> list[World]:
     """The same worlds with their traffic drawn once and for all: runs are the same, and need not draw it again."""
-    cluster = Cluster(scenario, worlds)
+    cluster = Cluster(scenario.replace(history_h=0.0), worlds)  # which would draw the history, too
+    end_s = cluster.now_s + scenario.ticks * scenario.tick_s
+    begin_s = np.maximum(0.0, cluster.now_s - scenario.history_h * 3600)
     out = []
     for w, world in enumerate(worlds):
         sources = []
         for s in range(len(scenario.services)):
-            source, _, end_s = cluster.traffic(w, s)
-            sources.append(Recorded(source.until(end_s)))
+            sources.append(Recorded(cluster.open(w, s, float(begin_s[w])).until(float(end_s[w]))))
         out.append(world._replace(start_s=float(cluster.now_s[w]), traffic=tuple(sources)))
     return out
 
@@ -235,7 +236,7 @@ class Cluster:
                 for name, seed in self.seeds(w, s).items():
                     self.params[r][name] = seed
                 begin_s = max(0.0, start_s - scenario.history_h * 3600)
-                source = self._open(w, s, begin_s)
+                source = self.open(w, s, begin_s)
                 bins = int((start_s - begin_s) / scenario.tick_s + 1e-9)
                 edges = start_s + scenario.tick_s * (np.arange(bins + 1) - bins)
                 past = source.until(start_s)
@@ -259,7 +260,7 @@ class Cluster:
         self._state.closures[w]["pool"] = -1
         self._state.closures[w, : len(found)] = found
 
-    def _open(self, w: int, s: int, begin_s: float) -> Arrivals:
+    def open(self, w: int, s: int, begin_s: float) -> Arrivals:
         """The traffic of one row from `begin_s` to the end of its run, on the traffic's clock."""
         scenario, world = self.scenario, self.worlds[w]
         service = scenario.services[s]
@@ -273,18 +274,9 @@ class Cluster:
 
     def arrivals(self, w: int, s: int) -> np.ndarray:
         """All arrival times of one row's run, in seconds since its start."""
-        source, _, end_s = self.traffic(w, s)
+        source = self.open(w, s, max(0.0, self._start_s[w] - self.scenario.history_h * 3600))
         source.until(self._start_s[w])
-        return source.until(end_s) - self._start_s[w]
-
-    def traffic(self, w: int, s: int) -> tuple[Arrivals, float, float]:
-        """The traffic of one row's run from the beginning of its history, with that time and the end of the run."""
-        begin_s = max(0.0, self._start_s[w] - self.scenario.history_h * 3600)
-        return (
-            self._open(w, s, begin_s),
-            begin_s,
-            self._start_s[w] + self.scenario.ticks * self.scenario.tick_s,
-        )
+        return source.until(self._start_s[w] + self.scenario.ticks * self.scenario.tick_s) - self._start_s[w]
 
     @property
     def now_s(self) -> np.ndarray:
