@@ -145,8 +145,8 @@ def _seen(outlook: Outlook, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     ):
         shown.append(outlook.view())
         outlook.update(rate, peak)
-    references, inputs = zip(*shown, strict=True)
-    return tuple(np.stack(x, axis=1).astype(np.float32) for x in (references, inputs))
+    references, inputs = (np.stack(x, axis=1).astype(np.float32) for x in zip(*shown, strict=True))
+    return references, inputs
 
 
 def joined(tables: Sequence[Table]) -> Table:
