@@ -304,7 +304,10 @@ def tune(
     storage: Annotated[
         str | None, typer.Option(help="Optuna storage URL; an existing study is resumed")
     ] = None,
-    objective: Annotated[list[str] | None, typer.Option(help="usd, attainment; repeatable")] = None,
+    objective: Annotated[
+        list[str] | None, typer.Option(help="usd, attainment; repeatable: best compromises")
+    ] = None,
+    sampler: Annotated[str, typer.Option(help="tpe or gp")] = "tpe",
     hours: Hours = None,
     data: Data = None,
     as_json: AsJson = False,
@@ -327,6 +330,7 @@ def tune(
             trials=trials,
             seed=seed,
             objectives=objective or ["usd"],
+            sampler=sampler,
             storage=storage,
             progress=lambda n, best: step(f"trial {n}/{trials}, best {best:,.2f} $"),
         )
@@ -348,10 +352,12 @@ def tune(
 @app.command()
 def train(
     env: Env,
-    algo: str = "ppo",
+    algo: Annotated[str, typer.Option(help="ppo, sac or tqc")] = "ppo",
     steps: Annotated[int, typer.Option(min=1)] = 400_000,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    base: Annotated[str, typer.Option(help="the predictive rule that is corrected")] = "predictive",
+    base: Annotated[
+        str, typer.Option(help="the policy that is corrected: predictive, anticipate, pilot")
+    ] = "predictive",
     worlds: Annotated[int, typer.Option(min=1)] = 64,
     out: Annotated[
         Path | None, typer.Option("--out", help="folder of the training (default: runs/ENV-ALGO)")
@@ -364,13 +370,14 @@ def train(
     """Learn a policy with stable-baselines3."""
     from pilotage.agents.train import Settings
     from pilotage.agents.train import train as learn
-    from pilotage.control.learned import policy_from
-    from pilotage.control.scaling import Predictive
+    from pilotage.control.learned import Base, policy_from
     from pilotage.engine.cluster import World
 
     rule = policy_from(base)
-    if not isinstance(rule, Predictive):
-        raise SpecError(f"--base {base!r}: must be a predictive policy, as `predictive` or `predictive:z=1`")
+    if not isinstance(rule, Base):
+        raise SpecError(
+            f"--base {base!r}: cannot be corrected; valid: predictive, anticipate, pilot, or a training from hindsight"
+        )
     scenario = _scenario(env, data, hours)
     folder = _writable(out or Path("runs") / f"{scenario.name}-{algo}")
     with _progress(as_json) as step:

@@ -19,6 +19,12 @@ from pilotage.scenario import Scenario
 from pilotage.world.spec import SpecError
 
 OBJECTIVES: Final = {"usd": "minimize", "attainment": "maximize"}
+SAMPLERS: Final[dict[str, Callable[[int, int], optuna.samplers.BaseSampler]]] = {
+    "tpe": lambda seed, start: optuna.samplers.TPESampler(
+        seed=seed, multivariate=True, n_startup_trials=start
+    ),
+    "gp": lambda seed, start: optuna.samplers.GPSampler(seed=seed, n_startup_trials=start),
+}
 FINALISTS: Final = 5
 
 
@@ -69,26 +75,29 @@ def tune(
     trials: int,
     seed: int = 0,
     objectives: Sequence[str] = ("usd",),
+    sampler: str = "tpe",
     storage: str | None = None,
     study_name: str | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> optuna.Study:
-    """Searches the policy's space with TPE until the study holds `trials` finished trials.
+    """Searches the policy's space until the study holds `trials` finished trials.
 
-    The first trial is the policy as given. `groups` are windows of traffic by kind; the objective `usd` is
+    The `sampler` is a tree-structured Parzen estimator (`tpe`: Bergstra et al. 2011) or a Gaussian process (`gp`);
+    with two objectives both look for the Pareto front, which is the study's `best_trials`. The first trial is the
+    policy as given. `groups` are windows of traffic by kind; the objective `usd` is
     `typical_usd` over them, `attainment` is pooled. With a `storage` URL the study is resumed if it exists.
     Returns the Optuna study.
     """
     unknown = [name for name in objectives if name not in OBJECTIVES]
     if unknown:
         raise SpecError(f"objective {unknown[0]!r} does not exist; valid: {', '.join(OBJECTIVES)}")
+    if sampler not in SAMPLERS:
+        raise SpecError(f"sampler {sampler!r} does not exist; valid: {', '.join(SAMPLERS)}")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     distributions = space(policy)
     study = optuna.create_study(
         directions=[OBJECTIVES[name] for name in objectives],
-        sampler=optuna.samplers.TPESampler(
-            seed=seed, multivariate=True, n_startup_trials=min(10, trials // 3 + 1)
-        ),
+        sampler=SAMPLERS[sampler](seed, min(10, trials // 3 + 1)),
         storage=storage,
         study_name=study_name or f"{scenario.name}/{describe(policy)}",
         load_if_exists=True,

@@ -8,13 +8,15 @@ from pilotage.world.spec import Spec, SpecError
 
 
 class Network(Spec, frozen=True, kw_only=True):
-    """A tanh network with its input normalisation: clip((x - mean) / scale), dense layers, linear outputs."""
+    """A tanh network with its input normalisation: clip((x - mean) / scale), dense layers, linear outputs, or
+    outputs `squashed` by tanh."""
 
     mean: tuple[float, ...]
     scale: tuple[float, ...]
     clip: float
     weights: tuple[tuple[tuple[float, ...], ...], ...]
     biases: tuple[tuple[float, ...], ...]
+    squashed: bool = False
 
     def __post_init__(self) -> None:
         sizes = [len(self.mean)]
@@ -41,6 +43,7 @@ class Forward:
 
     def __init__(self, network: Network) -> None:
         self._mean, self._scale, self._clip = np.array(network.mean), np.array(network.scale), network.clip
+        self._squashed = network.squashed
         self._layers = [
             (np.array(weight).T.copy(), np.array(bias))
             for weight, bias in zip(network.weights, network.biases, strict=True)
@@ -51,4 +54,5 @@ class Forward:
         for weight, bias in self._layers[:-1]:
             x = np.tanh(x @ weight + bias)
         weight, bias = self._layers[-1]
-        return x @ weight + bias
+        out = x @ weight + bias
+        return np.tanh(out) if self._squashed else out
