@@ -117,7 +117,7 @@ def test_off_policy_learning_undoes_a_wasteful_rule(tmp_path: Path) -> None:
     groups = [windows(900, 3)]
     before = typical_usd(run_groups(FIXED, groups, WASTEFUL))
     settings = Settings(
-        algo=algo,
+        algo="sac",
         steps=12_288,
         worlds=16,
         rollout_ticks=32,
