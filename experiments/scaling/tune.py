@@ -11,7 +11,10 @@ import argparse
 import json
 import os
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -39,6 +42,27 @@ def groups(data: Path, split: str, seed: int) -> list[list[World]]:
     return [[w for f, w in drawn if f == family] for family in dict.fromkeys(f for f, _ in drawn)]
 
 
+def searched(options: argparse.Namespace, trials: int, search_of: tuple[str, int]) -> dict[str, Any]:
+    """What one search found, and what it costs on validation windows; kept in `work/`."""
+    name, seed = search_of
+    kept: Path = options.out / "work" / f"tuned-{name}-{trials}-{options.seed}-{seed}.json"
+    if not kept.is_file():
+        began, policy, scenario = time.perf_counter(), parse(name), protocol.service(options.data)
+        train, validate = (groups(options.data, split, options.seed) for split in SHARES)
+        if isinstance(policy, Anticipate):
+            table = look_back(scenario, [world for group in train for world in group])
+            best, values = search(policy, table, trials=trials, seed=seed)
+        else:
+            study = tune(policy, scenario, train, trials=trials, seed=seed)
+            best = choose(policy, study, scenario, validate)
+            values = [t.values[0] for t in study.trials]
+        usd = typical_usd(run_groups(scenario, validate, best))
+        write_whole(kept, json.dumps({"policy": describe(best), "usd": usd, "values": values}))
+        print(f"{name} seed {seed}: {usd:.3f} $, {time.perf_counter() - began:.0f} s", flush=True)
+    found: dict[str, Any] = json.loads(kept.read_text())
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
@@ -48,33 +72,21 @@ def main() -> None:
     parser.add_argument("--only", help="one rule")
     options = parser.parse_args()
     seeds, trials = (1, 2) if options.quick else (SEEDS, TRIALS)
-    scenario, work = protocol.service(options.data), options.out / "work"
-    work.mkdir(parents=True, exist_ok=True)
-    train, validate = (groups(options.data, split, options.seed) for split in SHARES)
-    table = look_back(scenario, [world for group in train for world in group], threads=os.cpu_count() or 1)
-    tuned, rows = {}, []
-    for name in RULES if options.only is None else (options.only,):
-        found = []
-        for seed in range(seeds):
-            kept = work / f"tuned-{name}-{trials}-{options.seed}-{seed}.json"
-            if not kept.is_file():
-                began = time.perf_counter()
-                policy = parse(name)
-                if isinstance(policy, Anticipate):
-                    best, values = search(policy, table, trials=trials, seed=seed)
-                else:
-                    study = tune(policy, scenario, train, trials=trials, seed=seed)
-                    best = choose(policy, study, scenario, validate)
-                    values = [t.values[0] for t in study.trials]
-                usd = typical_usd(run_groups(scenario, validate, best))
-                write_whole(kept, json.dumps({"policy": describe(best), "usd": usd, "values": values}))
-                print(f"{name} seed {seed}: {usd:.3f} $, {time.perf_counter() - began:.0f} s", flush=True)
-            found.append(json.loads(kept.read_text()))
-            rows += [
-                {"policy": name, "seed": seed, "trial": k, "value": f"{value:.6g}"}
-                for k, value in enumerate(found[-1]["values"])
-            ]
-        tuned[name] = min(found, key=lambda one: one["usd"])["policy"]
+    rules = RULES if options.only is None else (options.only,)
+    (options.out / "work").mkdir(parents=True, exist_ok=True)
+    tuned: dict[str, str] = {}
+    rows = []
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        searches = [(name, seed) for name in rules for seed in range(seeds)]
+        found = list(pool.map(partial(searched, options, trials), searches))
+    for name in rules:
+        mine = [one for one, (other, _) in zip(found, searches, strict=True) if other == name]
+        rows += [
+            {"policy": name, "seed": seed, "trial": k, "value": f"{value:.6g}"}
+            for seed, one in enumerate(mine)
+            for k, value in enumerate(one["values"])
+        ]
+        tuned[name] = min(mine, key=lambda one: one["usd"])["policy"]
     if options.only is None:
         write_whole(options.out / "trials.csv", as_csv(rows))
         write_whole(

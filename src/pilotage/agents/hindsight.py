@@ -168,7 +168,7 @@ def joined(tables: Sequence[Table]) -> Table:
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How to train; the defaults are those of the shipped policy."""
 
-    epochs: int = 60
+    epochs: int = 40
     windows_per_batch: int = 32
     learning_rate: float = 2e-3
     weight_decay: float = 1e-3
