@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import numpy as np
 import protocol
 
 from pilotage.agents.bound import bound
-from pilotage.agents.hindsight import look_back
+from pilotage.agents.hindsight import costs_usd, look_back
 from pilotage.control.foresight import Foresight
 from pilotage.control.guard import Guard
 from pilotage.control.scaling import parse
@@ -94,6 +95,10 @@ def main() -> None:
     lower_usd = np.array([b.lower_usd for b in brackets])
     usd = {name: np.array([run.total_usd for run in of]) for name, of in runs.items()}
     usd["static, best in hindsight"] = static.min(axis=1)
+    # what the gap consists of: the engine's noise and guard, and the start-up delay
+    usd[f"{LEARNED}, by the table"] = costs_usd(contenders[LEARNED], table)
+    prompt = replace(table, lead=np.ones_like(table.lead))
+    usd[f"{LEARNED}, by the table, ready after a tick"] = costs_usd(contenders[LEARNED], prompt)
     usd["clairvoyant schedule"] = np.array([b.schedule.total_usd for b in brackets])
     usd["hindsight of every count"] = least_usd
     runs["clairvoyant schedule"] = [b.schedule for b in brackets]

@@ -37,6 +37,7 @@ from pilotage.control.scaling import (
     parse,
     tunable,
 )
+from pilotage.control.steer import Helm
 from pilotage.engine.cluster import World
 from pilotage.engine.run import simulate
 from pilotage.scenario import load
@@ -104,7 +105,7 @@ def test_a_policy_keeps_its_contract_behind_the_guard(policy, seen) -> None:
         assert 0 <= decision.release <= one.replicas
         after = one.replicas + decision.order - decision.release
         assert SERVICE.min_replicas <= after <= SERVICE.max_replicas
-    assert not first.interventions["policy failed"]
+    assert not first.check.interventions["policy failed"]
 
 
 @named
@@ -205,6 +206,33 @@ class Broken:
         return self.what
 
 
+@named
+@settings(max_examples=15, deadline=None)
+@given(runs=st.lists(observations(), min_size=2, max_size=4))
+def test_services_that_are_asked_together_get_what_they_would_get_alone(policy, runs) -> None:
+    rows = [situation(history) for history in (100, 0, 7, 2000)[: len(runs)]]
+    alone = [policy.begin(row) for row in rows]
+    helm = Helm([policy] * len(rows), rows)
+    for seen in zip(*runs, strict=True):
+        apart = [controller.decide(one) for controller, one in zip(alone, seen, strict=True)]
+        assert helm.decide(seen) == apart
+
+
+def test_one_policy_that_fails_holds_its_own_service_only() -> None:
+    rows = [situation(), situation()]
+    seen = [observation(0, replicas_ready=4, replicas_starting=0, replicas_pending=0)] * 2
+
+    class Failing(Static, frozen=True):
+        def begin(self, situation):
+            return Broken(ValueError("no"))
+
+    decisions = Helm([Failing(), Static(replicas=9)], rows, Guard()).decide(seen)
+    assert (decisions[0].order, decisions[1].order) == (0, 5)
+    assert decisions[0].reason.startswith("held")
+    with pytest.raises(ValueError, match="no"):
+        Helm([Failing(), Static(replicas=9)], rows).decide(seen)
+
+
 @pytest.mark.parametrize(
     "what",
     [
@@ -221,7 +249,7 @@ def test_the_guard_holds_whatever_a_policy_does(what) -> None:
     decision = guarded.decide(observation(0, replicas_ready=4, replicas_starting=0, replicas_pending=0))
     assert (decision.order, decision.release) == (0, 0)
     assert decision.reason.startswith("held")
-    assert sum(guarded.interventions.values()) == 1
+    assert sum(guarded.check.interventions.values()) == 1
 
 
 def test_the_guard_holds_on_missing_or_stale_data_but_keeps_the_bounds() -> None:

@@ -35,7 +35,7 @@ from pilotage.control.hpa import Hpa
 from pilotage.control.placing import LearnedPlacement
 from pilotage.control.policy import Policy
 from pilotage.control.scaling import Predictive, Staffing
-from pilotage.control.steer import steer
+from pilotage.control.steer import Helm, steer
 from pilotage.engine.cluster import Cluster, World, recorded
 from pilotage.engine.placement import TERMS
 from pilotage.engine.run import bill
@@ -132,13 +132,10 @@ class Fleet:
         self.scenario = scenario.replace(placement=Placement(rule=BASELINE))
         self.worlds = recorded(self.scenario, worlds)
         base = Cluster(self.scenario, self.worlds)
-        services = range(len(scenario.services))
-        controllers = []
-        for w in range(len(worlds)):
-            for situation in (base.situation(w, s) for s in services):
-                controllers.append(Guard().begin(scaler.begin(situation), situation))
+        rows = [(w, s) for w in range(len(worlds)) for s in range(len(scenario.services))]
+        helm = Helm([scaler] * len(rows), [base.situation(*row) for row in rows], Guard())
         self._orders: list[np.ndarray] = []
-        steer(base, controllers, scenario.ticks, lambda *_: self._orders.append(base.decisions.copy()))
+        steer(base, helm, scenario.ticks, lambda *_: self._orders.append(base.decisions.copy()))
         base.finish()
         self.baseline_usd = self._usd(base)
         changed = self.scenario.replace(placement=Placement(rule=RULE, weights=tuple(vector(PRIOR).tolist())))

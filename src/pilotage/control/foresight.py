@@ -19,7 +19,16 @@ from msgspec import Meta
 from pilotage.control.guard import Guard
 from pilotage.control.network import Forward, Network
 from pilotage.control.outlook import INPUTS, REFERENCES, Outlook
-from pilotage.control.policy import INDEX, Controller, Decision, Observation, Policy, Situation
+from pilotage.control.policy import (
+    INDEX,
+    Alone,
+    Controller,
+    Decision,
+    Observation,
+    Policy,
+    Situation,
+    Together,
+)
 
 # what the network says, in this order: weights of the references for each level, then scales and margins
 LEVELS: Final = ("order", "keep")
@@ -131,7 +140,10 @@ class Foresight(Policy, frozen=True, kw_only=True, tag="foresight"):
         return read
 
     def begin(self, situation: Situation) -> Controller:
-        return _Controller(self, situation)
+        return Alone(_Together(self, [situation]))
+
+    def begin_together(self, situations: Sequence[Situation]) -> Together:
+        return _Together(self, situations)
 
 
 class Anticipate(Policy, frozen=True, kw_only=True, tag="anticipate"):
@@ -181,20 +193,27 @@ class Anticipate(Policy, frozen=True, kw_only=True, tag="anticipate"):
         return read
 
     def begin(self, situation: Situation) -> Controller:
-        return _Controller(self, situation)
+        return Alone(_Together(self, [situation]))
+
+    def begin_together(self, situations: Sequence[Situation]) -> Together:
+        return _Together(self, situations)
 
 
-class _Controller:
-    def __init__(self, policy: Foresight | Anticipate, situation: Situation) -> None:
-        self._levels = Levels([situation], policy, Guard())
+class _Together:
+    def __init__(self, policy: Foresight | Anticipate, situations: Sequence[Situation]) -> None:
+        self._levels = Levels(situations, policy, Guard())
         self._first = True
 
-    def decide(self, seen: Observation) -> Decision:
-        values = seen.values[None, :]
+    def decide(self, seen: Sequence[Observation]) -> list[Decision]:
+        values = np.stack([one.values for one in seen])
         if not self._first:  # the first observation is older than the run; the history has it
             self._levels.update(values)
         self._first = False
         order_to, keep_to = self._levels.wanted()
         order, release = self._levels.decide(order_to, keep_to, values)
-        reason = f"order up to {order_to[0]:.1f}, keep {keep_to[0]:.1f} replicas"
-        return Decision(order=int(order[0]), release=int(release[0]), reason=reason)
+        return [
+            Decision(order=o, release=r, reason=f"order up to {up:.1f}, keep {down:.1f} replicas")
+            for o, r, up, down in zip(
+                order.tolist(), release.tolist(), order_to.tolist(), keep_to.tolist(), strict=True
+            )
+        ]

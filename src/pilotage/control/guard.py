@@ -62,24 +62,38 @@ class Guard(Spec, frozen=True, kw_only=True):
 
     def begin(self, inner: Controller, situation: Situation) -> Guarded:
         """The controller behind this guard, for one run."""
-        return Guarded(self, inner, situation)
+        return Guarded(Check(self, situation), inner)
 
 
 class Guarded:
-    """A controller behind a guard; `interventions` counts why decisions were changed or held."""
+    """A controller behind a guard."""
 
-    def __init__(self, guard: Guard, inner: Controller, situation: Situation) -> None:
-        self._guard, self._inner = guard, inner
-        self._limits = np.array([guard.limits(situation)])
-        self._pools = situation.service.pools
-        self._variants = [variant.name for variant in situation.service.variants]
-        self.interventions: Counter[str] = Counter()
+    def __init__(self, check: Check, inner: Controller) -> None:
+        self.check, self._inner = check, inner
 
     def decide(self, seen: Observation) -> Decision:
         try:
             wanted = self._inner.decide(seen)
         except Exception as error:  # whatever a policy does, the service goes on
-            return self._hold(seen, f"policy failed: {type(error).__name__}: {error}")
+            return self.check.failed(seen, error)
+        return self.check(seen, wanted)
+
+
+class Check:
+    """What a guard makes of one service's decisions; `interventions` counts why they were changed or held."""
+
+    def __init__(self, guard: Guard, situation: Situation) -> None:
+        self._guard = guard
+        self._limits = np.array([guard.limits(situation)])
+        self._pools = situation.service.pools
+        self._variants = [variant.name for variant in situation.service.variants]
+        self.interventions: Counter[str] = Counter()
+
+    def failed(self, seen: Observation, error: Exception) -> Decision:
+        """The decision in place of one that the policy failed to make."""
+        return self._hold(seen, f"policy failed: {type(error).__name__}: {error}")
+
+    def __call__(self, seen: Observation, wanted: Decision) -> Decision:
         for name in self._guard.required:
             if seen[name] != seen[name] or seen.age(name) > self._guard.stale_after_s:
                 return self._hold(seen, f"{name} is missing or stale")

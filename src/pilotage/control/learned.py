@@ -23,7 +23,16 @@ from pilotage.control.foresight import Anticipate, Foresight, Levels
 from pilotage.control.guard import Guard
 from pilotage.control.network import Forward, Network
 from pilotage.control.outlook import INPUTS
-from pilotage.control.policy import INDEX, Controller, Decision, Observation, Policy, Situation
+from pilotage.control.policy import (
+    INDEX,
+    Alone,
+    Controller,
+    Decision,
+    Observation,
+    Policy,
+    Situation,
+    Together,
+)
 from pilotage.control.scaling import Predictive, parse
 from pilotage.world.spec import SpecError, decode
 
@@ -291,7 +300,10 @@ class Learned(Policy, frozen=True, kw_only=True, tag="learned"):
         self.network.must_map(len(observations), len(actions))
 
     def begin(self, situation: Situation) -> Controller:
-        return _Learned(self, situation)
+        return Alone(_Learned(self, [situation]))
+
+    def begin_together(self, situations: Sequence[Situation]) -> Together:
+        return _Learned(self, situations)
 
     def save(self, folder: Path) -> None:
         """Writes `policy.json`, whole or not at all."""
@@ -302,21 +314,19 @@ class Learned(Policy, frozen=True, kw_only=True, tag="learned"):
 
 
 class _Learned:
-    def __init__(self, policy: Learned, situation: Situation) -> None:
-        self._rows = corrections([situation], policy.base, Guard())
+    def __init__(self, policy: Learned, situations: Sequence[Situation]) -> None:
+        self._rows = corrections(situations, policy.base, Guard())
         self._network = Forward(policy.network)
         self._first = True
 
-    def decide(self, seen: Observation) -> Decision:
-        values = seen.values[None, :]
+    def decide(self, seen: Sequence[Observation]) -> list[Decision]:
+        values = np.stack([one.values for one in seen])
         if not self._first:  # the first observation is older than the run; the history has it
             self._rows.update(values)
         self._first = False
-        actions = self._network(self._rows.view(np.array([seen.now_s]), values))
-        order, release, limit = self._rows.decide(actions, values)
-        return Decision(
-            order=int(order[0]), release=int(release[0]), max_batch=int(limit[0]), reason="learned"
-        )
+        actions = self._network(self._rows.view(np.array([one.now_s for one in seen]), values))
+        rows = zip(*(column.tolist() for column in self._rows.decide(actions, values)), strict=True)
+        return [Decision(order=o, release=r, max_batch=limit, reason="learned") for o, r, limit in rows]
 
 
 SHIPPED: Final = "pilot"  # the policy that comes with the package; `experiments/scaling/learn.py` trained it

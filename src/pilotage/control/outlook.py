@@ -79,11 +79,13 @@ class LoadHistory:
         """Puts `values` (oldest first) into a row's past, and forgets what was there."""
         past = np.asarray(values, float)[-self._size :]
         self.known[row] = len(past)
-        whole = np.zeros(self._size)
-        if len(past):
-            whole[: -len(past)], whole[-len(past) :] = past[0], past
+        whole = np.full(self._size, past[0] if len(past) else 0.0)
+        before = self._size - len(past)
+        whole[before:] = past
         at = (self._clock - self._size + np.arange(self._size)) % self._size
-        self._sum[at, row], self._squares[at, row] = np.cumsum(whole), np.cumsum(whole**2)
+        for sums, values in ((self._sum, whole), (self._squares, whole**2)):
+            # sums count from the first known value on, so that they do not depend on how much is kept
+            sums[at, row] = np.r_[values[0] * np.arange(1 - before, 1), np.cumsum(values[before:])]
         for level in range(self._levels):
             self._highest[level, at, row] = whole
             step = 1 << level

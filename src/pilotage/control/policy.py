@@ -8,7 +8,7 @@ names a feature, its unit, how the engine computes it from its counters, and the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -320,12 +320,32 @@ class Controller(Protocol):
     def decide(self, seen: Observation) -> Decision: ...
 
 
+class Together(Protocol):
+    """A policy in one run of many services, which it decides for at once; the same as one by one, up to rounding."""
+
+    def decide(self, seen: Sequence[Observation]) -> Sequence[Decision]: ...
+
+
+class Alone:
+    """One service of a policy that decides for many."""
+
+    def __init__(self, together: Together) -> None:
+        self.together = together
+
+    def decide(self, seen: Observation) -> Decision:
+        return self.together.decide([seen])[0]
+
+
 class Policy(Spec, frozen=True, tag_field="kind"):
     """The frozen part of a policy. A numeric field with both a lower and an upper bound can be tuned."""
 
     def begin(self, situation: Situation) -> Controller:
         """A fresh controller for one service and one run."""
         raise TypeError(f"{type(self).__name__} is an abstract policy")
+
+    def begin_together(self, situations: Sequence[Situation]) -> Together | None:
+        """The same for many services, if that is cheaper than one by one; None: it is not."""
+        return None
 
     def period_s(self) -> float | None:
         """How often the policy decides, in seconds (None: whenever it is asked, at the scenario's ticks).

@@ -26,7 +26,16 @@ from pilotage.control.inferline import InferLine
 from pilotage.control.keda import Keda
 from pilotage.control.kpa import Kpa
 from pilotage.control.mark import Mark
-from pilotage.control.policy import Controller, Decision, Observation, Policy, Situation
+from pilotage.control.policy import (
+    INDEX,
+    Alone,
+    Controller,
+    Decision,
+    Observation,
+    Policy,
+    Situation,
+    Together,
+)
 from pilotage.control.queueing import little, square_root_staffing, staffing_for_wait
 from pilotage.control.queueing import staffing as erlang_staffing
 from pilotage.control.ray_serve import RayServe
@@ -145,7 +154,10 @@ class Predictive(Policy, frozen=True, kw_only=True, tag="predictive"):
     scale_down_delay_s: ScaleDownDelay = 300.0
 
     def begin(self, situation: Situation) -> Controller:
-        return _Predictive(self, situation)
+        return Alone(_Predictive(self, [situation]))
+
+    def begin_together(self, situations: Sequence[Situation]) -> Together:
+        return _Predictive(self, situations)
 
     def tracker(self, situations: Sequence[Situation]) -> LoadTracker:
         """A load tracker with one row per situation, as this policy wants it."""
@@ -169,21 +181,26 @@ class Predictive(Policy, frozen=True, kw_only=True, tag="predictive"):
 
 
 class _Predictive:
-    def __init__(self, policy: Predictive, situation: Situation) -> None:
+    def __init__(self, policy: Predictive, situations: Sequence[Situation]) -> None:
         self._policy = policy
-        self._capacity = np.array([situation.capacity_rps()])
-        self._tracker = policy.tracker([situation])
-        self._held: deque[int] = deque(maxlen=int(policy.scale_down_delay_s / situation.tick_s) + 1)
+        self._capacity = np.array([s.capacity_rps() for s in situations])
+        self._tracker = policy.tracker(situations)
+        longest = int(policy.scale_down_delay_s / situations[0].tick_s) + 1
+        self._held: deque[np.ndarray] = deque(maxlen=longest)
         self._first = True
 
-    def decide(self, seen: Observation) -> Decision:
+    def decide(self, seen: Sequence[Observation]) -> list[Decision]:
         if not self._first:  # the first observation is older than the run; the history has it
-            rate, peak = np.array([seen["arrival_rate"]]), np.array([seen["arrival_peak"]])
-            self._tracker.update(rate, peak)
+            values = np.stack([one.values for one in seen])
+            self._tracker.update(values[:, INDEX["arrival_rate"]], values[:, INDEX["arrival_peak"]])
         self._first = False
-        need = float(self._policy.need(self._tracker, self._capacity)[0])
-        self._held.append(math.ceil(max(need, 0.0) - 1e-9))
-        return Decision.towards(max(self._held), seen, reason=f"forecast needs {need:.2f} replicas")
+        need = self._policy.need(self._tracker, self._capacity)
+        self._held.append(np.ceil(np.maximum(need, 0.0) - 1e-9))
+        targets = np.max(self._held, axis=0).astype(int).tolist()
+        return [
+            Decision.towards(target, one, reason=f"forecast needs {needed:.2f} replicas")
+            for target, one, needed in zip(targets, seen, need.tolist(), strict=True)
+        ]
 
 
 Scaling = (

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from pilotage.control.policy import Controller, Decision, Observation
+from pilotage.control.guard import Check, Guard
+from pilotage.control.policy import Controller, Decision, Observation, Policy, Situation, Together
 
 
 class Steerable(Protocol):
@@ -21,18 +22,61 @@ class Steerable(Protocol):
 Record = Callable[[int, Sequence[Observation], Sequence[Decision]], None]
 
 
-def steer(
-    cluster: Steerable, controllers: Sequence[Controller], ticks: int, record: Record | None = None
-) -> None:
+class Helm:
+    """The controllers of all services, one policy per service, behind a guard if there is one.
+
+    Services that share a policy are asked together where the policy can do that.
+    """
+
+    def __init__(
+        self, policies: Sequence[Policy], situations: Sequence[Situation], guard: Guard | None = None
+    ) -> None:
+        self._together: list[tuple[list[int], Together]] = []
+        self._alone: dict[int, Controller] = {}
+        self._checks = [Check(guard, situation) if guard else None for situation in situations]
+        rows: dict[int, list[int]] = {}
+        for row, policy in enumerate(policies):
+            rows.setdefault(id(policy), []).append(row)
+        for mine in rows.values():
+            policy = policies[mine[0]]
+            together = policy.begin_together([situations[row] for row in mine])
+            if together is not None:
+                self._together.append((mine, together))
+            else:
+                self._alone |= {row: policy.begin(situations[row]) for row in mine}
+
+    def decide(self, seen: Sequence[Observation]) -> list[Decision]:
+        """One decision per observation; without a guard, what a policy raises is raised."""
+        found: dict[int, Decision | Exception] = {}
+        for mine, together in self._together:
+            try:
+                found |= dict(zip(mine, together.decide([seen[row] for row in mine]), strict=True))
+            except Exception as error:
+                found |= dict.fromkeys(mine, error)
+        for row, controller in self._alone.items():
+            try:
+                found[row] = controller.decide(seen[row])
+            except Exception as error:
+                found[row] = error
+        return [self._checked(seen[row], found[row], check) for row, check in enumerate(self._checks)]
+
+    @staticmethod
+    def _checked(seen: Observation, wanted: Decision | Exception, check: Check | None) -> Decision:
+        if isinstance(wanted, Exception):
+            if check is None:
+                raise wanted
+            return check.failed(seen, wanted)
+        return wanted if check is None else check(seen, wanted)
+
+
+def steer(cluster: Steerable, helm: Helm, ticks: int, record: Record | None = None) -> None:
     """Runs `ticks` control ticks; `record(tick, observations, decisions)` is called after each.
 
-    There is one controller per observation, in the cluster's order.
+    The helm has one policy per observation, in the cluster's order.
     """
     for tick in range(ticks):
         seen = cluster.read()
-        decisions = [
-            controller.decide(observation) for controller, observation in zip(controllers, seen, strict=True)
-        ]
+        decisions = helm.decide(seen)
         cluster.apply(decisions)
         cluster.wait()
         if record is not None:

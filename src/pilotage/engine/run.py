@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from pilotage.control.guard import Guard
-from pilotage.control.policy import Controller, Policy
-from pilotage.control.steer import steer
+from pilotage.control.policy import Policy
+from pilotage.control.steer import Helm, steer
 from pilotage.engine.cluster import Cluster, World
 from pilotage.metrics import dollars
 from pilotage.scenario import Scenario
@@ -136,14 +136,12 @@ def _in_step(
 ) -> list[Run]:
     """`simulate` where all policies decide at the scenario's ticks."""
     cluster = Cluster(scenario, worlds, threads=threads)
-    services = len(scenario.services)
-    controllers: list[Controller] = []
-    for w, policy in enumerate(policies):
-        for s in range(services):
-            situation = cluster.situation(w, s)
-            one = policy if isinstance(policy, Policy) else policy[s]
-            controller = one.begin(situation)
-            controllers.append(guard.begin(controller, situation) if guard else controller)
+    services = range(len(scenario.services))
+    helm = Helm(
+        [policy if isinstance(policy, Policy) else policy[s] for policy in policies for s in services],
+        [cluster.situation(w, s) for w in range(len(worlds)) for s in services],
+        guard,
+    )
     shape = (scenario.ticks, *cluster.shape)
     timeline = np.zeros(shape, cluster.ticks.dtype) if keep_timeline else None
 
@@ -152,7 +150,7 @@ def _in_step(
             timeline[tick] = cluster.ticks
 
     began = time.perf_counter()
-    steer(cluster, controllers, scenario.ticks, record)
+    steer(cluster, helm, scenario.ticks, record)
     cluster.finish()
     if timeline is not None:
         timeline[-1] = cluster.ticks
