@@ -59,6 +59,13 @@ def attainment(on_time: float, finished: float) -> float:
     return on_time / finished if finished else 1.0
 
 
+def jain_index(values: np.ndarray) -> np.ndarray:
+    """Fairness among the services along the last axis (Jain, Chiu & Hawe 1984): 1 if all get the same, 1/n if one gets
+    everything; 1 where nobody gets anything."""
+    total, squares = values.sum(axis=-1), (values**2).sum(axis=-1)
+    return np.divide(total**2, values.shape[-1] * squares, out=np.ones_like(total, float), where=squares > 0)
+
+
 def dollars(
     node_usd: np.ndarray | float,
     late: np.ndarray | float,
