@@ -21,7 +21,7 @@ Fleet = namedtuple(
 NODES_OPENED, NODE_SPAN = 0, 1  # summary: the ordinal of the next node, and the slots that were ever used;
 POOL_NODES = 2  # from here on, nodes per pool
 _ROUNDING = 1e-9  # ticks of 0.1 s do not add up to whole seconds exactly; nobody is billed for that
-_DRAWS = 8  # draws of one node: boot, failure, slowness, crash, interruption
+NODE_DRAWS = 8  # draws of one node: boot, failure, slowness, crash, interruption
 
 
 # --- the life of nodes -------------------------------------------------------------------------------------
@@ -32,7 +32,7 @@ def open_node(f, p, zone, service, now):
     while f.nodes[n]["state"] != GONE:
         n += 1
     f.summary[NODE_SPAN] = max(f.summary[NODE_SPAN], n + 1)
-    number = _DRAWS * f.summary[NODES_OPENED]
+    number = NODE_DRAWS * f.summary[NODES_OPENED]
     node, pool = f.nodes[n], f.pools[p]
     node["ordinal"] = f.summary[NODES_OPENED]
     f.summary[NODES_OPENED] += 1
@@ -609,7 +609,7 @@ def start_initial(f, rule, weights, jointly):
     for n in range(f.summary[NODE_SPAN]):
         node = f.nodes[n]
         node["up_s"], node["failing"] = 0.0, 0
-        set_fate(f, node, _DRAWS * node["ordinal"])
+        set_fate(f, node, NODE_DRAWS * node["ordinal"])
     for s in range(f.rows.shape[0]):
         row, param = f.rows[s], f.params[s]
         for k in range(row["span"]):
