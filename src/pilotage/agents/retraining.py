@@ -3,8 +3,8 @@
 A matrix says what every version would get wrong on every batch, so that both branches of every decision can be followed
 to the end: the advantage of retraining now over keeping on is known for any policy that decides afterwards. Policy
 iteration with that advantage (Lagoudakis & Parr, Reinforcement learning as classification, 2003): a network is trained
-to say its sign, every example weighted by how much it matters; then the network is the policy that is followed, and so
-on. It begins with the oracle's plan. Nothing here has seen a real stream.
+to say its sign, every example weighted by how much it matters; then the network is the policy that is followed, more
+examples are added, and so on. It begins with the oracle's plan. Nothing here has seen a real stream.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """How to train; the defaults are those of the shipped policy."""
 
     streams: int = 3000
-    iterations: int = 4
+    iterations: int = 3
     epochs: int = 30
     rows_per_batch: int = 1024
     learning_rate: float = 2e-3
