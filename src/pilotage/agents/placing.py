@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import msgspec
 import numpy as np
+from cmaes import CMA
 
 from pilotage.agents.fleets import fleet_at_random, instance_at_random
 from pilotage.agents.packing import Online, optimum
@@ -53,6 +54,9 @@ PRIOR: Final = {
     "rent_unfilled_new": 0.5,
     "rent_amortized": 0.5,
     "stake_interrupted": 0.3,
+    "stake_short_interrupted": 0.3,
+    "stake_short_failing": 0.3,
+    "stake_short_start": 0.1,
     "stake_start": 0.01,
     "stake_failing": 0.05,
     "stake_slowed": 0.05,
@@ -71,6 +75,9 @@ UNITS: Final = {
     "stake_interrupted": 0.4,
     "stake_interrupted_few": 0.6,
     "stake_interrupted_together": 0.6,
+    "stake_short_interrupted": 0.6,
+    "stake_short_failing": 0.4,
+    "stake_short_start": 0.2,
     "stake_failing": 0.15,
     "stake_start": 0.03,
     "stake_slowed": 0.05,
@@ -79,6 +86,9 @@ UNITS: Final = {
     "stake_node": 0.003,
     "stake_scarcity": 0.003,
 }
+
+
+Losses = Callable[[np.ndarray, np.random.Generator], np.ndarray]  # of candidates, on problems drawn by chance
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -180,54 +190,16 @@ def packed(seed: int, count: int) -> list[Packed]:
 
 
 # --- the search ---------------------------------------------------------------------------------------------
-class Evolution:
-    """CMA-ES on a noisy loss: `ask` gives candidates of shape (population, n), `tell` takes their losses."""
-
-    def __init__(self, mean: np.ndarray, step: float, population: int, rng: np.random.Generator) -> None:
-        self.mean, self.step, self._rng = mean.astype(float), step, rng
-        n, self._half = len(mean), population // 2
-        ranks = np.arange(1, self._half + 1)
-        self._ranked = np.log(self._half + 0.5) - np.log(ranks)
-        self._ranked /= self._ranked.sum()
-        m = self._m = float(1 / (self._ranked**2).sum())
-        self._c_step = (m + 2) / (n + m + 5)
-        self._damping = 1 + self._c_step + 2 * max(0.0, math.sqrt((m - 1) / (n + 1)) - 1)
-        self._c_path = (4 + m / n) / (n + 4 + 2 * m / n)
-        self._c_one = 2 / ((n + 1.3) ** 2 + m)
-        self._c_rank = min(1 - self._c_one, 2 * (m - 2 + 1 / m) / ((n + 2) ** 2 + m))
-        self._expected = math.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n * n))
-        self._covariance, self._step_path, self._path = np.eye(n), np.zeros(n), np.zeros(n)
-        self._generation = 0
-
-    def ask(self) -> np.ndarray:
-        values, self._axes = np.linalg.eigh(self._covariance)
-        self._lengths = np.sqrt(np.maximum(values, 1e-20))
-        half = self._rng.standard_normal((self._half, len(self.mean)))
-        self._moves = np.concatenate([half, -half]) * self._lengths @ self._axes.T
-        return self.mean + self.step * self._moves
-
-    def tell(self, losses: np.ndarray) -> None:
-        self._generation += 1
-        best = self._moves[np.argsort(losses, kind="stable")[: self._half]]
-        move = self._ranked @ best
-        self.mean = self.mean + self.step * move
-        c = self._c_step
-        white = self._axes @ ((self._axes.T @ move) / self._lengths)
-        self._step_path = (1 - c) * self._step_path + math.sqrt(c * (2 - c) * self._m) * white
-        length = float(np.linalg.norm(self._step_path))
-        settled = (
-            length / math.sqrt(1 - (1 - c) ** (2 * self._generation))
-            < (1.4 + 2 / (len(move) + 1)) * self._expected
-        )
-        c = self._c_path
-        self._path = (1 - c) * self._path + settled * math.sqrt(c * (2 - c) * self._m) * move
-        kept = 1 - self._c_one - self._c_rank + (not settled) * self._c_one * c * (2 - c)
-        self._covariance = (
-            kept * self._covariance
-            + self._c_one * np.outer(self._path, self._path)
-            + self._c_rank * (best.T * self._ranked) @ best
-        )
-        self.step *= math.exp(min(self._c_step / self._damping * (length / self._expected - 1), 0.5))
+def search(
+    start: np.ndarray, step: float, generations: int, population: int, seed: int,
+    losses: Callable[[np.ndarray], np.ndarray],
+) -> Iterator[np.ndarray]:  # fmt: skip
+    """CMA-ES from `start` on a noisy loss of candidates, shape (population, n); its mean after each generation."""
+    evolution = CMA(mean=start.astype(float), sigma=step, population_size=population, seed=seed)
+    for _ in range(generations):
+        asked = np.array([evolution.ask() for _ in range(population)])
+        evolution.tell(list(zip(asked, losses(asked).tolist(), strict=True)))
+        yield evolution.mean.copy()
 
 
 def train(
@@ -286,11 +258,13 @@ def train(
                 weights[free] = x * units[free]
                 return weights
 
-            search = Evolution(held[free] / units[free], sigma, settings.population, rng)
-            for g in range(1, generations + 1):
-                search.tell(losses(np.array([whole(x) for x in search.ask()]), rng))
+            def cost(asked: np.ndarray, losses: Losses = losses, whole: Callable = whole) -> np.ndarray:
+                return losses(np.array([whole(x) for x in asked]), rng)
+
+            means = search(held[free] / units[free], sigma, generations, settings.population, seed, cost)
+            for g, mean in enumerate(means, 1):
                 if g % max(1, generations // settings.evaluations) == 0 or g == generations:
-                    weights = whole(search.mean)
+                    weights = whole(mean)
                     if (loss := judge(weights, step, g)) < least:
                         best, least = weights, loss
             if step == "packing":  # its scores have no scale of their own: that at which fleets cost least

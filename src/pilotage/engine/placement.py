@@ -54,6 +54,7 @@ _NATIVE: Final = 2  # the first so many resources are native ones of Kubernetes
 _UNITS: Final = (1000.0, 2.0**30, 1000.0, 2.0**30)  # milli-cores, bytes, thousandths of a GPU, bytes
 _MAX: Final = 100  # MaxNodeScore upstream
 _PLACE: Final = 2**12  # of one number that says several in order of importance, which a float64 holds exactly
+_BUSY, _STEEP = 0.9, 10.0  # the load at which half of the requests suffer, and how sudden that is
 _EACH: Final = (1.0,) * RESOURCE_COUNT
 
 # what `features` gives, in this order; all within [-1, 1]
@@ -113,6 +114,9 @@ TERMS: Final = (
     "stake_interrupted",  # times the share of the time for which an interrupted node is being replaced
     "stake_interrupted_few",  # the same, less, the more replicas the service has
     "stake_interrupted_together",  # the same, times the share of the service's replicas that are on spot nodes
+    "stake_short_interrupted",  # of the whole service, times that share and the shortage without the replica
+    "stake_short_failing",  # of the whole service, times the hours lost to such an order and the present shortage
+    "stake_short_start",  # the same, times the hours until the replica would serve
     "stake_failing",  # times the hours lost to an order that is not met
     "stake_start",  # times the hours until the replica would serve
     "stake_slowed",  # times the share of its work that neighbours cost
@@ -345,6 +349,16 @@ def linear(candidate: np.void, weights: np.ndarray) -> float:
 
 
 @_part
+def _shortage(needed: float, count: float) -> float:
+    """The share of a service's requests that suffer with `count` replicas for a load that keeps `needed` busy.
+
+    A queue grows without end from a load of 1 on, and a little earlier as batches are not all full and load is never
+    even: hence half at 0.9, with a slope that a few minutes' fluctuations of the load give it.
+    """
+    return 1 / (1 + (_BUSY * max(count, 0.0) / needed) ** _STEEP) if needed > 0 else 0.0
+
+
+@_part
 def _costs(candidate: np.void) -> tuple[float, ...]:
     """The terms as a tuple, which needs no memory."""
     has, free, needs = candidate["has"], candidate["free"], candidate["needs"]
@@ -367,9 +381,13 @@ def _costs(candidate: np.void) -> tuple[float, ...]:
     new = 1.0 if candidate["node"] < 0 else 0.0
     unfilled = min(max(candidate["unfilled"], 0.0), least)
     start_h = candidate["ready_in_s"] / 3600
-    lost = candidate["interruptions_per_hour"] * start_h
-    down = stake * lost / (1 + lost)
+    lost = candidate["interruptions_per_hour"] * candidate["recovery_s"] / 3600
+    lost /= 1 + lost
+    down = stake * lost
     serving = candidate["serving"] + 1.0
+    needed = candidate["needed"]
+    others = candidate["serving"] + candidate["pending"] - 1.0 - lost * candidate["on_spot"]
+    short_h = stake * needed * _shortage(needed, candidate["serving"]) * start_h
     skew = max(candidate["in_zone"] - candidate["in_emptiest_zone"], 0)
     return (
         rent * new,
@@ -392,6 +410,9 @@ def _costs(candidate: np.void) -> tuple[float, ...]:
         down,
         down / serving,
         down * candidate["on_spot"] / serving,
+        down * needed * _shortage(needed, others),
+        short_h * candidate["failing"],
+        short_h,
         stake * start_h * candidate["failing"],
         stake * start_h,
         stake * (1 - 1 / max(candidate["slowdown"], 1.0)),
