@@ -167,7 +167,7 @@ CANDIDATE: Final = np.dtype(
         ("spot", "i8"),
         ("interruptions_per_hour", "f8"),
         ("ready_in_s", "f8"),  # expected time until the replica serves: boot, pull, load
-        ("recovery_s", "f8"),  # the same of one that replaces it on a new node of the pool, orders that fail included
+        ("recovery_s", "f8"),  # of one that replaces it on a new node, failed orders included
         ("batch_s", "f8"),  # time of a full batch there
         ("replicas", "i8"),  # on the node
         ("siblings", "i8"),  # of the same service on the node
