@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit, types, void
 
 from pilotage.engine.layout import RESOURCE_COUNT
-from pilotage.engine.scoring import EACH, Candidate, deviation, part, rule, share
+from pilotage.engine.scoring import EACH, Candidate, deviation, part, portion, rule
 
 _BUSY, _STEEP = 0.9, 10.0  # the load at which half of the requests suffer, and how sudden that is
 
@@ -93,7 +93,7 @@ def _vector(candidate: np.void) -> tuple[float, ...]:
     least, dot, need_squares, free_squares = 1.0, 0.0, 0.0, 0.0
     for j in range(RESOURCE_COUNT):
         if has[j] > 0:
-            least = min(least, share(free[j] - needs[j], has[j]))
+            least = min(least, portion(free[j] - needs[j], has[j]))
             dot += needs[j] / has[j] * (free[j] / has[j])
             need_squares += (needs[j] / has[j]) ** 2
             free_squares += (free[j] / has[j]) ** 2
@@ -104,14 +104,14 @@ def _vector(candidate: np.void) -> tuple[float, ...]:
     return (
         1.0 if candidate["node"] < 0 else 0.0,
         candidate["preference"] / (1.0 + candidate["preference"]),
-        share(needs[0], has[0]),
-        share(needs[1], has[1]),
-        share(needs[2], has[2]),
-        share(needs[3], has[3]),
-        share(free[0] - needs[0], has[0]),
-        share(free[1] - needs[1], has[1]),
-        share(free[2] - needs[2], has[2]),
-        share(free[3] - needs[3], has[3]),
+        portion(needs[0], has[0]),
+        portion(needs[1], has[1]),
+        portion(needs[2], has[2]),
+        portion(needs[3], has[3]),
+        portion(free[0] - needs[0], has[0]),
+        portion(free[1] - needs[1], has[1]),
+        portion(free[2] - needs[2], has[2]),
+        portion(free[3] - needs[3], has[3]),
         least,
         uneven,
         uneven - deviation(candidate, EACH, 0),
@@ -166,8 +166,8 @@ def _costs(candidate: np.void) -> tuple[float, ...]:
     share, least, left, squares, modelled = 0.0, 1.0, 0.0, 0.0, 0
     for j in range(RESOURCE_COUNT):
         if has[j] > 0:
-            after = share(free[j] - needs[j], has[j])
-            share = max(share, share(needs[j], has[j]))
+            after = portion(free[j] - needs[j], has[j])
+            share = max(share, portion(needs[j], has[j]))
             least = min(least, after)
             left += after
             squares += after**2

@@ -23,7 +23,7 @@ _UNITS: Final = (1000.0, 2.0**30, 1000.0, 2.0**30)  # milli-cores, bytes, thousa
 
 
 @part
-def share(amount: float, whole: float) -> float:
+def portion(amount: float, whole: float) -> float:
     """amount / whole within [0, 1]; 0 of what is not modelled."""
     return min(max(amount / whole, 0.0), 1.0) if whole > 0 else 0.0
 
@@ -95,5 +95,5 @@ def residual(candidate: np.void) -> float:
     total = 0.0
     for j in range(RESOURCE_COUNT):
         if candidate["has"][j] > 0:
-            total += share(candidate["free"][j] - candidate["needs"][j], candidate["has"][j]) ** 2
+            total += portion(candidate["free"][j] - candidate["needs"][j], candidate["has"][j]) ** 2
     return total
