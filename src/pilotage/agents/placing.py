@@ -7,10 +7,10 @@ with spot markets, failed orders, neighbours and late requests, it is the logari
 Kubernetes' scores on the same requests. Fleets are driven by orders that a scaling policy gave once, so that a run is
 nothing but compiled code; the policies differ from fleet to fleet.
 
-The search is CMA-ES (Hansen, The CMA Evolution Strategy: A Tutorial, arXiv:1604.00772), with mirrored samples
-(Brockhoff et al., PPSN 2010), each generation on problems of its own, the same for all of its candidates. It starts
-from a cautious rule, in units in which every weight matters about as much. The mean of the search is judged on
-validation problems every so often, and the best is kept.
+The search is CMA-ES (Hansen, The CMA Evolution Strategy: A Tutorial, arXiv:1604.00772; the package `cmaes`), each
+generation on problems of its own, the same for all of its candidates. It starts from a cautious rule, in units in
+which every weight matters about as much. The mean of the search is judged on validation problems every so often, and
+the best is kept.
 
 It goes in two steps, for the terms fall into two groups. How well replicas fill nodes is learned on packing problems
 alone (`GEOMETRY`); then, with these held, what is at stake and on which market, in fleets alone (`STAKES`). Each step
@@ -100,17 +100,17 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     validation_instances: int = 100
     validation_fleets: int = 36
     generations_packing: int = 120
-    generations: int = 15
+    generations: int = 12
     population: int = 16
     fleet_population: int = 12
     instances_per_generation: int = 80
     fleets_per_generation: int = 18
-    fleet_hours: float = 4.0
+    fleet_hours: float = 3.0
     fleet_worlds: int = 2  # what a run of spot nodes costs is chance: a few interruptions that come together
     static_weight: float = 4.0  # no rule that cannot see the future reaches the optimum of a dynamic problem
     step_packing: float = 1.0
     step: float = 0.5
-    evaluations: int = 5
+    evaluations: int = 4
     seed: int = 0
 
 
