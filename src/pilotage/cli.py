@@ -62,6 +62,7 @@ def main() -> NoReturn:
         _fail(f"{error.filename or 'output'}: {error.strerror or error}", 2)
     except ModuleNotFoundError as error:
         extra = {
+            "cmaes": "learn",
             "optuna": "learn",
             "stable_baselines3": "learn",
             "torch": "learn",

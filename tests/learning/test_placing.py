@@ -11,43 +11,47 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pilotage.agents.packing import Instance, Replica, optimum, replay
-from pilotage.agents.placing import Evolution, Fleet, Packed, Settings, train, vector
+from pilotage.agents.placing import Fleet, Packed, Settings, search, train, vector
 from pilotage.control.placing import LearnedPlacement, shipped
 from pilotage.control.scaling import Static
 from pilotage.engine.cluster import Cluster, World, placement_from, weights_of
-from pilotage.engine.layout import CANDIDATE
+from pilotage.engine.layout import CANDIDATE, GONE
 from pilotage.engine.placement import PAIRWISE, RULES, TERMS, terms
 from pilotage.scenario import Placement, load
+from pilotage.world.arrivals import Poisson
+from pilotage.world.faults import Hazard, Spot
 from pilotage.world.pools import Pool, Resources
 from pilotage.world.spec import SpecError
 
 RULE = "learned-placement"
 TINY = Settings(
     instances=12, fleets=2, validation_instances=6, validation_fleets=2, generations_packing=4, generations=2,
-    population=6, instances_per_generation=8, fleets_per_generation=2, fleet_hours=0.2, evaluations=1,
+    population=6, fleet_population=6, instances_per_generation=8, fleets_per_generation=2, fleet_hours=0.2,
+    evaluations=1,
 )  # fmt: skip
 
 
 def test_the_search_finds_the_minimum_of_an_ill_conditioned_bowl_in_noise():
     rng, at = np.random.default_rng(0), np.array([1.0, -2.0, 0.5, 3.0])
-    search = Evolution(np.zeros(4), 0.5, 12, np.random.default_rng(1))
-    for _ in range(150):
-        asked = search.ask()
+
+    def losses(asked: np.ndarray) -> np.ndarray:
         bowl = ((asked - at) ** 2 * [1, 10, 100, 1000]).sum(axis=1)
-        search.tell(bowl * (1 + 0.05 * rng.standard_normal(12)))
-    assert np.allclose(search.mean, at, atol=0.05)
+        return bowl * (1 + 0.05 * rng.standard_normal(len(asked)))
+
+    *_, mean = search(np.zeros(4), 0.5, 150, 12, 1, losses)
+    assert np.allclose(mean, at, atol=0.05)
 
 
 def test_weights_learned_on_packing_come_near_the_optimum():
     """Two thirds and one third of a node, all at once: the optimum pairs them, whatever their order."""
     train_on = [Packed(np.random.default_rng([5, k]), dynamic=False) for k in range(40)]
-    search = Evolution(vector({"rent_new": 1.0}), 0.5, 12, np.random.default_rng(0))
-    for _ in range(40):
-        asked = search.ask()
-        search.tell(np.array([np.mean([p.loss(x) for p in train_on]) for x in asked]))
+    *_, mean = search(
+        vector({"rent_new": 1.0}), 0.5, 40, 12, 0,
+        lambda asked: np.array([np.mean([p.loss(x) for p in train_on]) for x in asked]),
+    )  # fmt: skip
     fresh = [Packed(np.random.default_rng([6, k]), dynamic=False) for k in range(40)]
     learned, kubernetes = (np.mean([math.exp(p.loss(w, r)) for p in fresh])
-                           for w, r in ((search.mean, RULE), (np.zeros(0), "kubernetes")))  # fmt: skip
+                           for w, r in ((mean, RULE), (np.zeros(0), "kubernetes")))  # fmt: skip
     assert 1 <= learned < 1.08
     assert learned < kubernetes - 0.05
 
@@ -100,12 +104,64 @@ def test_terms_are_dollars_per_hour_by_hand():
     assert of("rent_above_worth", **worth) == pytest.approx(0.1)
     assert of("stake_slowed", missed_usd_per_hour=12, slowdown=3) == pytest.approx(8)
     assert of("stake_slowing", harm_usd_per_hour=5) == 5
-    spot = {"missed_usd_per_hour": 100, "interruptions_per_hour": 0.5, "ready_in_s": 360, "serving": 4}
+    spot = {
+        "missed_usd_per_hour": 100, "interruptions_per_hour": 0.5, "ready_in_s": 360, "recovery_s": 360, "serving": 4,
+    }  # fmt: skip
     assert of("stake_interrupted", **spot) == pytest.approx(100 * 0.05 / 1.05)
     assert of("stake_interrupted_few", **spot) == pytest.approx(100 * 0.05 / 1.05 / 5)
     assert of("stake_interrupted_together", **spot, on_spot=2) == pytest.approx(100 * 0.05 / 1.05 * 2 / 5)
     assert of("stake_failing", failing=0.25, **spot) == pytest.approx(2.5)
+    tight = spot | {"needed": 0.9 * 4, "pending": 1}  # the load at which half of the requests suffer
+    assert of("stake_short_start", **tight) == pytest.approx(100 * 3.6 * 0.5 * 0.1)
+    assert of("stake_short_failing", failing=0.25, **tight) == pytest.approx(100 * 3.6 * 0.5 * 0.1 * 0.25)
+    assert of("stake_short_interrupted", **tight) == pytest.approx(100 * 3.6 * 0.05 / 1.05 * 0.5)
     assert of("stake_zone", in_zone=3, in_emptiest_zone=1, **spot) == pytest.approx(100 * 2 / 5)
+
+
+def test_an_interruption_costs_less_with_head_room_and_more_where_the_others_may_go_too():
+    tight = {
+        "missed_usd_per_hour": 100, "interruptions_per_hour": 0.5, "recovery_s": 360, "needed": 3.0, "serving": 3,
+        "pending": 1,
+    }  # fmt: skip
+    name = "stake_short_interrupted"
+    at_three = of(name, **tight)
+    assert of(name, **tight | {"pending": 2}) < at_three / 5
+    assert of(name, **tight | {"on_spot": 3}) > 1.05 * at_three
+    assert of(name, **tight | {"interruptions_per_hour": 0.0}) == 0
+    assert of(name, **tight | {"needed": 0.0}) == 0
+
+
+def test_what_is_short_goes_on_demand_and_what_has_head_room_on_spot():
+    """Two replicas serve and a third is ordered; spot orders may fail. The load decides where it goes."""
+    steady = load("steady")
+    base, service = steady.pools[0].replace(node=None, boot_s=60.0), steady.services[0]
+    spot = base.replace(
+        name="spot", price_usd_per_hour=base.price_usd_per_hour / 2, provisioning_failure=0.3,
+        spot=Spot(market=Hazard(per_hour=0.2)),
+    )  # fmt: skip
+    law = service.variants[0].latency[base.name]
+    variant = service.variants[0].replace(latency={"spot": law, base.name: law})
+    weights = vector({"rent_new": 1.0, "stake_short_failing": 0.3})
+    for share, on_spot in ((0.2, 3), (1.0, 2)):
+        one = service.replace(
+            pools=("spot", base.name), variants=(variant,), initial_replicas=2,
+            economics=service.economics.replace(late_usd=0.01, dropped_usd=0.01),
+        )  # fmt: skip
+        scenario = steady.replace(
+            pools=(spot, base),
+            services=(one,),
+            placement=Placement(rule=RULE, weights=tuple(weights.tolist())),
+        )
+        cluster = Cluster(scenario, [World(0)])
+        capacity = cluster.situation(0, 0).capacity_rps()
+        traffic = Poisson(rate_rps=2 * share * capacity)
+        cluster = Cluster(scenario.replace(services=(one.replace(traffic=traffic),)), [World(0)])
+        orders = cluster.decisions.copy()
+        for order in (0, 0, 0, 1):
+            orders["order"] = order
+            cluster.advance(orders)
+        replicas = cluster.replicas
+        assert (replicas["pool"][replicas["state"] != GONE] == 0).sum() == on_spot
 
 
 @settings(max_examples=50, deadline=None)

@@ -96,6 +96,7 @@ class Reference:
         self.data = Path(scenario.data) if scenario.data else None
         self.shut = self.closures(outages)
         self.runs = [ServiceRun(*one) for one in zip(scenario.services, arrivals, seeds, strict=True)]
+        self.rates: dict[ServiceRun, float] = {}  # of arrivals, smoothed
         self.costs = {run: [0.0, 0.0] for run in self.runs}  # dollars and seconds of the tick
         self.place()
         for node in self.nodes:
@@ -122,11 +123,15 @@ class Reference:
             run.run(now, end)
         self.now = end
         self.send_bills()
-        return [
+        counts = [
             count(run, now, end)
             | {"seconds": self.scenario.tick_s, "node_usd": self.costs[run][0], "node_s": self.costs[run][1]}
             for run in self.runs
         ]
+        for run, counted in zip(self.runs, counts, strict=True):
+            rate, gain = counted["arrived"] / (end - now), min((end - now) / 60, 1)
+            self.rates[run] += gain * (rate - self.rates[run]) if run in self.rates else rate
+        return counts
 
     # --- nodes -----------------------------------------------------------------------------------------------
     def closures(self, outages: np.random.Generator) -> list[tuple[Pool, str, float, float, float]]:
@@ -361,11 +366,15 @@ class Reference:
         if pool.spot:
             c["interruptions_per_hour"] = pool.spot.market.interruptions_per_hour(self.data)
         c["ready_in_s"] = up_s + (load * variant.warm_load_share if warm else variant.image_pull_s + load)
+        expected_orders = 1 / (1 - pool.provisioning_failure)
+        c["recovery_s"] = pool.boot_s * expected_orders + variant.image_pull_s + load
         c["batch_s"] = fixed[n] + each[n] * n
+        c["needed"] = self.rates.get(run, 0.0) * c["batch_s"] / (n * run.server.batches_in_flight)
         c["replicas"], c["siblings"] = (len(node.replicas), self.siblings(run, node)) if node else (0, 0)
         c["in_zone"], c["in_emptiest_zone"] = self.in_zone(run, zone), least
         present = serving_or_starting(run)
         c["serving"] = len(present)
+        c["pending"] = run.pending
         c["on_spot"] = sum(r.node.pool.spot is not None for r in present)
         c["room"] = pool.max_nodes - sum(other.pool is pool for other in self.nodes)
         c["failing"] = 0.0 if node else pool.provisioning_failure

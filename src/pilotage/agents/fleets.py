@@ -2,7 +2,7 @@
 
 Ranges are those in which clusters are found: nodes of 4 to 64 cores, a third of the kinds with a GPU; replicas that
 take a tenth to two thirds of a node; spot nodes at a quarter to a half of the price, taken back every two hours to
-every two days; what requests cost that one replica would have served is 3 to 600 times the rent of its part of a node.
+every two days; what requests cost that one replica would have served is 3 to 3000 times the rent of its part of a node.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _pools(rng: np.random.Generator, k: int, whole: bool) -> list[Pool]:
 
 def fleet_at_random(rng: np.random.Generator, hours: float = 4.0, tick_s: float = 15.0) -> Scenario:
     """Two to nine services on one or two kinds of nodes, whole or shared, with spot markets and interference."""
-    whole = bool(rng.random() < 0.35)
+    whole = bool(rng.random() < 0.5)
     kinds = [_pools(rng, k, whole) for k in range(1 if whole else int(rng.integers(1, 3)))]
     services, wanted = [], [0.0] * len(kinds)
     for s in range(int(rng.integers(2, 5 if whole else 10))):
@@ -108,11 +108,11 @@ def fleet_at_random(rng: np.random.Generator, hours: float = 4.0, tick_s: float 
             if resources and node
             else [1.0]
         )
-        capacity_rps, max_batch = log_uniform(rng, 0.5, 5), int(rng.choice([1, 4, 8]))
+        capacity_rps, max_batch = log_uniform(rng, 1, 20), int(rng.choice([1, 4, 8]))
         full_s = max_batch / capacity_rps
         replicas = log_uniform(rng, 0.7, 8)
         wanted[k] += 1.3 * share * replicas
-        stake = log_uniform(rng, 3, 600) * share * pools[-1].price_usd_per_hour / 3600 / capacity_rps
+        stake = log_uniform(rng, 3, 3000) * share * pools[-1].price_usd_per_hour / 3600 / capacity_rps
         law = Affine(base_ms=200 * full_s, per_item_ms=800 * full_s / max_batch, noise_cv=0.1)
         listed = [p.name for p in pools]
         if (

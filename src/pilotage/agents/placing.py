@@ -7,10 +7,10 @@ with spot markets, failed orders, neighbours and late requests, it is the logari
 Kubernetes' scores on the same requests. Fleets are driven by orders that a scaling policy gave once, so that a run is
 nothing but compiled code; the policies differ from fleet to fleet.
 
-The search is CMA-ES (Hansen, The CMA Evolution Strategy: A Tutorial, arXiv:1604.00772), with mirrored samples
-(Brockhoff et al., PPSN 2010), each generation on problems of its own, the same for all of its candidates. It starts
-from a cautious rule, in units in which every weight matters about as much. The mean of the search is judged on
-validation problems every so often, and the best is kept.
+The search is CMA-ES (Hansen, The CMA Evolution Strategy: A Tutorial, arXiv:1604.00772; the package `cmaes`), each
+generation on problems of its own, the same for all of its candidates. It starts from a cautious rule, in units in
+which every weight matters about as much. The mean of the search is judged on validation problems every so often, and
+the best is kept.
 
 It goes in two steps, for the terms fall into two groups. How well replicas fill nodes is learned on packing problems
 alone (`GEOMETRY`); then, with these held, what is at stake and on which market, in fleets alone (`STAKES`). Each step
@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import msgspec
 import numpy as np
+from cmaes import CMA
 
 from pilotage.agents.fleets import fleet_at_random, instance_at_random
 from pilotage.agents.packing import Online, optimum
@@ -52,9 +53,11 @@ PRIOR: Final = {
     "rent_left_squared": 0.3,
     "rent_unfilled_new": 0.5,
     "rent_amortized": 0.5,
-    "stake_interrupted": 0.3,
+    "stake_interrupted": 0.03,
+    "stake_short_interrupted": 0.1,
+    "stake_short_failing": 0.3,
     "stake_start": 0.01,
-    "stake_failing": 0.05,
+    "stake_failing": 0.03,
     "stake_slowed": 0.05,
     "stake_slowing": 0.05,
     "stake_zone": 0.0005,
@@ -65,13 +68,18 @@ GEOMETRY: Final = (
     "rent_unfilled_new", "rent_amortized", "rent_wasted", "rent_above_worth", "rent_imbalance", "rent_alone",
 )  # fmt: skip
 STAKES: Final = ("rent_spot", *(name for name in TERMS if name.startswith("stake")))
-SCALES: Final = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # of the first group, tried before the second is learned
+# of the first group, whose scores have no scale of their own; with it a rent counts about once
+GEOMETRY_NORM: Final = 2.5
 UNITS: Final = {
     "stake": 0.003,
-    "stake_interrupted": 0.4,
-    "stake_interrupted_few": 0.6,
-    "stake_interrupted_together": 0.6,
-    "stake_failing": 0.15,
+    "rent_spot": 0.3,
+    "stake_interrupted": 0.05,
+    "stake_interrupted_few": 0.1,
+    "stake_interrupted_together": 0.1,
+    "stake_short_interrupted": 0.15,
+    "stake_short_failing": 0.3,
+    "stake_short_start": 0.1,
+    "stake_failing": 0.05,
     "stake_start": 0.03,
     "stake_slowed": 0.05,
     "stake_slowing": 0.05,
@@ -81,23 +89,28 @@ UNITS: Final = {
 }
 
 
+Losses = Callable[[np.ndarray, np.random.Generator], np.ndarray]  # of candidates, on problems drawn by chance
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How to train; `fleet_hours` is the length of a fleet's run."""
+    """How to train; `fleet_hours` is the length of a fleet's run, of which each has `fleet_worlds`."""
 
     instances: int = 200  # packing problems, half of them dynamic
-    fleets: int = 40
+    fleets: int = 72
     validation_instances: int = 100
-    validation_fleets: int = 20
+    validation_fleets: int = 36
     generations_packing: int = 120
     generations: int = 12
     population: int = 16
+    fleet_population: int = 12
     instances_per_generation: int = 80
-    fleets_per_generation: int = 8
+    fleets_per_generation: int = 18
     fleet_hours: float = 3.0
+    fleet_worlds: int = 2  # what a run of spot nodes costs is chance: a few interruptions that come together
     static_weight: float = 4.0  # no rule that cannot see the future reaches the optimum of a dynamic problem
     step_packing: float = 1.0
     step: float = 0.5
-    evaluations: int = 7
+    evaluations: int = 4
     seed: int = 0
 
 
@@ -161,13 +174,14 @@ class Fleet:
         return float(np.clip(math.log(max(ratio, 1e-9)), -_CLIP, _CLIP))
 
 
-def fleets(seed: int, count: int, hours: float) -> list[Fleet]:
-    """Fleets at random, each with a scaling policy of its own."""
+def fleets(seed: int, count: int, hours: float, worlds: int = 1) -> list[Fleet]:
+    """Fleets at random, each with a scaling policy of its own and as many runs as asked for."""
     found = []
     for k in range(count):
         rng = np.random.default_rng([seed, k])
         scenario = fleet_at_random(rng, hours)
-        found.append(Fleet(scenario, SCALERS[k % len(SCALERS)], [World(int(rng.integers(2**31)))]))
+        runs = [World(int(seed)) for seed in rng.integers(2**31, size=worlds)]
+        found.append(Fleet(scenario, SCALERS[k % len(SCALERS)], runs))
     return found
 
 
@@ -177,54 +191,16 @@ def packed(seed: int, count: int) -> list[Packed]:
 
 
 # --- the search ---------------------------------------------------------------------------------------------
-class Evolution:
-    """CMA-ES on a noisy loss: `ask` gives candidates of shape (population, n), `tell` takes their losses."""
-
-    def __init__(self, mean: np.ndarray, step: float, population: int, rng: np.random.Generator) -> None:
-        self.mean, self.step, self._rng = mean.astype(float), step, rng
-        n, self._half = len(mean), population // 2
-        ranks = np.arange(1, self._half + 1)
-        self._ranked = np.log(self._half + 0.5) - np.log(ranks)
-        self._ranked /= self._ranked.sum()
-        m = self._m = float(1 / (self._ranked**2).sum())
-        self._c_step = (m + 2) / (n + m + 5)
-        self._damping = 1 + self._c_step + 2 * max(0.0, math.sqrt((m - 1) / (n + 1)) - 1)
-        self._c_path = (4 + m / n) / (n + 4 + 2 * m / n)
-        self._c_one = 2 / ((n + 1.3) ** 2 + m)
-        self._c_rank = min(1 - self._c_one, 2 * (m - 2 + 1 / m) / ((n + 2) ** 2 + m))
-        self._expected = math.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n * n))
-        self._covariance, self._step_path, self._path = np.eye(n), np.zeros(n), np.zeros(n)
-        self._generation = 0
-
-    def ask(self) -> np.ndarray:
-        values, self._axes = np.linalg.eigh(self._covariance)
-        self._lengths = np.sqrt(np.maximum(values, 1e-20))
-        half = self._rng.standard_normal((self._half, len(self.mean)))
-        self._moves = np.concatenate([half, -half]) * self._lengths @ self._axes.T
-        return self.mean + self.step * self._moves
-
-    def tell(self, losses: np.ndarray) -> None:
-        self._generation += 1
-        best = self._moves[np.argsort(losses, kind="stable")[: self._half]]
-        move = self._ranked @ best
-        self.mean = self.mean + self.step * move
-        c = self._c_step
-        white = self._axes @ ((self._axes.T @ move) / self._lengths)
-        self._step_path = (1 - c) * self._step_path + math.sqrt(c * (2 - c) * self._m) * white
-        length = float(np.linalg.norm(self._step_path))
-        settled = (
-            length / math.sqrt(1 - (1 - c) ** (2 * self._generation))
-            < (1.4 + 2 / (len(move) + 1)) * self._expected
-        )
-        c = self._c_path
-        self._path = (1 - c) * self._path + settled * math.sqrt(c * (2 - c) * self._m) * move
-        kept = 1 - self._c_one - self._c_rank + (not settled) * self._c_one * c * (2 - c)
-        self._covariance = (
-            kept * self._covariance
-            + self._c_one * np.outer(self._path, self._path)
-            + self._c_rank * (best.T * self._ranked) @ best
-        )
-        self.step *= math.exp(min(self._c_step / self._damping * (length / self._expected - 1), 0.5))
+def search(
+    start: np.ndarray, step: float, generations: int, population: int, seed: int,
+    losses: Callable[[np.ndarray], np.ndarray],
+) -> Iterator[np.ndarray]:  # fmt: skip
+    """CMA-ES from `start` on a noisy loss of candidates, shape (population, n); its mean after each generation."""
+    evolution = CMA(mean=start.astype(float), sigma=step, population_size=population, seed=seed)
+    for _ in range(generations):
+        asked = np.array([evolution.ask() for _ in range(population)])
+        evolution.tell(list(zip(asked, losses(asked).tolist(), strict=True)))
+        yield evolution.mean.copy()
 
 
 def train(
@@ -239,8 +215,10 @@ def train(
     learn = packed(10 * seed + 1, settings.instances)
     judged = packed(10 * seed + 2, settings.validation_instances)
     say(f"{len(learn) + len(judged)} packing problems")
-    learn_fleets = fleets(10 * seed + 3, settings.fleets, settings.fleet_hours)
-    judged_fleets = fleets(10 * seed + 4, settings.validation_fleets, settings.fleet_hours)
+    learn_fleets, judged_fleets = (
+        fleets(10 * seed + k, count, settings.fleet_hours, settings.fleet_worlds)
+        for k, count in ((3, settings.fleets), (4, settings.validation_fleets))
+    )
     say(f"{len(learn_fleets) + len(judged_fleets)} fleets")
     curve: list[dict[str, Any]] = []
     units, packed_terms, staked = vector(UNITS, 1.0), np.isin(TERMS, GEOMETRY), np.isin(TERMS, STAKES)
@@ -249,15 +227,17 @@ def train(
         static, dynamic = (
             float(np.mean([p.loss(weights) for p in judged if p.dynamic == d])) for d in (False, True)
         )
-        cost = float(np.mean(list(pool.map(lambda fleet: fleet.loss(weights), judged_fleets))))
+        cost = None
+        if step == "fleets":
+            cost = float(np.mean(list(pool.map(lambda fleet: fleet.loss(weights), judged_fleets))))
         figures = {
             "static_over_optimum": math.exp(static),
             "dynamic_over_optimum": math.exp(dynamic),
-            "fleets_over_kubernetes": math.exp(cost),
+            "fleets_over_kubernetes": "" if cost is None else math.exp(cost),
         }
         curve.append({"step": step, "generation": generation} | figures)
         say(", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in curve[-1].items()))
-        return settings.static_weight * static + dynamic if step == "packing" else cost
+        return settings.static_weight * static + dynamic if cost is None else cost
 
     def of_packing(asked: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         picked = rng.choice(len(learn), settings.instances_per_generation, replace=False)
@@ -266,16 +246,19 @@ def train(
         return np.average(losses, axis=1, weights=importance)
 
     def of_fleets(asked: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        picked = rng.choice(len(learn_fleets), settings.fleets_per_generation, replace=False).tolist()
+        picked: list[int] = rng.choice(
+            len(learn_fleets), settings.fleets_per_generation, replace=False
+        ).tolist()
         losses = pool.map(lambda k: [learn_fleets[k].loss(weights) for weights in asked], picked)
         return np.mean(list(losses), axis=0)
 
     rng, best = np.random.default_rng(seed), vector(PRIOR)
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for step, free, losses, generations, sigma in (
-            ("packing", packed_terms, of_packing, settings.generations_packing, settings.step_packing),
-            ("fleets", staked, of_fleets, settings.generations, settings.step),
-        ):
+        for step, free, losses, generations, population, sigma in (
+            ("packing", packed_terms, of_packing, settings.generations_packing, settings.population,
+             settings.step_packing),
+            ("fleets", staked, of_fleets, settings.generations, settings.fleet_population, settings.step),
+        ):  # fmt: skip
             held, least = best.copy(), judge(best, step, 0)
 
             def whole(x: np.ndarray, held: np.ndarray = held, free: np.ndarray = free) -> np.ndarray:
@@ -283,20 +266,17 @@ def train(
                 weights[free] = x * units[free]
                 return weights
 
-            search = Evolution(held[free] / units[free], sigma, settings.population, rng)
-            for g in range(1, generations + 1):
-                search.tell(losses(np.array([whole(x) for x in search.ask()]), rng))
+            def cost(asked: np.ndarray, losses: Losses = losses, whole: Callable = whole) -> np.ndarray:
+                return losses(np.array([whole(x) for x in asked]), rng)
+
+            means = search(held[free] / units[free], sigma, generations, population, seed, cost)
+            for g, mean in enumerate(means, 1):
                 if g % max(1, generations // settings.evaluations) == 0 or g == generations:
-                    weights = whole(search.mean)
+                    weights = whole(mean)
                     if (loss := judge(weights, step, g)) < least:
                         best, least = weights, loss
-            if step == "packing":  # its scores have no scale of their own: that at which fleets cost least
-                best[free] *= np.linalg.norm(vector(PRIOR)[free]) / np.linalg.norm(best[free])
-                scaled = [np.where(free, scale * best, best) for scale in SCALES]
-                costs = [
-                    np.mean(list(pool.map(Fleet.loss, learn_fleets, [w] * len(learn_fleets)))) for w in scaled
-                ]
-                best = scaled[int(np.argmin(costs))]
+            if step == "packing":
+                best[free] *= GEOMETRY_NORM / np.linalg.norm(best[free])
     rounded = tuple(float(f"{x:.5g}") for x in best)
     figures = {"validation_loss": float(f"{least:.5g}"), "seed": float(seed)}
     return LearnedPlacement(terms=TERMS, weights=rounded, trained=figures), curve

@@ -4,7 +4,8 @@ Here belongs what happens between two decisions. Not here: what exists (`world`)
 (`metrics`), who decides (`control`). Compiled code knows only numbers: `layout` says how a scenario becomes
 numbers, `numbers` makes them, `randomness` draws, `traffic` draws arrivals, `queues` holds what queues of
 requests are made of, `central`, `bound` and `router` serve the three kinds of them, `services` takes one
-service through a tick, `placement` holds the rules that choose a node, `stowing` replays packing problems with
+service through a tick, `placement` holds the rules that choose a node (`scoring` what they are made of,
+`pricing` the learned ones), `stowing` replays packing problems with
 them, `nodes` keeps nodes, replicas and their bills, and `kernel` puts these together. `cluster` shows a world
 with the same `read`/`apply` face as a live one.
 
@@ -111,10 +112,12 @@ _names = (
     "layout",
     "nodes",
     "placement",
+    "pricing",
     "queues",
     "randomness",
     "relaxation",
     "router",
+    "scoring",
     "services",
     "stowing",
     "traffic",

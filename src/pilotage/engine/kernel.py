@@ -73,7 +73,7 @@ def begin(lo, hi, m, s, rule, weights, jointly):
             row["turn"], row["ready"], row["span"], row["pending"], row["replacing"] = 0, 0, 0, 0, 0
             row["arrival_lo"], row["arrival_hi"], row["first_number"] = 0, 0, 0
             row["pool"], row["variant"], row["max_batch"] = -1, param["variant_lo"], param["batch_limit"]
-            row["ordinal"] = 0
+            row["ordinal"], row["rate_rps"] = 0, -1.0
             if param["router_hi"] > param["router_lo"]:
                 reset(m.routers[param["router_lo"]])
             for k in range(param["replica_lo"], param["replica_hi"]):
@@ -203,6 +203,7 @@ def settle(active, clock, tick_s, m, s, totals):
             nodes.bill_nodes(fleet(w, m, s), clock[w] + tick_s)
             for r in range(w * count, (w + 1) * count):
                 accumulate(totals[r], m.ticks[r])
+                nodes.follow_rate(m.rows[r], m.ticks[r]["arrived"] / tick_s, tick_s)
             clock[w] += tick_s
 
 

@@ -167,6 +167,7 @@ CANDIDATE: Final = np.dtype(
         ("spot", "i8"),
         ("interruptions_per_hour", "f8"),
         ("ready_in_s", "f8"),  # expected time until the replica serves: boot, pull, load
+        ("recovery_s", "f8"),  # of one that replaces it on a new node, failed orders included
         ("batch_s", "f8"),  # time of a full batch there
         ("replicas", "i8"),  # on the node
         ("siblings", "i8"),  # of the same service on the node
@@ -175,6 +176,8 @@ CANDIDATE: Final = np.dtype(
         ("service", "i8"),
         ("serving", "i8"),  # replicas of the service that are starting or ready
         ("on_spot", "i8"),  # of these, on spot nodes
+        ("pending", "i8"),  # replicas of the service that wait for a node, this one among them
+        ("needed", "f8"),  # replicas that the recent requests would keep busy there, in full batches
         ("room", "i8"),  # nodes that the pool may still open
         ("failing", "f8"),  # probability that a new node never comes
         ("missed_usd_per_hour", "f8"),  # what an hour of requests costs that the replica would have served
@@ -214,6 +217,7 @@ ROW: Final = np.dtype(
         ("variant", "i8"),  # the variant of new replicas
         ("max_batch", "i8"),
         ("ordinal", "i8"),  # number of the next replica
+        ("rate_rps", "f8"),  # of arrivals, over about a minute; -1: none is known yet
         ("storage_lo", "i8"),  # its arrivals and requests are [storage_lo, storage_hi)
         ("storage_hi", "i8"),
         ("arrival_lo", "i8"),  # of these, from storage_lo on, [arrival_lo, arrival_hi) have not come yet

@@ -21,6 +21,7 @@ Fleet = namedtuple(
 NODES_OPENED, NODE_SPAN = 0, 1  # summary: the ordinal of the next node, and the slots that were ever used;
 POOL_NODES = 2  # from here on, nodes per pool
 _ROUNDING = 1e-9  # ticks of 0.1 s do not add up to whole seconds exactly; nobody is billed for that
+_RATE_S = 60.0  # over which arrivals are averaged; shorter, and chance looks like load
 NODE_DRAWS = 8  # draws of one node: boot, failure, slowness, crash, interruption
 
 
@@ -196,6 +197,14 @@ def open_books(f, s, tick_s):
             tick["replica_s"] += tick_s
         if state >= READY:
             tick["ready_s"] += tick_s * param["slots"]
+
+
+@compiled
+def follow_rate(row, rate_rps, tick_s):
+    """Takes the arrivals of a tick into a row's smoothed rate, which placement rules see."""
+    if row["rate_rps"] < 0:
+        row["rate_rps"] = rate_rps
+    row["rate_rps"] += (rate_rps - row["rate_rps"]) * min(tick_s / _RATE_S, 1.0)
 
 
 # --- decisions ---------------------------------------------------------------------------------------------
@@ -391,7 +400,7 @@ def describe_service(f, s):
     """How many replicas service s has in all, on spot nodes, per node and per zone."""
     row, param, c = f.rows[s], f.params[s], f.candidate[0]
     f.in_zone[:] = 0
-    c["serving"], c["on_spot"] = 0, 0
+    c["serving"], c["on_spot"], c["pending"] = 0, 0, row["pending"]
     for n in range(f.summary[NODE_SPAN]):
         f.nodes[n]["siblings"] = 0
     for k in range(row["span"]):
@@ -460,7 +469,11 @@ def assess(f, s, n, p, zone, emptiest, rule, weights, now):
     c["ready_in_s"] = up_s + (
         variant["load_s"] * variant["warm_share"] if warm else variant["pull_s"] + variant["load_s"]
     )
+    failures = pool["failing"] / (1 - pool["failing"])
+    c["recovery_s"] = pool["boot_s"] * (1 + failures) + variant["pull_s"] + variant["load_s"]
     c["batch_s"] = batch_s(f, s, v, p)
+    at_once = f.params[s]["batch_limit"] * f.params[s]["slots"]
+    c["needed"] = max(f.rows[s]["rate_rps"], 0.0) * c["batch_s"] / at_once
     c["replicas"] = 0 if n < 0 else f.nodes[n]["replicas"]
     c["siblings"] = 0 if n < 0 else f.nodes[n]["siblings"]
     c["in_zone"] = f.in_zone[zone]

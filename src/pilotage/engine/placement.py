@@ -39,159 +39,29 @@ import math
 from typing import Any, Final
 
 import numpy as np
-from numba import from_dtype, int64, njit, types, void
+from numba import int64, njit, types
 
-from pilotage.engine.layout import CANDIDATE, RESOURCE_COUNT
+from pilotage.engine.layout import RESOURCE_COUNT
+from pilotage.engine.pricing import FEATURES, TERMS, features, learned_placement, linear, terms
+from pilotage.engine.scoring import (
+    MAX,
+    RULE,
+    SIGNATURE,
+    Candidate,
+    allocation,
+    deviation,
+    residual,
+    rule,
+    weight,
+)
 
-Candidate = from_dtype(CANDIDATE)
-SIGNATURE = types.float64(Candidate, types.float64[::1])
-RULE = types.FunctionType(SIGNATURE)
-rule = njit(SIGNATURE, cache=True, nogil=True, error_model="numpy")
+__all__ = [
+    "FEATURES", "PAIRWISE", "RULE", "RULES", "SIGNATURE", "TERMS", "WEIGHTS", "Candidate", "choose", "features",
+    "linear", "rule", "terms",
+]  # fmt: skip
 
-_part = njit(cache=True, nogil=True, error_model="numpy")
 _NEW: Final = 1e9  # existing nodes come before new ones
-_NATIVE: Final = 2  # the first so many resources are native ones of Kubernetes
-_UNITS: Final = (1000.0, 2.0**30, 1000.0, 2.0**30)  # milli-cores, bytes, thousandths of a GPU, bytes
-_MAX: Final = 100  # MaxNodeScore upstream
 _PLACE: Final = 2**12  # of one number that says several in order of importance, which a float64 holds exactly
-_EACH: Final = (1.0,) * RESOURCE_COUNT
-
-# what `features` gives, in this order; all within [-1, 1]
-FEATURES: Final = (
-    "new",  # 1: the node would have to be opened
-    "preference",  # 0: the service's first pool, 1/2: its second, 2/3: its third, ...
-    "need_cpu",  # share of the node that the replica takes; 0 where it is not modelled
-    "need_memory",
-    "need_gpu",
-    "need_gpu_memory",
-    "left_cpu",  # share of the node that is free after it; 0 where it is not modelled
-    "left_memory",
-    "left_gpu",
-    "left_gpu_memory",
-    "left_least",  # the least of these, over what is modelled
-    "imbalance",  # standard deviation of the shares in use, with the replica
-    "imbalance_change",  # this less the one without it
-    "alignment",  # cosine of the angle between what is needed and what is free, as shares
-    "price",  # log10 of dollars per hour, thirds: -1 is 0.001, 1 is 1000
-    "spot",
-    "interruption",  # share of a spot node's time that goes into starting again
-    "readiness",  # log10 of the seconds until the replica would serve, quarters: 1 is 10,000
-    "batch_time",  # log10 of the seconds of a full batch, quarters: -1 is 0.1 ms
-    "occupancy",  # replicas on the node: 0, 1/2, 2/3, ...
-    "siblings",  # share of these that are of the same service
-    "skew",  # how many more replicas of the service its zone has than the emptiest: 0, 1/2, 2/3, ...
-)
-
-
-@_part
-def _share(amount: float, whole: float) -> float:
-    """amount / whole within [0, 1]; 0 of what is not modelled."""
-    return min(max(amount / whole, 0.0), 1.0) if whole > 0 else 0.0
-
-
-# what `terms` gives, in this order: dollars per hour, so that other money or other hours change no order of scores.
-# rent: the price of the node; stake: what requests cost that the replica would have served; what a replica is worth:
-# the rent of the share that it takes, where that is cheapest
-TERMS: Final = (
-    "rent_new",  # of a node that would have to be opened
-    "rent_share",  # times the largest share of the node that the replica takes
-    "rent_share_squared",
-    "rent_left",  # times the share of the node that stays free, mean over the resources
-    "rent_left_squared",  # times the mean of the squared shares
-    "rent_unfilled",  # times the least free share, once all that is pending and fits is there, too
-    "rent_unfilled_new",  # the same, of a node that would have to be opened
-    "rent_amortized",  # of such a node, times the replica's part of what all of these are worth
-    "rent_wasted",  # of such a node, less what all of these are worth
-    "rent_above_worth",  # for the replica's largest share, less what it is worth
-    "rent_imbalance",  # times the standard deviation of the shares in use
-    "rent_alone",  # less, the more replicas are on the node
-    "rent_siblings",  # times the share of these that are of the same service
-    "rent_preference",  # 0 in the service's first pool, half in its second, ...
-    "rent_scarcity",  # of a new node, more, the fewer the pool can still open
-    "rent_spot",
-    "stake",
-    "stake_interrupted",  # times the share of the time for which an interrupted node is being replaced
-    "stake_interrupted_few",  # the same, less, the more replicas the service has
-    "stake_interrupted_together",  # the same, times the share of the service's replicas that are on spot nodes
-    "stake_failing",  # times the hours lost to an order that is not met
-    "stake_start",  # times the hours until the replica would serve
-    "stake_slowed",  # times the share of its work that neighbours cost
-    "stake_slowing",  # of the neighbours, times the share of their work that it costs
-    "stake_zone",  # times the share of the replicas that its zone has beyond the emptiest
-    "stake_node",  # times the share of the replicas that are on the node
-    "stake_scarcity",  # less, the more nodes the pool can still open
-)
-
-
-# --- what Kubernetes computes -------------------------------------------------------------------------------
-@_part
-def _units(amount: float, j: int) -> int:
-    """An amount of resource j in the unit in which Kubernetes counts it."""
-    return math.floor(amount * _UNITS[j] + 0.5)
-
-
-@_part
-def _weight(candidate: np.void, weights: Any, j: int) -> int:
-    """How much resource j counts in a score, 0 if it does not."""
-    has = candidate["has"]
-    if _units(has[j], j) <= 0 or (j >= _NATIVE and candidate["needs"][j] <= 0):
-        return 0
-    if len(weights) > 0:
-        return int(weights[j]) if j < len(weights) else 0
-    return 1 if j < _NATIVE or (has[0] <= 0 and has[1] <= 0) else 0
-
-
-@_part
-def _fraction(candidate: np.void, j: int, placed: int) -> float:
-    """The share of resource j in use, with the replica (`placed` 1) or without it (0), at most 1."""
-    capacity = _units(candidate["has"][j], j)
-    used = capacity - _units(candidate["free"][j], j) + placed * _units(candidate["needs"][j], j)
-    return min(used / capacity, 1.0)
-
-
-@_part
-def _deviation(candidate: np.void, weights: Any, placed: int) -> float:
-    """Population standard deviation of the shares in use, with the replica or without it."""
-    count, total, first, last = 0, 0.0, 0.0, 0.0
-    for j in range(RESOURCE_COUNT):
-        if _weight(candidate, weights, j) > 0:
-            last = _fraction(candidate, j, placed)
-            first = last if count == 0 else first
-            count += 1
-            total += last
-    if count < 2:
-        return 0.0
-    if count == 2:  # the same number, but rounded as upstream rounds it
-        return abs((first - last) / 2)
-    squares = 0.0
-    for j in range(RESOURCE_COUNT):
-        if _weight(candidate, weights, j) > 0:
-            squares += (_fraction(candidate, j, placed) - total / count) ** 2
-    return math.sqrt(squares / count)
-
-
-@_part
-def _allocation(candidate: np.void, weights: np.ndarray, free: int) -> int:
-    """Percent of the node in use with the replica, or (`free` 1) left by it: a weighted mean of resources."""
-    total, weight_sum = 0, 0
-    for j in range(RESOURCE_COUNT):
-        weight = _weight(candidate, weights, j)
-        if weight > 0:
-            capacity = _units(candidate["has"][j], j)
-            left = max(_units(candidate["free"][j], j) - _units(candidate["needs"][j], j), 0)
-            total += weight * ((left if free else capacity - left) * _MAX // capacity)
-            weight_sum += weight
-    return total // weight_sum if weight_sum > 0 else 0
-
-
-@_part
-def _residual(candidate: np.void) -> float:
-    """Sum over the resources of the squared share of the node that the replica would leave free."""
-    total = 0.0
-    for j in range(RESOURCE_COUNT):
-        if candidate["has"][j] > 0:
-            total += _share(candidate["free"][j] - candidate["needs"][j], candidate["has"][j]) ** 2
-    return total
 
 
 # --- rules ------------------------------------------------------------------------------------------------
@@ -204,19 +74,19 @@ def first_fit(candidate: np.void, weights: np.ndarray) -> float:
 @rule
 def best_fit(candidate: np.void, weights: np.ndarray) -> float:
     """The node that is left fullest: least squared free shares (norm-based greedy, Panigrahy et al. 2011)."""
-    return -_NEW if candidate["node"] < 0 else -_residual(candidate)
+    return -_NEW if candidate["node"] < 0 else -residual(candidate)
 
 
 @rule
 def least_allocated(candidate: np.void, weights: np.ndarray) -> float:
     """Percent of the node that stays free: spreads load. Weights: of the resources."""
-    return -_NEW if candidate["node"] < 0 else float(_allocation(candidate, weights, 1))
+    return -_NEW if candidate["node"] < 0 else float(allocation(candidate, weights, 1))
 
 
 @rule
 def most_allocated(candidate: np.void, weights: np.ndarray) -> float:
     """Percent of the node in use: packs. Weights: of the resources."""
-    return -_NEW if candidate["node"] < 0 else float(_allocation(candidate, weights, 0))
+    return -_NEW if candidate["node"] < 0 else float(allocation(candidate, weights, 0))
 
 
 @rule
@@ -230,12 +100,12 @@ def balanced(candidate: np.void, weights: np.ndarray) -> float:
         return -_NEW
     needed = False
     for j in range(RESOURCE_COUNT):
-        needed = needed or (_weight(candidate, weights, j) > 0 and candidate["needs"][j] > 0)
+        needed = needed or (weight(candidate, weights, j) > 0 and candidate["needs"][j] > 0)
     if not needed:
         return 0.0
-    after = int((1 - _deviation(candidate, weights, 1)) * _MAX)
-    before = int((1 - _deviation(candidate, weights, 0)) * _MAX)
-    return float(_MAX // 2 + (_MAX // 2 + after - before) // 2)
+    after = int((1 - deviation(candidate, weights, 1)) * MAX)
+    before = int((1 - deviation(candidate, weights, 0)) * MAX)
+    return float(MAX // 2 + (MAX // 2 + after - before) // 2)
 
 
 @rule
@@ -255,7 +125,7 @@ def cheapest(candidate: np.void, weights: np.ndarray) -> float:
     costs besides. Among existing nodes, the one that is left fullest.
     """
     if candidate["node"] >= 0:
-        return 1 / (1 + _residual(candidate))
+        return 1 / (1 + residual(candidate))
     per_hour = candidate["interruptions_per_hour"]
     usd = candidate["usd_per_hour"] * (1 + per_hour * candidate["ready_in_s"] / 3600)
     if len(weights) > 0:
@@ -271,153 +141,7 @@ def spread(candidate: np.void, weights: np.ndarray) -> float:
     if candidate["node"] < 0:
         return -float((2 * skew + 1) * _PLACE * _PLACE)
     siblings = min(candidate["siblings"], _PLACE - 1)
-    return -float((2 * skew * _PLACE + siblings) * _PLACE + _MAX - _allocation(candidate, weights, 1))
-
-
-# --- learned rules ----------------------------------------------------------------------------------------
-@_part
-def _logarithm(value: float, least: float, most: float) -> float:
-    """log10 of a value that is kept within bounds, divided by that of the upper bound."""
-    return math.log10(min(max(value, least), most)) / math.log10(most)
-
-
-@_part
-def _vector(candidate: np.void) -> tuple[float, ...]:
-    """The features as a tuple, which needs no memory."""
-    has, free, needs = candidate["has"], candidate["free"], candidate["needs"]
-    least, dot, need_squares, free_squares = 1.0, 0.0, 0.0, 0.0
-    for j in range(RESOURCE_COUNT):
-        if has[j] > 0:
-            least = min(least, _share(free[j] - needs[j], has[j]))
-            dot += needs[j] / has[j] * (free[j] / has[j])
-            need_squares += (needs[j] / has[j]) ** 2
-            free_squares += (free[j] / has[j]) ** 2
-    lengths = math.sqrt(need_squares * free_squares)
-    deviation = _deviation(candidate, _EACH, 1)
-    lost = candidate["interruptions_per_hour"] * candidate["ready_in_s"] / 3600
-    skew = max(candidate["in_zone"] - candidate["in_emptiest_zone"], 0)
-    return (
-        1.0 if candidate["node"] < 0 else 0.0,
-        candidate["preference"] / (1.0 + candidate["preference"]),
-        _share(needs[0], has[0]),
-        _share(needs[1], has[1]),
-        _share(needs[2], has[2]),
-        _share(needs[3], has[3]),
-        _share(free[0] - needs[0], has[0]),
-        _share(free[1] - needs[1], has[1]),
-        _share(free[2] - needs[2], has[2]),
-        _share(free[3] - needs[3], has[3]),
-        least,
-        deviation,
-        deviation - _deviation(candidate, _EACH, 0),
-        min(dot / lengths, 1.0) if lengths > 0 else 0.0,
-        _logarithm(candidate["usd_per_hour"], 1e-3, 1e3),
-        1.0 if candidate["spot"] != 0 else 0.0,
-        lost / (1 + lost),
-        _logarithm(candidate["ready_in_s"], 1e-4, 1e4),
-        _logarithm(candidate["batch_s"], 1e-4, 1e4),
-        candidate["replicas"] / (1.0 + candidate["replicas"]),
-        candidate["siblings"] / max(candidate["replicas"], 1.0),
-        skew / (1.0 + skew),
-    )
-
-
-@njit(void(Candidate, types.float64[::1]), cache=True, nogil=True, error_model="numpy")
-def features(candidate: np.void, out: np.ndarray) -> None:
-    """Writes FEATURES of a candidate into `out`, shape (len(FEATURES),); of a shorter one, the first.
-
-    They are shares, or logarithms: another unit of money or time shifts those of all candidates by the same
-    amount, which no difference between scores of a linear rule shows.
-    """
-    vector = _vector(candidate)
-    for i in range(min(len(vector), len(out))):
-        out[i] = vector[i]
-
-
-@rule
-def linear(candidate: np.void, weights: np.ndarray) -> float:
-    """Weights times features, in the order of FEATURES; weights that are not given are 0."""
-    vector = _vector(candidate)
-    score = 0.0
-    for i in range(min(len(vector), len(weights))):
-        score += weights[i] * vector[i]
-    return score
-
-
-@_part
-def _costs(candidate: np.void) -> tuple[float, ...]:
-    """The terms as a tuple, which needs no memory."""
-    has, free, needs = candidate["has"], candidate["free"], candidate["needs"]
-    share, least, left, squares, modelled = 0.0, 1.0, 0.0, 0.0, 0
-    for j in range(RESOURCE_COUNT):
-        if has[j] > 0:
-            after = _share(free[j] - needs[j], has[j])
-            share = max(share, _share(needs[j], has[j]))
-            least = min(least, after)
-            left += after
-            squares += after**2
-            modelled += 1
-    if modelled > 0:
-        left /= modelled
-        squares /= modelled
-    else:  # a node that says nothing of what it has carries one replica
-        share, least = 1.0, 0.0
-    rent, stake = candidate["usd_per_hour"], candidate["missed_usd_per_hour"]
-    worth, filled = candidate["worth_usd_per_hour"], candidate["filled_usd_per_hour"]
-    new = 1.0 if candidate["node"] < 0 else 0.0
-    unfilled = min(max(candidate["unfilled"], 0.0), least)
-    start_h = candidate["ready_in_s"] / 3600
-    lost = candidate["interruptions_per_hour"] * start_h
-    down = stake * lost / (1 + lost)
-    serving = candidate["serving"] + 1.0
-    skew = max(candidate["in_zone"] - candidate["in_emptiest_zone"], 0)
-    return (
-        rent * new,
-        rent * share,
-        rent * share**2,
-        rent * left,
-        rent * squares,
-        rent * unfilled,
-        rent * unfilled * new,
-        rent * new * (worth / filled if filled > 0 else 1.0),
-        new * (rent - filled),
-        rent * share - worth,
-        rent * _deviation(candidate, _EACH, 1),
-        rent / (1.0 + candidate["replicas"]),
-        rent * candidate["siblings"] / max(candidate["replicas"], 1.0),
-        rent * candidate["preference"] / (1.0 + candidate["preference"]),
-        rent * new / (1.0 + max(candidate["room"], 0)),
-        rent * (1.0 if candidate["spot"] != 0 else 0.0),
-        stake,
-        down,
-        down / serving,
-        down * candidate["on_spot"] / serving,
-        stake * start_h * candidate["failing"],
-        stake * start_h,
-        stake * (1 - 1 / max(candidate["slowdown"], 1.0)),
-        candidate["harm_usd_per_hour"],
-        stake * skew / serving,
-        stake * candidate["siblings"] / serving,
-        stake / (1.0 + max(candidate["room"], 0)),
-    )
-
-
-@njit(void(Candidate, types.float64[::1]), cache=True, nogil=True, error_model="numpy")
-def terms(candidate: np.void, out: np.ndarray) -> None:
-    """Writes TERMS of a candidate into `out`, shape (len(TERMS),), in dollars per hour; of a shorter one, the first."""
-    vector = _costs(candidate)
-    for i in range(min(len(vector), len(out))):
-        out[i] = vector[i]
-
-
-@rule
-def learned_placement(candidate: np.void, weights: np.ndarray) -> float:
-    """Minus weights times terms, in the order of TERMS; weights that are not given are 0."""
-    vector = _costs(candidate)
-    cost = 0.0
-    for i in range(min(len(vector), len(weights))):
-        cost += weights[i] * vector[i]
-    return -cost
+    return -float((2 * skew * _PLACE + siblings) * _PLACE + MAX - allocation(candidate, weights, 1))
 
 
 RULES: Final = {
