@@ -52,10 +52,7 @@ def random_network():
         mean=(0.0,) * len(FEATURES),
         scale=(1.0,) * len(FEATURES),
         clip=5.0,
-        weights=tuple(
-            tuple(map(tuple, rng.normal(0, 0.7, (b, a)).tolist()))
-            for a, b in pairwise(sizes)
-        ),
+        weights=tuple(tuple(map(tuple, rng.normal(0, 0.7, (b, a)).tolist())) for a, b in pairwise(sizes)),
         biases=tuple(tuple(rng.normal(0, 0.5, b).tolist()) for b in sizes[1:]),
     )
 
