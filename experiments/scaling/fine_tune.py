@@ -30,6 +30,17 @@ TRIED = (("ppo", "foresight", 3), ("ppo", "predictive", 3), ("sac", "foresight",
 def learn(options: argparse.Namespace, tried: tuple[str, str, int]) -> list[dict[str, object]]:
     """One training: its validation after every stretch of steps."""
     algo, base, seed = tried
+    kept: Path = options.out / "work" / f"fine-tuning-{algo}-{base}-{seed}-{options.steps}.csv"
+    if not kept.is_file():
+        _learn(options, kept, algo, base, seed)
+    lines = kept.read_text().splitlines()[1:]
+    return [
+        {"algo": algo, "base": base, "seed": seed, "steps": n, "validation_usd": usd, "base_usd": base_usd}
+        for n, usd, base_usd, _ in (line.split(",") for line in lines)
+    ]
+
+
+def _learn(options: argparse.Namespace, kept: Path, algo: str, base: str, seed: int) -> None:
     scenario = protocol.service(options.data)
     groups = {split: tune.groups(options.data, split, options.seed) for split in tune.SHARES}
     if base == "foresight":
@@ -53,11 +64,7 @@ def learn(options: argparse.Namespace, tried: tuple[str, str, int]) -> list[dict
             settings,
             Path(folder),
         )
-        lines = (Path(folder) / "learning_curve.csv").read_text().splitlines()[1:]
-    return [
-        {"algo": algo, "base": base, "seed": seed, "steps": n, "validation_usd": usd, "base_usd": base_usd}
-        for n, usd, base_usd, _ in (line.split(",") for line in lines)
-    ]
+        write_whole(kept, (Path(folder) / "learning_curve.csv").read_text())
 
 
 def main() -> None:
@@ -73,8 +80,10 @@ def main() -> None:
     if options.quick:
         options.steps = 20_000
     runs = [(algo, base, seed) for algo, base, n in TRIED for seed in range(1 if options.quick else n)]
+    (options.out / "work").mkdir(parents=True, exist_ok=True)
     rows = []
-    with ProcessPoolExecutor() as pool:
+    # the windows and their pasts take some 9 GB
+    with ProcessPoolExecutor(1) as pool:
         for found in pool.map(partial(learn, options), runs):
             rows += found
             best = min(float(str(row["validation_usd"])) for row in found)
