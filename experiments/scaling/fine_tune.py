@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -82,13 +80,12 @@ def main() -> None:
     runs = [(algo, base, seed) for algo, base, n in TRIED for seed in range(1 if options.quick else n)]
     (options.out / "work").mkdir(parents=True, exist_ok=True)
     rows = []
-    # the windows and their pasts take some 9 GB
-    with ProcessPoolExecutor(1) as pool:
-        for found in pool.map(partial(learn, options), runs):
-            rows += found
-            best = min(float(str(row["validation_usd"])) for row in found)
-            print(f"{found[0]['algo']} on {found[0]['base']}, seed {found[0]['seed']}: "
-                  f"{best / float(str(found[0]['base_usd'])):.3f} of its base", flush=True)  # fmt: skip
+    for run in runs:  # one after another: the windows and their pasts take some 9 GB
+        found = learn(options, run)
+        rows += found
+        best = min(float(str(row["validation_usd"])) for row in found)
+        ratio = best / float(str(found[0]["base_usd"]))
+        print(f"{run[0]} on {run[1]}, seed {run[2]}: {ratio:.3f} of its base", flush=True)
     write_whole(options.out / "fine_tuning.csv", as_csv(rows))
 
 
