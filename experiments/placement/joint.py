@@ -35,7 +35,7 @@ from pilotage.results import as_csv, provenance, write_whole
 from pilotage.scenario import Placement, Scenario, load
 
 ENV, KUBERNETES = "multi-tenant", Placement(rule="kubernetes")
-SCALERS = ("hpa", "predictive", "pilot")
+SCALERS = ("hpa", "predictive", "learned")
 # what is tuned of a learned placement: how much requests at stake, new nodes and imbalance weigh beside the rest
 GROUPS = {"stake": "stake", "opening": "rent_new", "imbalance": "rent_imbalance"}
 SPACE = {name: optuna.distributions.FloatDistribution(0.25, 4.0, log=True) for name in GROUPS}
@@ -141,7 +141,7 @@ def main() -> None:
         fair[name] = jain_index(by_service)
         rows.append({
             "policy": name, "scaling": describe(policy) if not hasattr(policy, "network") else
-            f"pilot, scale {policy.scale:g}, margin {policy.margin:g}", "usd": f"{usd[name].mean():.5g}",
+            f"learned, scale {policy.scale:g}, margin {policy.margin:g}", "usd": f"{usd[name].mean():.5g}",
             "attainment": f"{by_service.mean():.5f}", "worst_service": f"{by_service.mean(axis=0).min():.4f}",
             "jain_index": f"{fair[name].mean():.5f}",
         })  # fmt: skip

@@ -357,7 +357,7 @@ def train(
     steps: Annotated[int, typer.Option(min=1)] = 400_000,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     base: Annotated[
-        str, typer.Option(help="the policy that is corrected: predictive, anticipate, pilot")
+        str, typer.Option(help="the policy that is corrected: predictive, anticipate, learned")
     ] = "predictive",
     worlds: Annotated[int, typer.Option(min=1)] = 64,
     out: Annotated[
@@ -377,7 +377,7 @@ def train(
     rule = policy_from(base)
     if not isinstance(rule, Base):
         raise SpecError(
-            f"--base {base!r}: cannot be corrected; valid: predictive, anticipate, pilot, or a training from hindsight"
+            f"--base {base!r}: cannot be corrected; valid: predictive, anticipate, learned, or what hindsight taught"
         )
     scenario = _scenario(env, data, hours)
     folder = _writable(out or Path("runs") / f"{scenario.name}-{algo}")

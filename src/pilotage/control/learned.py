@@ -329,7 +329,9 @@ class _Learned:
         return [Decision(order=o, release=r, max_batch=limit, reason="learned") for o, r, limit in rows]
 
 
-SHIPPED: Final = "pilot"  # the policy that comes with the package; `experiments/scaling/learn.py` trained it
+SHIPPED: Final = (
+    "learned"  # the policy that comes with the package; `experiments/scaling/learn.py` trained it
+)
 
 
 def trained(folder: Path) -> Learned | Foresight:

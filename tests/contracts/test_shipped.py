@@ -17,13 +17,13 @@ def test_the_shipped_policy_is_cheaper_than_the_rules_on_traffic_with_bursts() -
     """On the shipped scenario of short crowds, in runs it was not trained on: a wide margin to both defaults."""
     scenario = load("flash-crowd").replace(horizon_h=2.0)
     worlds = recorded(scenario, [World(700 + k) for k in range(4)])
-    pilot = policy_from("pilot")
-    assert isinstance(pilot, Foresight)
-    assert describe(pilot) == "foresight:network=<network>"
+    shipped = policy_from("learned")
+    assert isinstance(shipped, Foresight)
+    assert describe(shipped) == "foresight:network=<network>"
     usd = {
         name: np.sum(
             [run.total_usd for run in simulate(scenario, [policy_from(name)] * 4, worlds, guard=Guard())]
         )
-        for name in ("pilot", "hpa", "predictive")
+        for name in ("learned", "hpa", "predictive")
     }
-    assert usd["pilot"] < 0.9 * min(usd["hpa"], usd["predictive"])
+    assert usd["learned"] < 0.9 * min(usd["hpa"], usd["predictive"])
