@@ -89,7 +89,7 @@ def main() -> None:
     least_usd = hindsight.least(table.missed_usd, table.price_usd, table.lead, table.low)
     held = np.arange(1, table.missed_usd.shape[2])
     static = table.price_usd[:, None] * held * scenario.ticks + table.missed_usd[:, :, 1:].sum(axis=1)
-    brackets = [bound(scenario, world, list(contenders.values())) for world in worlds]
+    brackets = [bound(scenario, world, list(contenders.values()), guard=Guard()) for world in worlds]
     print(f"bounds: {time.perf_counter() - began:.0f} s", flush=True)
     lower_usd = np.array([b.lower_usd for b in brackets])
     usd = {name: np.array([run.total_usd for run in of]) for name, of in runs.items()}

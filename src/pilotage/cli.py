@@ -261,7 +261,7 @@ def evaluate(
             brackets = []
             for world in worlds:
                 step(f"bound, seed {world.seed}")
-                brackets.append(bracket(scenario, world, [one for _, one in chosen]))
+                brackets.append(bracket(scenario, world, [one for _, one in chosen], guard=Guard()))
             lower = np.array([b.lower_usd for b in brackets])
             schedule = [b.schedule for b in brackets]
     result = compare(scenario, results, lower, schedule)

@@ -319,7 +319,7 @@ def _evaluation(
             brackets = []
             for k, world in enumerate(worlds):
                 step(f"{group.name}: clairvoyant bound {k + 1}/{len(worlds)}")
-                brackets.append(bound(here, world, [policy for _, policy in contenders]))
+                brackets.append(bound(here, world, [policy for _, policy in contenders], guard=Guard()))
             lower, schedule = np.array([b.lower_usd for b in brackets]), [b.schedule for b in brackets]
             lowers += lower.tolist()
             schedules += schedule
