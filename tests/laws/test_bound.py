@@ -223,7 +223,7 @@ def central(draw):
         economics=Economics(late_usd=draw(one_of(0.003, 0.03)), dropped_usd=0.02),
         demand=draw(one_of(Constant(), LogNormal(cv=1.0))),
         min_replicas=draw(st.integers(0, pool.max_nodes)),
-        max_replicas=max(pool.max_nodes, draw(one_of(2, 100))),
+        max_replicas=max(pool.max_nodes, draw(one_of(3, 100))),
         initial_replicas=draw(st.integers(0, 3)),
     )
     return strategies.scenario(

@@ -207,7 +207,7 @@ def _with_known_start_ups(costs: np.ndarray, problem: Problem) -> float:
     assert of.drawn_s is not None
     ceiling_usd, path = _plan(costs, problem, problem.low, float(of.paid_s(of.expected_s)))
     placed = ceiling_usd / (of.pause_s * of.usd_per_s)  # who places more, costs more
-    if placed > _MOST_DRAWS:
+    if not 0 <= placed <= _MOST_DRAWS:
         return -np.inf
     paid_s = of.paid_s(of.drawn_s(int(placed) + 1))
     steps = np.maximum(np.diff(path), 0).sum()

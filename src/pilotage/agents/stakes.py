@@ -182,7 +182,7 @@ def _priced_work(
             swept_s = np.floor(arrival_s / tick_s - 1e-6) * tick_s - timeout_s - 1e-6
             inside = numbers - np.searchsorted(arrival_s, swept_s) + server.max_batch
             stays &= inside < server.queue_limit
-    if stays.mean() < 0.5:  # the search for the first of a batch would be long
+    if 2 * np.count_nonzero(stays) <= len(stays):  # the search for the first of a batch would be long
         return np.zeros(len(arrival_s))
     fixed, variable = law.batch_times_s(server.max_batch)
     return priced_work(arrival_s, demand, noise, stays, fixed, variable, objective_s, timeout_s)
