@@ -159,7 +159,7 @@ def bound(
         )
     runs = simulate(scenario, schedules, [world] * len(schedules), guard=guard, label="clairvoyant schedule")
     return Bound(
-        lower_usd=float(lower) * (1 - _ROUNDING), schedule=min(runs, key=lambda run: run.total_usd)
+        lower_usd=float(lower - _ROUNDING * abs(lower)), schedule=min(runs, key=lambda run: run.total_usd)
     )
 
 
