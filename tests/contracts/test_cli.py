@@ -277,7 +277,7 @@ def test_a_study_that_was_interrupted_resumes_and_leaves_nothing_half_written(
     scenario: Path, tmp_path: Path
 ) -> None:
     experiment, out = tmp_path / "resume.toml", tmp_path / "out"
-    experiment.write_text(STUDY.format(env=scenario, trials=80))
+    experiment.write_text(STUDY.format(env=scenario, trials=250))
     command = ("study", str(experiment), "--out", str(out))
     process = subprocess.Popen(
         [*PILOTAGE, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -296,14 +296,14 @@ def test_a_study_that_was_interrupted_resumes_and_leaves_nothing_half_written(
     assert not (out / "evaluation.json").exists()
     assert not list(out.rglob("*.part"))
     kept = _trials(storage)
-    assert 3 <= kept < 80
+    assert 3 <= kept < 250
 
     before = storage.name
     done = pilotage(*command, "--json")
     assert done.returncode == 0, done.stderr
     assert (out / "report.html").is_file()
     assert next(out.glob("work/tune-*.db")).name == before
-    assert _trials(storage) == 80
+    assert _trials(storage) == 250
 
 
 def _trials(storage: Path) -> int:

@@ -148,7 +148,9 @@ def test_timelines_are_told_at_the_ticks_of_the_scenario() -> None:
 def test_the_bound_is_for_those_who_are_compared() -> None:
     world = World(2)
     own = bound(SCENARIO, world).lower_usd
-    assert bound(SCENARIO, world, [Hpa(), Static(), Probe(period=30.0)]).lower_usd == own
+    assert bound(SCENARIO, world, [Hpa(), Static()]).lower_usd == own
+    rarer = bound(SCENARIO, world, [Probe(period=30.0)]).lower_usd  # who is guarded more rarely may hold less
+    assert 0.95 * own < rarer <= own
     finer = bound(SCENARIO, world, [Hpa(), Kpa()]).lower_usd
     assert 0.8 * own < finer < own
 

@@ -130,7 +130,8 @@ class Reference:
         ]
         for run, counted in zip(self.runs, counts, strict=True):
             rate, gain = counted["arrived"] / (end - now), min((end - now) / 60, 1)
-            self.rates[run] += gain * (rate - self.rates[run]) if run in self.rates else rate
+            before = self.rates.get(run, rate)
+            self.rates[run] = before + gain * (rate - before)
         return counts
 
     # --- nodes -----------------------------------------------------------------------------------------------
