@@ -129,7 +129,7 @@ class Reference:
             for run in self.runs
         ]
         for run, counted in zip(self.runs, counts, strict=True):
-            rate, gain = counted["arrived"] / (end - now), min((end - now) / 60, 1)
+            rate, gain = counted["arrived"] / self.scenario.tick_s, min(self.scenario.tick_s / 60, 1)
             before = self.rates.get(run, rate)
             self.rates[run] = before + gain * (rate - before)
         return counts
