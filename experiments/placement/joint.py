@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8, help="paired test runs")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     started, began = datetime.now(UTC), time.perf_counter()
     scenario = load(ENV)

@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     started, began = datetime.now(UTC), time.perf_counter()
+    options.out.mkdir(parents=True, exist_ok=True)
     if options.policy:
         learned = msgspec.json.decode(options.policy.read_bytes(), type=LearnedRetraining)
     else:
