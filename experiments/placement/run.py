@@ -2,9 +2,9 @@
 
 `run.py --out DIR` trains from nothing on packing problems and fleets at random (`pilotage.agents.placing`), then opens
 what training never saw: other packing problems with their exact optimum, and the environments `spot-fleet` and
-`multi-tenant` on paired seeds, under two scaling policies. (When the terms were designed, what the older rules and
-the first learned weights cost in both environments was known; no weight was chosen on them.) With `--policy FILE` nothing is trained. Dollars are
-compared run by run; intervals are 95 %, by bootstrap over problems or seeds.
+`multi-tenant` on paired seeds, under two scaling policies. (When the terms were designed, what the older rules and the
+first learned weights cost in both environments was known; no weight was chosen on them.) With `--policy FILE` nothing
+is trained. Dollars are compared run by run; intervals are 95 %, by bootstrap over problems or seeds.
 """
 
 from __future__ import annotations
