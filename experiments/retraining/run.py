@@ -18,16 +18,18 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from streams import STREAMS, errors_of
+from streams import STREAMS, errors_of, probe_of
 
 from pilotage.agents.branches import oracle
 from pilotage.agents.retraining import Settings, train
+from pilotage.control.learned_retraining import LearnedRetraining
 from pilotage.control.retraining import (
     CaraCt,
     CaraT,
+    ForecastQuantile,
     FreshSki,
-    LearnedRetraining,
     Never,
+    Paired,
     Past,
     Periodic,
     Retraining,
@@ -47,7 +49,9 @@ RULES: dict[str, Retraining] = {
     "ski-pos": SkiRental(positive=True),
     "fresh-ski": FreshSki(factor=1.0),
     "fresh-ski-half": FreshSki(factor=0.5),
+    "paired": Paired(),
 }
+PROBED = ("paired", "paired-tuned", "learned")  # these see the probe
 
 
 def grids(past: np.ndarray, size: int) -> dict[str, list[Retraining]]:
@@ -59,33 +63,50 @@ def grids(past: np.ndarray, size: int) -> dict[str, list[Retraining]]:
         "cara-t": [CaraT(threshold=min(float(q), 1.0)) for q in np.quantile(far, np.linspace(0, 1, 60))],
         "cara-ct": [CaraCt(threshold=float(x) / size) for x in np.linspace(1, 5 * size, 80)],
         "fresh-ski-tuned": [FreshSki(factor=m) for m in (0.25, 0.5, 1.0, 2.0, 4.0)],
+        "forecast-quantile": [ForecastQuantile(confidence=q) for q in (0.05, 0.25, 0.5, 0.75, 0.95)],
+        "paired-tuned": [
+            Paired(window_batches=w, horizon_batches=h, factor=m)
+            for w in (3, 8, 20) for h in (10, 20, 40) for m in (0.5, 1.0, 2.0)
+        ],
     }
 
 
-def score(policy: Retraining, errors: np.ndarray, stakes: Stakes, past: Past) -> tuple[float, int]:
+def score(
+    policy: Retraining, errors: np.ndarray, stakes: Stakes, past: Past, probe: np.ndarray
+) -> tuple[float, int]:
     """Wrong answers and retrainings."""
-    when = retrained_at(policy, errors, stakes, past)
+    when = retrained_at(policy, errors, stakes, past, probe)
     return cost_of(errors, stakes.price, when), len(when)
 
 
 def cells(
-    name: str, matrix: np.ndarray, size: int, learned: LearnedRetraining, delay: int
+    name: str, matrix: np.ndarray, probe: np.ndarray, size: int, learned: LearnedRetraining, delay: int
 ) -> list[dict[str, object]]:
     """Every policy on one stream, at every price."""
     begin, rows = int(PREFIX * len(matrix)), []
     past, errors = matrix[:begin, :begin], matrix[begin:, begin:]
+    nothing = probe[:0]
     for share in PRICES:
         price = share * size
         stakes = Stakes(price=price, batch_size=size, batches=len(errors), label_delay=delay)
         prefix = Stakes(price=price, batch_size=size, batches=begin, label_delay=min(delay, begin - 1))
-        policies = dict(RULES) | {LEARNED: learned}
+        policies = dict(RULES) | {LEARNED: learned, f"{LEARNED}, without the probe": learned}
         for rule, grid in grids(past, size).items():
-            policies[rule] = min(grid, key=lambda one: score(one, past, prefix, Past(past[:0, :0]))[0])
-        least, left = oracle(errors.astype(float), price)
+            seen = probe[:begin] if rule in PROBED else nothing
+            # what knows the past is tuned as if the first half of the past were its past
+            half = begin // 2 if rule == "forecast-quantile" else 0
+            before, after = past[:half, :half], past[half:, half:]
+            part = Stakes(
+                price=price, batch_size=size, batches=len(after), label_delay=prefix.label_delay
+            )
+            policies[rule] = min(
+                grid, key=lambda one: score(one, after, part, Past(before), seen)[0]
+            )
+        least, _ = oracle(errors.astype(float), price)
         free = math.isclose(least, float(errors[0].sum()))
-        del left
         for rule, policy in policies.items():
-            cost, count = score(policy, errors, stakes, Past(past))
+            seen = probe if rule in PROBED else nothing
+            cost, count = score(policy, errors, stakes, Past(past, seen[:begin]), seen[begin:])
             rows.append({
                 "stream": name, "price": share, "label_delay": delay, "policy": rule, "retrainings": count,
                 "wrong_and_price": f"{cost:.6g}", "over_oracle": f"{cost / least:.5f}", "oracle": f"{least:.6g}",
@@ -118,7 +139,8 @@ def main() -> None:
     for name in STREAMS:
         matrix = errors_of(name, options.data, options.out / "work")
         for delay in DELAYS:
-            rows += cells(name, matrix, STREAMS[name][1], learned, delay)
+            probe = probe_of(name, options.data, options.out / "work", delay)
+            rows += cells(name, matrix, probe, STREAMS[name][1], learned, delay)
     write_whole(options.out / "table.csv", as_csv(rows))
     prompt = [row for row in rows if row["label_delay"] == 0]
     summary = {}

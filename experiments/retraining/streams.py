@@ -1,7 +1,8 @@
 """Matrices of errors recorded on real labelled streams: every past version on every later batch.
 
 The protocol is fixed: consecutive batches; the version of a batch is a histogram gradient boosting classifier fitted on
-the four batches before; entry [s, t] is how many answers of batch t the version of batch s gets wrong.
+the four batches before; entry [s, t] is how many answers of batch t the version of batch s gets wrong. The probe is a
+decision tree of depth 5, fitted in milliseconds on the last four batches whose labels have come.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from sklearn.base import ClassifierMixin
 from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.tree import DecisionTreeClassifier
 
 WINDOW = 4
 # file, batch size, columns that are neither inputs nor the label
@@ -48,17 +51,46 @@ def sea(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return inputs, np.where(wrong, 1 - labels, labels)
 
 
+def wrong(model: ClassifierMixin, inputs: np.ndarray, labels: np.ndarray, learn: slice, judge: slice) -> np.ndarray:
+    """Which answers a model gets wrong that has learned from some rows, where one class is enough; shape (rows,)."""
+    if len(np.unique(labels[learn])) > 1:
+        return model.fit(inputs[learn], labels[learn]).predict(inputs[judge]) != labels[judge]
+    return labels[judge] != labels[learn][0]
+
+
 def row_of(inputs: np.ndarray, labels: np.ndarray, size: int, version: int) -> np.ndarray:
     """What the version of one batch gets wrong on its own and every later batch."""
     begin, end = version * size, (version + WINDOW) * size
     model = HistGradientBoostingClassifier(
         max_iter=40, max_leaf_nodes=15, min_samples_leaf=10, random_state=0
     )
-    if len(np.unique(labels[begin:end])) > 1:
-        answers = model.fit(inputs[begin:end], labels[begin:end]).predict(inputs[end:])
-    else:
-        answers = np.full(len(labels) - end, labels[begin])
-    return (answers != labels[end:]).reshape(-1, size).sum(axis=1)
+    return (
+        wrong(model, inputs, labels, slice(begin, end), slice(end, None)).reshape(-1, size).sum(axis=1)
+    )
+
+
+def probe_of(name: str, data: Path, work: Path, delay: int, offset: int = 0) -> np.ndarray:
+    """What the probe gets wrong on every batch of the matrix, int64 of shape (batches,), kept in `work`."""
+    kept = work / f"probe-{name}-{offset}-{delay}.npy"
+    if kept.is_file():
+        return np.load(kept)
+    inputs, labels = labelled(name, data)
+    inputs, labels, size = inputs[offset:], labels[offset:], STREAMS[name][1]
+    out = np.zeros(len(labels) // size - WINDOW, np.int64)
+    for t in range(len(out)):
+        model = DecisionTreeClassifier(max_depth=5, min_samples_leaf=10, random_state=0)
+        begin, end = max(t - delay, 0), t + WINDOW
+        learn = slice(begin * size, (begin + WINDOW) * size)
+        out[t] = wrong(model, inputs, labels, learn, slice(end * size, (end + 1) * size)).sum()
+    return _kept(kept, out)
+
+
+def _kept(path: Path, values: np.ndarray) -> np.ndarray:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part.npy")
+    np.save(part, values)
+    part.replace(path)
+    return values
 
 
 def errors_of(name: str, data: Path, work: Path, offset: int = 0) -> np.ndarray:
@@ -74,11 +106,7 @@ def errors_of(name: str, data: Path, work: Path, offset: int = 0) -> np.ndarray:
     matrix = np.zeros((batches, batches), np.int64)
     for version in range(batches):
         matrix[version, version:] = row_of(inputs, labels, size, version)
-    work.mkdir(parents=True, exist_ok=True)
-    part = kept.with_suffix(".part.npy")
-    np.save(part, matrix)
-    part.replace(kept)
-    return matrix
+    return _kept(kept, matrix)
 
 
 def main() -> None:

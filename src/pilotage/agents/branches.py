@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from pilotage.control import retraining as control
+from pilotage.control import learned_retraining as control
+from pilotage.control import retraining as rules
 
 
 def _compiled(function: Any, **callees: Any) -> Any:
@@ -18,7 +19,8 @@ def _compiled(function: Any, **callees: Any) -> Any:
 
 
 _squashed, _lost_at = _compiled(control._squashed), _compiled(control._lost_at)
-_features_of = _compiled(control.features_of, _squashed=_squashed, _lost_at=_lost_at)
+_learn_level, _ratio_of = _compiled(rules.learn_level), _compiled(rules.ratio_of)
+features_of = _compiled(control.features_of, _squashed=_squashed, _lost_at=_lost_at)
 
 
 @njit(cache=True)
@@ -56,75 +58,92 @@ def says(x, mean, scale, clip, first, first_bias, second, second_bias, last, las
     return out
 
 
+# a deployment on its way: version deployed, fresh versions' errors and the probe's (see `retraining.learn_level`), whether
+# the version is new, what the last retraining brought, the excess before it, retrainings
+DEPLOYED, FRESH, BEYOND, NEW, GAIN, BEFORE, RETRAINED = range(7)
+
+
 @njit
-def follow(errors, price, batch_size, delay, summary, net, t, state, forced, out, advantages, rows, explore):
-    """The cost of batches t and later, from `state`: deployed, fresh, own, gain, before, retrained.
+def look(errors, probe, delay, state, t):
+    """What is known before batch t: errors of the version deployed, the probe's, and their ratio; updates the state."""
+    deployed = int(state[DEPLOYED])
+    known = max(t - delay, deployed)
+    seen, probes = errors[deployed, deployed:known], probe[deployed:known]
+    ratio = _ratio_of(state[FRESH], state[BEYOND])
+    if t > deployed and seen.shape[0] > 0 and state[NEW] > 0:
+        state[FRESH], state[BEYOND] = _learn_level(state[FRESH], state[BEYOND], seen[0], probes[0])
+        ratio = _ratio_of(state[FRESH], state[BEYOND])
+        state[GAIN] = 0.0 if math.isnan(state[BEFORE]) else state[BEFORE] - (seen[0] - ratio * probes[0])
+        state[NEW] = 0.0
+    return seen, probes, ratio
+
+
+@njit
+def renew(seen, probes, ratio, state, t):
+    """A retraining before batch t, in the state."""
+    total, count = 0.0, 0
+    for k in range(max(0, seen.shape[0] - 3), seen.shape[0]):
+        total += seen[k] - ratio * probes[k]
+        count += 1
+    state[BEFORE] = total / count if count > 0 else math.nan
+    state[NEW], state[DEPLOYED] = 1.0, t
+    state[RETRAINED] += 1
+
+
+@njit
+def follow(
+    errors, probe, probed, price, batch_size, delay, summary, net, t, begin, forced, out, states, rows, explore
+):
+    """The cost of batches t and later, from the state `begin`.
 
     `forced` is the decision before batch t (-1: the policy's). Where `rows` is not empty, features of every state that
-    is visited go there, with their number in `advantages[0, 0]`; `explore` are draws that turn decisions.
+    is visited go there, and the state, after its batch, into `states`; `explore` are draws that turn decisions.
     """
-    n, cost, recorded = errors.shape[1], 0.0, 0
-    deployed, fresh, own, gain, before, retrained = state
+    n, cost, recorded, state = errors.shape[1], 0.0, 0, begin.copy()
     while t < n:
-        age, known = t - int(deployed), max(t - delay, int(deployed))
-        seen = errors[int(deployed), int(deployed) : known]
+        age = t - int(state[DEPLOYED])
+        seen, probes, ratio = look(errors, probe, delay, state, t)
         now = False
         if age > 0 and seen.shape[0] > 0:
-            if math.isnan(own):
-                own = seen[0]
-                fresh = own if math.isnan(fresh) else 0.7 * fresh + 0.3 * own
-                gain = 0.0 if math.isnan(before) else before - own
             if forced >= 0:
                 now = forced == 1
             else:
-                _features_of(
-                    seen, age, n - t, fresh, gain, int(retrained), price, batch_size, delay, summary, out
-                )
+                features_of(
+                    seen, probes, probed, ratio, age, n - t, state[GAIN], int(state[RETRAINED]), price, batch_size,
+                    delay, summary, out,
+                )  # fmt: skip
                 now = says(out, *net) > 0
             if rows.shape[0] > 0:
                 rows[recorded] = out
-                here = np.array([deployed, fresh, own, gain, before, retrained])
-                advantages[recorded, 0], advantages[recorded, 1:] = t, here
+                states[recorded, 0], states[recorded, 1:] = t, state
                 recorded += 1
                 if explore[t] < 0.05:
                     now = not now
         forced = -1
         if now:
-            total, count = 0.0, 0
-            for k in range(max(0, seen.shape[0] - 3), seen.shape[0]):
-                total += seen[k]
-                count += 1
-            before, own = total / count, math.nan
-            retrained += 1
-            deployed = t
+            renew(seen, probes, ratio, state, t)
             cost += price
-        cost += errors[int(deployed), t]
+        cost += errors[int(state[DEPLOYED]), t]
         t += 1
     return cost, recorded
 
 
 @njit
-def visit(errors, price, batch_size, delay, summary, net, left, by_plan, explore, rows, gains):
+def visit(
+    errors, probe, probed, price, batch_size, delay, summary, net, begin, left, by_plan, explore, rows, gains
+):
     """Follows the policy once, and from every state on the way both branches: features and advantages of retraining."""
-    n = errors.shape[1]
-    out, nothing, states = np.zeros(rows.shape[1]), np.zeros((0, rows.shape[1])), np.zeros((n, 7))
-    begin = np.array(
-        [0.0, math.nan if summary[0] < 0 else summary[0] * batch_size, math.nan, 0.0, math.nan, 0.0]
-    )
-    _, count = follow(
-        errors, price, batch_size, delay, summary, net, 0, begin, -1, out, states, rows, explore
-    )
+    out, nothing = np.zeros(rows.shape[1]), np.zeros((0, rows.shape[1]))
+    states = np.zeros((errors.shape[1], 1 + begin.shape[0]))
+    known = (errors, probe, probed, price, batch_size, delay, summary, net)
+    _, count = follow(*known, 0, begin, -1, out, states, rows, explore)
     for k in range(count):
         t, state = int(states[k, 0]), states[k, 1:]
         if by_plan:
-            s = int(state[0])
+            s = int(state[DEPLOYED])
             gains[k] = errors[s, t] + left[s, t + 1] - (price + errors[t, t] + left[t, t + 1])
         else:
-            keep, _ = follow(
-                errors, price, batch_size, delay, summary, net, t, state, 0, out, states, nothing, explore
-            )
-            renew, _ = follow(
-                errors, price, batch_size, delay, summary, net, t, state, 1, out, states, nothing, explore
-            )
-            gains[k] = keep - renew
+            keep, _ = follow(*known, t, state, 0, out, states, nothing, explore)
+            again, _ = follow(*known, t, state, 1, out, states, nothing, explore)
+            gains[k] = keep - again
     return count

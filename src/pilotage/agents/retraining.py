@@ -21,7 +21,8 @@ import torch
 
 from pilotage.agents.branches import follow, oracle, visit
 from pilotage.control.network import Network
-from pilotage.control.retraining import FEATURES, LearnedRetraining, Stakes, summary_of
+from pilotage.control.learned_retraining import FEATURES, LearnedRetraining, summary_of
+from pilotage.control.retraining import Past, Stakes, level_of
 from pilotage.world.drift import (
     AnyDrift,
     Decay,
@@ -64,39 +65,71 @@ def decay_at_random(rng: np.random.Generator) -> Decay:
         luck_cv=log_uniform(0.01, 0.3),
         interaction_cv=log_uniform(0.01, 0.3),
         window_batches=4,
+        probe_factor=float(rng.uniform(1.0, 1.7)),
+        probe_cv=log_uniform(0.02, 0.3),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """One deployment: errors [version, batch], what is at stake, and what its past says."""
+    """One deployment: errors [version, batch], the probe's (1 per batch if none runs), what is at stake, what its past
+    says, and the state it begins in."""
 
     errors: np.ndarray
+    probe: np.ndarray
+    probed: bool
     stakes: Stakes
     summary: np.ndarray
+    begin: np.ndarray
     oracle_usd: float
 
     @classmethod
     def of(
-        cls, errors: np.ndarray, begin: int, price: float, batch_size: int, label_delay: int = 0
+        cls,
+        errors: np.ndarray,
+        probe: np.ndarray,
+        begin: int,
+        price: float,
+        batch_size: int,
+        label_delay: int = 0,
     ) -> Stream:
-        """The part of a matrix from batch `begin` on, with what came before as the past."""
+        """The part of a matrix from batch `begin` on, with what came before as the past; `probe` may be empty."""
         own = np.ascontiguousarray(errors[begin:, begin:]).astype(float)
         stakes = Stakes(price=price, batch_size=batch_size, batches=len(own), label_delay=label_delay)
-        summary = summary_of(errors[:begin, :begin], batch_size, price)
-        return cls(own, stakes, summary, float(oracle(own, price)[0]))
+        probes = probe.astype(float) if len(probe) else np.ones(len(errors))
+        summary = summary_of(errors[:begin, :begin], probes[:begin], batch_size, price)
+        level = level_of(Past(errors[:begin, :begin], probes[:begin]))
+        state = np.array([0.0, *level, 1.0, 0.0, math.nan, 0.0])
+        return cls(
+            own, probes[begin:], bool(len(probe)), stakes, summary, state, float(oracle(own, price)[0])
+        )
+
+    @property
+    def known(self) -> tuple[Any, ...]:
+        """As compiled code takes it."""
+        s = self.stakes
+        return (
+            self.errors,
+            self.probe,
+            float(self.probed),
+            s.price,
+            s.batch_size,
+            s.label_delay,
+            self.summary,
+        )
 
 
 def streams_at_random(rng: np.random.Generator, count: int) -> list[Stream]:
-    """Deployments at random, a few of them without a past or with labels that come late."""
+    """Deployments at random, a few of them without a past, without a probe, or with labels that come late."""
     out = []
     for _ in range(count):
         decay, batches = decay_at_random(rng), int(rng.integers(30, 160))
-        errors = decay.errors(rng, batches)
+        delay = int(rng.choice([0, 0, 0, 1, 2, 5]))
+        errors, probe = decay.recorded(rng, batches, delay)
         begin = int(0.4 * batches) if rng.random() < 0.85 else 0
         price = decay.batch_size * float(np.exp(rng.uniform(np.log(0.02), np.log(2.0))))
-        delay = int(rng.choice([0, 0, 0, 1, 2, 5]))
-        out.append(Stream.of(errors, begin, price, decay.batch_size, delay))
+        probe = probe if rng.random() < 0.8 else probe[:0]
+        out.append(Stream.of(errors, probe, begin, price, decay.batch_size, delay))
     return out
 
 
@@ -141,12 +174,9 @@ def typical_ratio(policy: LearnedRetraining, streams: Sequence[Stream]) -> float
 
 def followed(policy: LearnedRetraining, stream: Stream) -> float:
     """What a policy costs on a stream, in wrong answers."""
-    s, out, nothing = stream.stakes, np.zeros(len(FEATURES)), np.zeros((0, len(FEATURES)))
-    known = stream.summary[0]
-    begin = np.array([0.0, math.nan if known < 0 else known * s.batch_size, math.nan, 0.0, math.nan, 0.0])
     cost, _ = follow(
-        stream.errors, s.price, s.batch_size, s.label_delay, stream.summary, _plain(policy.network), 0, begin, -1, out,
-        np.zeros((0, 7)), nothing, np.ones(0),
+        *stream.known, _plain(policy.network), 0, stream.begin, -1, np.zeros(len(FEATURES)), np.zeros((0, 8)),
+        np.zeros((0, len(FEATURES))), np.ones(0),
     )  # fmt: skip
     return float(cost)
 
@@ -157,12 +187,10 @@ def _examples(
     """Features of states on the policy's ways, and what retraining there is worth, as shares of the oracle's cost."""
     net, found = _plain(policy.network), []
     for stream in streams:
-        s, n = stream.stakes, stream.errors.shape[1]
+        n = stream.errors.shape[1]
         rows, gains = np.zeros((n, len(FEATURES))), np.zeros(n)
-        left = oracle(stream.errors, s.price)[1] if by_plan else np.zeros((0, 0))
-        explore = rng.random(n)
-        known = (stream.errors, s.price, s.batch_size, s.label_delay, stream.summary)
-        count = visit(*known, net, left, by_plan, explore, rows, gains)
+        left = oracle(stream.errors, stream.stakes.price)[1] if by_plan else np.zeros((0, 0))
+        count = visit(*stream.known, net, stream.begin, left, by_plan, rng.random(n), rows, gains)
         found.append((rows[:count], gains[:count] / stream.oracle_usd))
     return np.concatenate([rows for rows, _ in found]), np.concatenate([gains for _, gains in found])
 

@@ -1,51 +1,31 @@
-"""When a model is retrained: rules, and a learned policy, on what is known of a version's errors.
+"""When a model is retrained: rules on what is known of a version's errors.
 
-Time runs in batches. Before batch t a policy sees the errors of the deployed version on the batches since it was
-trained, as far as their labels have come, and what was recorded before it took over (`Past`: the errors of earlier
-versions on later batches, if they were kept running in the shadow). It answers whether to retrain now. The next batch
-is then served by the new version. Rules and their sources: Mahadevan & Mathioudakis 2024 (CARA-T, CARA-CT, CARA-P);
-ski rental: Karlin et al., Algorithmica 3, 1988.
+Time runs in batches. Before batch t a policy sees (`Seen`) the errors of the deployed version on the batches since it was
+trained, as far as their labels have come, and beside them the errors of a *probe*: a small model that is fitted anew for
+every batch, in milliseconds, on the newest labels. The probe errs more than the real model, but it is never stale, so it
+tells a hard batch from a version that has lost touch (the reactive learner of Bach & Maloof, Paired learners for concept
+drift, ICDM 2008). What was recorded before the deployment is its `Past`: errors of earlier versions on later batches, if
+they were kept running in the shadow. A policy answers whether to retrain now; the next batch is then served by the new
+version. `control.learned_retraining` is the policy that was learned. Rules and their sources: CARA-T, CARA-CT and CARA-P:
+Mahadevan & Mathioudakis, Cost-aware retraining for machine learning, 2024; ski rental: Karlin et al., Algorithmica 3, 1988;
+forecast quantile: after Regol et al., When to retrain a machine learning model, ICML 2025.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import Annotated, Final, Protocol
 
 import msgspec
 import numpy as np
 from msgspec import Meta
 
-from pilotage.control.network import Forward, Network
 from pilotage.world.spec import Spec, SpecError
 
 _LOG: Final = {"log": True}
-AGES: Final = (1, 2, 4, 8, 16)  # batches after training at which the past tells how much was lost
-
-FEATURES: Final = (
-    "price",  # log of the cost of a retraining in batches of wrong answers
-    "left",  # log of the batches that are still to come
-    "age",  # log of the batches since the version was trained
-    "seen",  # log of those whose labels have come
-    "label_delay",
-    "noise",  # log of the standard error that a batch's error rate has by chance
-    "level",  # fresh versions' typical error rate, log
-    "last",  # excess over a fresh version: last batch, means of 3 and of 10 batches, in standard errors
-    "recent_3",
-    "recent_10",
-    "excess",  # sum of the excess since training, over the price of a retraining
-    "excess_own",  # the same over the version's own first batch
-    "rise",  # second half of what was seen less the first, in standard errors
-    "at_stake",  # mean excess of 3 batches times the batches left, over the price
-    "at_stake_10",
-    "retrained",  # log of retrainings so far
-    "gain",  # what the last retraining brought at once, in standard errors
-    *(f"past_{age}" for age in AGES),  # mean excess of versions of that age in the past, in standard errors
-    "past_worth",  # what the past says of the excess to come, over the price
-    "past_noise",  # spread of fresh versions' error rates beyond chance
-    "past_best",  # what the best interval would have saved in the past, per batch, over the price
-)
+_NONE: Final = np.zeros(0, np.int64)
 
 
 class Stakes(Spec, frozen=True, kw_only=True):
@@ -71,24 +51,35 @@ class Stakes(Spec, frozen=True, kw_only=True):
 class Past(msgspec.Struct, frozen=True):
     """Errors of earlier versions on the batches before the deployment: int array (batches, batches), [s, t] for t >= s.
 
-    Without any, shape (0, 0).
+    `probe` are the probe's on the same batches, shape (batches,), or (0,) if none ran. Without any past, both are empty.
     """
 
     errors: np.ndarray
+    probe: np.ndarray = _NONE
 
 
 NO_PAST: Final = Past(np.zeros((0, 0), np.int64))
 
 
+class Seen(msgspec.Struct, frozen=True):
+    """What is known before a batch.
+
+    `errors` are the deployed version's on its first batches, as far as labels have come (one less per batch of delay), and
+    `probe` the probe's on the same ones, or empty if none runs. `age` is how many batches the version has served, `left`
+    how many are to come.
+    """
+
+    errors: np.ndarray
+    age: int
+    left: int
+    probe: np.ndarray = _NONE
+
+
 class Retrainer(Protocol):
     """A retraining policy in one deployment."""
 
-    def decide(self, errors: np.ndarray, age: int, left: int) -> bool:
-        """Whether to retrain before the next batch.
-
-        `errors` are the deployed version's on its first batches, as far as labels have come (one less per batch of
-        delay); `age` is how many batches it has served, `left` how many are to come.
-        """
+    def decide(self, seen: Seen) -> bool:
+        """Whether to retrain before the next batch."""
         ...
 
 
@@ -100,35 +91,43 @@ class Retraining(Spec, frozen=True, kw_only=True, tag_field="kind"):
 
 
 class _Rule:
-    """A rule on the errors alone."""
+    """A rule that remembers nothing."""
 
     def __init__(self, policy: _Ruled, stakes: Stakes) -> None:
         self._policy, self._stakes = policy, stakes
 
-    def decide(self, errors: np.ndarray, age: int, left: int) -> bool:
-        return age > 0 and self._policy.says(errors, age, self._stakes)
+    def decide(self, seen: Seen) -> bool:
+        return seen.age > 0 and len(seen.errors) > 0 and self._policy.says(seen, self._stakes)
 
 
 class _Ruled(Retraining, frozen=True, kw_only=True):
     def begin(self, stakes: Stakes, past: Past = NO_PAST) -> Retrainer:
         return _Rule(self, stakes)
 
-    def says(self, errors: np.ndarray, age: int, stakes: Stakes) -> bool:
+    def says(self, seen: Seen, stakes: Stakes) -> bool:
         raise NotImplementedError
 
 
 class Never(_Ruled, frozen=True, kw_only=True, tag="never"):
-    def says(self, errors: np.ndarray, age: int, stakes: Stakes) -> bool:
+    def says(self, seen: Seen, stakes: Stakes) -> bool:
         return False
 
 
-class Periodic(_Ruled, frozen=True, kw_only=True, tag="periodic"):
-    """Every so many batches (CARA-P); 1 is always."""
+class Periodic(Retraining, frozen=True, kw_only=True, tag="periodic"):
+    """Every so many batches (CARA-P), whatever the labels say; 1 is always."""
 
     every_batches: Annotated[int, Meta(ge=1, le=1000, extra=_LOG)] = 10
 
-    def says(self, errors: np.ndarray, age: int, stakes: Stakes) -> bool:
-        return age >= self.every_batches
+    def begin(self, stakes: Stakes, past: Past = NO_PAST) -> Retrainer:
+        return _Clock(self.every_batches)
+
+
+class _Clock:
+    def __init__(self, every_batches: int) -> None:
+        self._every_batches = every_batches
+
+    def decide(self, seen: Seen) -> bool:
+        return seen.age >= self._every_batches
 
 
 class CaraT(_Ruled, frozen=True, kw_only=True, tag="cara-t"):
@@ -136,8 +135,9 @@ class CaraT(_Ruled, frozen=True, kw_only=True, tag="cara-t"):
 
     threshold: Annotated[float, Meta(ge=0, le=1)] = 0.05
 
-    def says(self, errors: np.ndarray, age: int, stakes: Stakes) -> bool:
-        return len(errors) > 1 and bool(errors[-1] - errors[0] >= self.threshold * stakes.batch_size)
+    def says(self, seen: Seen, stakes: Stakes) -> bool:
+        beyond = seen.errors[-1] - seen.errors[0]
+        return len(seen.errors) > 1 and bool(beyond >= self.threshold * stakes.batch_size)
 
 
 class CaraCt(_Ruled, frozen=True, kw_only=True, tag="cara-ct"):
@@ -145,8 +145,9 @@ class CaraCt(_Ruled, frozen=True, kw_only=True, tag="cara-ct"):
 
     threshold: Annotated[float, Meta(ge=0, le=100)] = 0.2
 
-    def says(self, errors: np.ndarray, age: int, stakes: Stakes) -> bool:
-        return len(errors) > 1 and bool((errors - errors[0]).sum() >= self.threshold * stakes.batch_size)
+    def says(self, seen: Seen, stakes: Stakes) -> bool:
+        beyond = (seen.errors - seen.errors[0]).sum()
+        return len(seen.errors) > 1 and bool(beyond >= self.threshold * stakes.batch_size)
 
 
 class SkiRental(_Ruled, frozen=True, kw_only=True, tag="ski-rental"):
@@ -156,10 +157,9 @@ class SkiRental(_Ruled, frozen=True, kw_only=True, tag="ski-rental"):
     factor: Annotated[float, Meta(ge=0.1, le=10, extra=_LOG)] = 1.0
     positive: bool = False
 
-    def says(self, errors: np.ndarray, age: int, stakes: Stakes) -> bool:
-        if len(errors) == 0:
-            return False
-        beyond = np.maximum(errors - errors.min(), 0) if self.positive else errors - errors[0]
+    def says(self, seen: Seen, stakes: Stakes) -> bool:
+        least = seen.errors.min() if self.positive else seen.errors[0]
+        beyond = np.maximum(seen.errors - least, 0 if self.positive else -math.inf)
         return bool(beyond.sum() >= self.factor * stakes.price)
 
 
@@ -176,187 +176,123 @@ class _FreshSki:
     def __init__(self, policy: FreshSki, stakes: Stakes) -> None:
         self._least, self._fresh, self._own = policy.factor * stakes.price, math.nan, math.nan
 
-    def decide(self, errors: np.ndarray, age: int, left: int) -> bool:
-        if age == 0 or len(errors) == 0:
-            self._own = math.nan if age == 0 else self._own
+    def decide(self, seen: Seen) -> bool:
+        if seen.age == 0 or len(seen.errors) == 0:
+            self._own = math.nan if seen.age == 0 else self._own
             return False
         if math.isnan(self._own):
-            self._own = float(errors[0])
+            self._own = float(seen.errors[0])
             self._fresh = self._own if math.isnan(self._fresh) else 0.7 * self._fresh + 0.3 * self._own
-        if float((errors - self._fresh).sum()) >= self._least:
+        if float((seen.errors - self._fresh).sum()) >= self._least:
             self._own = math.nan
             return True
         return False
 
 
-# --- the learned policy --------------------------------------------------------------------------------------
-def summary_of(past: np.ndarray, batch_size: int, price: float) -> np.ndarray:
-    """What the past says: fresh versions' error rate, its spread, what the best interval saves, excess by age.
+class Paired(Retraining, frozen=True, kw_only=True, tag="paired"):
+    """When the last batches' errors beyond what a fresh version would make, kept up for `horizon_batches` or to the end,
+    cost `factor` retrainings. What a fresh version would make is the probe's errors times a ratio, which is learned
+    from the past and from every version's first batch; without a probe, the mean of those."""
 
-    Compiled for training, too; shape (3 + len(AGES),).
-    """
-    n = past.shape[0]
-    out = np.zeros(3 + 5)
-    if n == 0:
-        out[0] = -1.0
-        return out
-    fresh = 0.0
-    for t in range(n):
-        fresh += past[t, t]
-    fresh /= n
-    square = 0.0
-    for t in range(1, n):
-        square += (past[t, t] - past[t - 1, t - 1]) ** 2 / 2
-    rate = max(fresh / batch_size, 0.5 / batch_size)
-    chance = batch_size * rate * (1 - min(rate, 0.99))
-    spread = math.sqrt(max(square / max(n - 1, 1), 1e-12) / chance)
-    out[0], out[1] = fresh / batch_size, math.log(max(spread, 0.1))
-    age = 1
-    for k in range(5):
-        total, count = 0.0, 0
-        for t in range(age, n):
-            total += past[t - age, t] - past[t, t]
-            count += 1
-        if count > 0:
-            out[3 + k] = total / count
-        elif k > 0:
-            out[3 + k] = out[2 + k]
-        age *= 2
-    never = 0.0
-    for t in range(n):
-        never += past[0, t]
-    best = never
-    for every in range(1, n):
-        cost, s = 0.0, 0
-        for t in range(n):
-            if t > 0 and t % every == 0:
-                s = t
-                cost += price
-            cost += past[s, t]
-        best = min(best, cost)
-    out[2] = (never - best) / n
-    return out
-
-
-def features_of(
-    errors: np.ndarray, age: int, left: int, fresh: float, gain: float, retrained: int,
-    price: float, batch_size: int, label_delay: int, summary: np.ndarray, out: np.ndarray,
-) -> None:  # fmt: skip
-    """Writes FEATURES into `out`. `fresh` is fresh versions' typical number of errors, `gain` what the last retraining
-    brought in errors (0: none yet). Compiled for training, too."""
-    seen = errors.shape[0]
-    rate = min(max(fresh / batch_size, 0.5 / batch_size), 0.99)
-    chance = math.sqrt(batch_size * rate * (1 - rate))
-    total, last, three, ten, own = 0.0, 0.0, 0.0, 0.0, 0.0
-    for k in range(seen):
-        beyond = errors[k] - fresh
-        total += beyond
-        own += errors[k] - errors[0]
-        if k >= seen - 3:
-            three += beyond / min(3, seen)
-        if k >= seen - 10:
-            ten += beyond / min(10, seen)
-        last = beyond
-    half = seen // 2
-    early, late = 0.0, 0.0
-    for k in range(half):
-        early += errors[k]
-        late += errors[seen - 1 - k]
-    rise = (late - early) / half if half > 0 else 0.0
-    # what the past says that this version would lose more than a fresh one would, from here on
-    worth = 0.0
-    for ahead in range(min(left, 64)):
-        worth += _lost_at(age + ahead, summary) - _lost_at(ahead, summary)
-    out[0] = math.log(price / batch_size)
-    out[1] = math.log1p(left)
-    out[2] = math.log1p(age)
-    out[3] = math.log1p(seen)
-    out[4] = label_delay
-    out[5] = math.log(chance / batch_size)
-    out[6] = math.log(rate)
-    out[7] = _squashed(last / chance)
-    out[8] = _squashed(three / chance)
-    out[9] = _squashed(ten / chance)
-    out[10] = _squashed(total / price)
-    out[11] = _squashed(own / price)
-    out[12] = _squashed(rise / chance)
-    out[13] = _squashed(three * left / price)
-    out[14] = _squashed(ten * left / price)
-    out[15] = math.log1p(retrained)
-    out[16] = _squashed(gain / chance)
-    for k in range(5):
-        out[17 + k] = _squashed(summary[3 + k] / chance)
-    out[22] = _squashed(worth / price)
-    out[23] = summary[1]
-    out[24] = _squashed(summary[2] * left / price)
-
-
-def _squashed(x: float) -> float:
-    return math.copysign(math.log1p(abs(x)), x)
-
-
-def _lost_at(age: int, summary: np.ndarray) -> float:
-    """The past's mean excess at an age, by interpolation between AGES; beyond them it stays."""
-    if age <= 0:
-        return 0.0
-    k, low = 0, 1
-    while k < 4 and low * 2 <= age:
-        low *= 2
-        k += 1
-    if k == 4:
-        return float(summary[7])
-    share = (age - low) / low
-    return float(summary[3 + k] * (1 - share) + summary[4 + k] * share)
-
-
-class LearnedRetraining(Retraining, frozen=True, kw_only=True, tag="learned-retraining"):
-    """A network that says, of FEATURES, whether a retraining saves more than it costs: yes above 0."""
-
-    network: Network
-
-    def __post_init__(self) -> None:
-        self.network.must_map(len(FEATURES), 1)
+    window_batches: Annotated[int, Meta(ge=1, le=100, extra=_LOG)] = 8
+    horizon_batches: Annotated[int, Meta(ge=1, le=1000, extra=_LOG)] = 20
+    factor: Annotated[float, Meta(ge=0.1, le=10, extra=_LOG)] = 2.0
 
     def begin(self, stakes: Stakes, past: Past = NO_PAST) -> Retrainer:
-        return _Learned(self, stakes, past)
+        return _Paired(self, stakes, past)
 
 
-class _Learned:
-    def __init__(self, policy: LearnedRetraining, stakes: Stakes, past: Past) -> None:
-        self._forward, self._stakes = Forward(policy.network), stakes
-        self._summary = summary_of(np.asarray(past.errors), stakes.batch_size, stakes.price)
-        known = self._summary[0]
-        self._fresh = known * stakes.batch_size if known >= 0 else math.nan
-        self._own, self._gain, self._before, self._retrained = math.nan, 0.0, math.nan, 0
-        self._out = np.zeros(len(FEATURES))
+class _Paired:
+    def __init__(self, policy: Paired, stakes: Stakes, past: Past) -> None:
+        self._policy, self._stakes = policy, stakes
+        self._fresh, self._beyond, self._new = *level_of(past), True
 
-    def decide(self, errors: np.ndarray, age: int, left: int) -> bool:
-        if age == 0 or len(errors) == 0:
+    def decide(self, seen: Seen) -> bool:
+        self._new = self._new or seen.age == 0
+        if seen.age == 0 or len(seen.errors) == 0:
             return False
-        if math.isnan(self._own):
-            self._own = float(errors[0])
-            self._fresh = self._own if math.isnan(self._fresh) else 0.7 * self._fresh + 0.3 * self._own
-            self._gain = 0.0 if math.isnan(self._before) else self._before - self._own
-        features_of(
-            np.asarray(errors), age, left, self._fresh, self._gain, self._retrained, self._stakes.price,
-            self._stakes.batch_size, self._stakes.label_delay, self._summary, self._out,
-        )  # fmt: skip
-        if float(self._forward(self._out[None])[0, 0]) <= 0:
+        probe = seen.probe if len(seen.probe) else np.ones(len(seen.errors))
+        if self._new:
+            self._fresh, self._beyond = learn_level(self._fresh, self._beyond, seen.errors[0], probe[0])
+            self._new = False
+        recent = slice(-self._policy.window_batches, None)
+        excess = (seen.errors - ratio_of(self._fresh, self._beyond) * probe)[recent]
+        lasting = min(seen.left, self._policy.horizon_batches) * excess.sum() / (len(excess) + 1)
+        self._new = bool(lasting >= self._policy.factor * self._stakes.price)
+        return self._new
+
+
+class ForecastQuantile(Retraining, frozen=True, kw_only=True, tag="forecast-quantile"):
+    """When a retraining pays with probability `confidence`, by a Gaussian forecast of what is lost with age (UPF).
+
+    How much more a version errs at an age than a fresh one, and how surely, is the past's mean and standard deviation over
+    versions; the deployed version is held to be off its age's mean by as much as its last three batches were. Without a
+    past it never retrains.
+    """
+
+    confidence: Annotated[float, Meta(gt=0, lt=1)] = 0.5
+
+    def begin(self, stakes: Stakes, past: Past = NO_PAST) -> Retrainer:
+        return _Forecast(self, stakes, past)
+
+
+class _Forecast:
+    def __init__(self, policy: ForecastQuantile, stakes: Stakes, past: Past) -> None:
+        self._stakes, self._z = stakes, NormalDist().inv_cdf(policy.confidence)
+        n = len(past.errors)
+        fresh = np.diag(past.errors)
+        lost = [np.diag(past.errors, age) - fresh[age:] for age in range(max(1, n - 2))] if n else []
+        self._fresh = float(fresh.mean()) if n else math.nan
+        self._mean = np.array([own.mean() for own in lost])
+        self._spread = np.array([own.std() for own in lost])
+
+    def decide(self, seen: Seen) -> bool:
+        if seen.age == 0 or len(seen.errors) == 0 or len(self._mean) < 2:
             return False
-        self._before, self._own = float(np.mean(errors[-3:])), math.nan
-        self._retrained += 1
-        return True
+        oldest = len(self._mean) - 1
+        recent = np.arange(max(0, len(seen.errors) - 3), len(seen.errors))
+        off = float((seen.errors[recent] - self._fresh - self._mean[np.minimum(recent, oldest)]).mean())
+        ahead = np.arange(seen.left)
+        old, new = np.minimum(seen.age + ahead, oldest), np.minimum(ahead, oldest)
+        saved = float((self._mean[old] + off - self._mean[new]).sum())
+        # one version's deviations at neighbouring ages go together: their spreads add, not their variances
+        unsure = float(np.hypot(self._spread[old].mean(), self._spread[new].mean()) * math.sqrt(seen.left))
+        return bool(saved - self._z * unsure > self._stakes.price)
 
 
-def retrained_at(policy: Retraining, errors: np.ndarray, stakes: Stakes, past: Past = NO_PAST) -> list[int]:
-    """The batches before which a policy retrains, on a matrix of errors [version, batch] of the deployment's length."""
+# --- what a fresh version would err, by the probe --------------------------------------------------------------
+def level_of(past: Past) -> tuple[float, float]:
+    """Fresh versions' errors and the probe's (1 per batch without one) in the past, worth ten batches at most."""
+    n = len(past.errors)
+    if n == 0:
+        return 0.0, 0.0
+    worth = min(n, 10) / n
+    probed = float(past.probe.sum()) if len(past.probe) else float(n)
+    return float(np.trace(past.errors)) * worth, probed * worth
+
+
+def learn_level(fresh: float, probed: float, own: float, probe: float) -> tuple[float, float]:
+    """The same after one more version's first batch; older ones are forgotten by a tenth each."""
+    return 0.9 * fresh + own, 0.9 * probed + probe
+
+
+def ratio_of(fresh: float, probed: float) -> float:
+    """How many errors of a fresh version go with one of the probe's."""
+    return fresh / max(probed, 0.5)
+
+
+def retrained_at(
+    policy: Retraining, errors: np.ndarray, stakes: Stakes, past: Past = NO_PAST, probe: np.ndarray = _NONE
+) -> list[int]:
+    """The batches before which a policy retrains, on a matrix of errors [version, batch] of the deployment's length.
+
+    `probe` are the probe's errors on the same batches, or empty.
+    """
     retrainer, deployed, when = policy.begin(stakes, past), 0, []
     for t in range(stakes.batches):
-        known = max(t - stakes.label_delay, deployed)
-        if (
-            retrainer.decide(errors[deployed, deployed:known], t - deployed, stakes.batches - t)
-            and t > deployed
-        ):
+        known = slice(deployed, max(t - stakes.label_delay, deployed))
+        seen = Seen(errors[deployed, known], t - deployed, stakes.batches - t, probe[known])
+        if retrainer.decide(seen) and t > deployed:
             deployed = t
             when.append(t)
     return when

@@ -101,7 +101,8 @@ class Decay(Spec, frozen=True, kw_only=True):
     A fresh version errs in a share `base_error` of answers, one that has lost everything in `worst_error`. Batches are
     harder or easier for all versions alike (`difficulty_cv`, correlated over `difficulty_batches`). A version as such
     errs `luck_cv` times the base more or less, and on one batch `interaction_cv` times. A version is trained on the
-    `window_batches` before it.
+    `window_batches` before it. A probe (a small model that is fitted anew for every batch) errs `probe_factor` times a
+    fresh version's base, `probe_cv` times more or less.
     """
 
     drift: AnyDrift
@@ -113,6 +114,8 @@ class Decay(Spec, frozen=True, kw_only=True):
     luck_cv: NonNegative = 0.05
     interaction_cv: NonNegative = 0.03
     window_batches: PositiveCount = 4
+    probe_factor: Annotated[float, Meta(ge=1, le=100)] = 1.3
+    probe_cv: NonNegative = 0.1
 
     def __post_init__(self) -> None:
         if self.worst_error < self.base_error:
@@ -123,6 +126,12 @@ class Decay(Spec, frozen=True, kw_only=True):
 
     def errors(self, rng: np.random.Generator, batches: int) -> np.ndarray:
         """Wrong answers by version and batch, int64 of shape (batches, batches); 0 below the diagonal."""
+        return self.recorded(rng, batches)[0]
+
+    def recorded(
+        self, rng: np.random.Generator, batches: int, label_delay: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Those, and a probe's, int64 of shape (batches,), whose labels come `label_delay` batches late."""
         window = self.window_batches
         path = self.drift.path(rng, batches + window)
         far = np.linalg.norm(path[:, None] - path[None, window:], axis=2)  # (batches + window, batches)
@@ -136,10 +145,14 @@ class Decay(Spec, frozen=True, kw_only=True):
             hard[t] = level
         luck = np.exp(self.luck_cv * rng.standard_normal((batches, 1)))
         apart = np.exp(self.interaction_cv * rng.standard_normal((batches, batches)))
-        base = self.base_error * np.exp(self.difficulty_cv * hard)[None, :]
+        base = self.base_error * np.exp(self.difficulty_cv * hard)
         lost = (self.worst_error - self.base_error) * -np.expm1(-distance)
         share = np.clip(base * luck * apart + lost, 0.0, 1.0)
-        return np.triu(rng.binomial(self.batch_size, share))
+        errors = np.triu(rng.binomial(self.batch_size, share))
+        newest = lost[np.maximum(np.arange(batches) - label_delay, 0), np.arange(batches)]
+        noise = np.exp(self.probe_cv * rng.standard_normal(batches))
+        probe = np.clip(base * self.probe_factor * noise + newest, 0.0, 1.0)
+        return errors, rng.binomial(self.batch_size, probe)
 
 
 def _directions(rng: np.random.Generator, count: int, dimensions: int = 8) -> np.ndarray:
