@@ -1,9 +1,9 @@
 """When to retrain, on errors recorded on real streams: the learned policy against every rule and the oracle.
 
-`run.py --data DIR --out DIR` trains from nothing on synthetic decay alone, or takes `--policy FILE`, then scores every
-policy on the last 60 % of each stream at three prices of a retraining. Rules with a number are tuned on the first 40 %,
-from the first version on; the learned policy sees the same 40 % as its past. Labels late by 1 and 5 batches are
-reported, too. Baselines are all recomputed.
+`run.py --data DIR --out DIR` trains from nothing on synthetic decay alone, or takes `--policy FILE`, then scores
+every policy on the last 60 % of each stream at three prices of a retraining. Rules with a number are tuned on the
+first 40 %, from the first version on; the learned policy sees the same 40 % as its past. Labels late by 1 and 5
+batches are reported, too. Baselines are all recomputed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import msgspec
 import numpy as np
 from streams import STREAMS, errors_of, probe_of
 
-from pilotage.agents.branches import oracle
 from pilotage.agents.retraining import Settings, train
 from pilotage.control.learned_retraining import LearnedRetraining
 from pilotage.control.retraining import (
@@ -38,6 +37,7 @@ from pilotage.control.retraining import (
     cost_of,
     retrained_at,
 )
+from pilotage.engine.lifetimes import oracle
 from pilotage.results import as_csv, provenance, write_whole
 
 PRICES, DELAYS, PREFIX = (0.05, 0.2, 1.0), (0, 1, 5), 0.4
@@ -66,7 +66,9 @@ def grids(past: np.ndarray, size: int) -> dict[str, list[Retraining]]:
         "forecast-quantile": [ForecastQuantile(confidence=q) for q in (0.05, 0.25, 0.5, 0.75, 0.95)],
         "paired-tuned": [
             Paired(window_batches=w, horizon_batches=h, factor=m)
-            for w in (3, 8, 20) for h in (10, 20, 40) for m in (0.5, 1.0, 2.0)
+            for w in (3, 8, 20)
+            for h in (10, 20, 40)
+            for m in (0.5, 1.0, 2.0)
         ],
     }
 
@@ -96,12 +98,8 @@ def cells(
             # what knows the past is tuned as if the first half of the past were its past
             half = begin // 2 if rule == "forecast-quantile" else 0
             before, after = past[:half, :half], past[half:, half:]
-            part = Stakes(
-                price=price, batch_size=size, batches=len(after), label_delay=prefix.label_delay
-            )
-            policies[rule] = min(
-                grid, key=lambda one: score(one, after, part, Past(before), seen)[0]
-            )
+            part = Stakes(price=price, batch_size=size, batches=len(after), label_delay=prefix.label_delay)
+            policies[rule] = min(grid, key=lambda one: score(one, after, part, Past(before), seen)[0])
         least, _ = oracle(errors.astype(float), price)
         free = math.isclose(least, float(errors[0].sum()))
         for rule, policy in policies.items():

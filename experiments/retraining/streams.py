@@ -1,8 +1,8 @@
 """Matrices of errors recorded on real labelled streams: every past version on every later batch.
 
-The protocol is fixed: consecutive batches; the version of a batch is a histogram gradient boosting classifier fitted on
-the four batches before; entry [s, t] is how many answers of batch t the version of batch s gets wrong. The probe is a
-decision tree of depth 5, fitted in milliseconds on the last four batches whose labels have come.
+The protocol is fixed: consecutive batches; the version of a batch is a histogram gradient boosting classifier fitted
+on the four batches before; entry [s, t] is how many answers of batch t the version of batch s gets wrong. The probe
+is a decision tree of depth 5, fitted in milliseconds on the last four batches whose labels have come.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def sea(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return inputs, np.where(wrong, 1 - labels, labels)
 
 
-def wrong(model: ClassifierMixin, inputs: np.ndarray, labels: np.ndarray, learn: slice, judge: slice) -> np.ndarray:
+def wrong(
+    model: ClassifierMixin, inputs: np.ndarray, labels: np.ndarray, learn: slice, judge: slice
+) -> np.ndarray:
     """Which answers a model gets wrong that has learned from some rows, where one class is enough; shape (rows,)."""
     if len(np.unique(labels[learn])) > 1:
         return model.fit(inputs[learn], labels[learn]).predict(inputs[judge]) != labels[judge]
@@ -64,9 +66,7 @@ def row_of(inputs: np.ndarray, labels: np.ndarray, size: int, version: int) -> n
     model = HistGradientBoostingClassifier(
         max_iter=40, max_leaf_nodes=15, min_samples_leaf=10, random_state=0
     )
-    return (
-        wrong(model, inputs, labels, slice(begin, end), slice(end, None)).reshape(-1, size).sum(axis=1)
-    )
+    return wrong(model, inputs, labels, slice(begin, end), slice(end, None)).reshape(-1, size).sum(axis=1)
 
 
 def probe_of(name: str, data: Path, work: Path, delay: int, offset: int = 0) -> np.ndarray:

@@ -82,6 +82,7 @@ class Scenario(Spec, frozen=True, kw_only=True):
                     raise SpecError(f"service {service.name!r} wants pool {name!r}; {closest(name, pools)}")
             self._check_laws(service)
             self._check_placeable(service)
+            self._check_training(service)
         zones = sorted({zone for pool in self.pools for zone in pool.zones})
         for outage in self.outages:
             if outage.zone not in zones:
@@ -147,6 +148,27 @@ class Scenario(Spec, frozen=True, kw_only=True):
             raise SpecError(
                 f"{where}: min_replicas is {service.min_replicas}, but its pools have room for at most {room} "
                 "replicas; raise max_nodes, max_per_node or the nodes' resources, or lower min_replicas"
+            )
+
+    def _check_training(self, service: Service) -> None:
+        """The pool of a service's retrainings exists, and a job fits on its nodes."""
+        if service.lifecycle is None:
+            return
+        training, pools = service.lifecycle.training, self.pool_by_name
+        where = f"service {service.name!r}: lifecycle: training"
+        if training.pool not in pools:
+            raise SpecError(f"{where} wants pool {training.pool!r}; {closest(training.pool, list(pools))}")
+        node = pools[training.pool].node
+        if node and training.resources and (short := training.resources.shortfall(node)):
+            raise SpecError(
+                f"{where}: a node of {training.pool!r} has {', '.join(short)} that a job needs; "
+                "give the job less, or a pool with larger nodes"
+            )
+        delay, batches = service.lifecycle.label_delay_batches, service.lifecycle.batches(self.horizon_h)
+        if delay >= batches:
+            raise SpecError(
+                f"service {service.name!r}: lifecycle: label_delay_batches {delay} is not shorter than the horizon of "
+                f"{batches} batches of {service.lifecycle.batch_h:g} h; valid: below {batches}, or labels = false"
             )
 
     def _check_interference(self) -> None:

@@ -9,21 +9,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pilotage.control.learned_retraining import FEATURES, LearnedRetraining
 from pilotage.control.retraining import (
-    FEATURES,
     NO_PAST,
     CaraCt,
     CaraT,
+    ForecastQuantile,
     FreshSki,
-    LearnedRetraining,
     Never,
+    Paired,
     Past,
     Periodic,
+    Seen,
     SkiRental,
     Stakes,
     cost_of,
     retrained_at,
 )
+from pilotage.engine.lifetimes import Stream, oracle
 from pilotage.world.drift import Decay, GradualDrift, NoDrift, RecurringDrift, SeasonalDrift, SuddenDrift
 from pilotage.world.spec import SpecError
 
@@ -40,6 +43,8 @@ RULES = (
     SkiRental(),
     SkiRental(positive=True),
     FreshSki(),
+    Paired(),
+    ForecastQuantile(),
 )
 
 
@@ -110,11 +115,10 @@ matrices = st.integers(2, 9).flatmap(
 @settings(max_examples=60, deadline=None)
 @given(errors=matrices, price=st.floats(0.5, 40))
 def test_the_oracle_is_the_best_of_all_ways(errors, price) -> None:
-    branches = pytest.importorskip("pilotage.agents.branches")
     n = len(errors)
     ways = (when for k in range(n) for when in combinations(range(1, n), k))
     best = min(cost_of(errors, price, when) for when in ways)
-    assert branches.oracle(errors.astype(float), price)[0] == pytest.approx(best)
+    assert oracle(errors.astype(float), price)[0] == pytest.approx(best)
 
 
 @settings(max_examples=40, deadline=None)
@@ -124,31 +128,69 @@ def test_the_oracle_is_the_best_of_all_ways(errors, price) -> None:
     delay=st.integers(0, 3),
     policy=st.sampled_from(ALL),
     cut=st.integers(1, 8),
+    probe=st.lists(st.integers(0, 30), min_size=9, max_size=9),
 )
-def test_decisions_depend_on_nothing_whose_labels_have_not_come(errors, price, delay, policy, cut) -> None:
+def test_decisions_depend_on_nothing_whose_labels_have_not_come(
+    errors, price, delay, policy, cut, probe
+) -> None:
     n = len(errors)
     stakes = Stakes(price=price, batch_size=50, batches=n, label_delay=min(delay, n - 1))
-    when = retrained_at(policy, errors, stakes)
-    changed = errors.copy()
+    when = retrained_at(policy, errors, stakes, NO_PAST, np.array(probe))
+    changed, probes = errors.copy(), np.array(probe)
     changed[:, min(cut, n) :] = np.triu(np.full((n, n), 29))[:, min(cut, n) :]
+    probes[min(cut, n) :] = 7
     known = min(cut, n) + stakes.label_delay  # the first decision that may differ is before the batch after
-    other = retrained_at(policy, changed, stakes)
+    other = retrained_at(policy, changed, stakes, NO_PAST, probes)
     assert [t for t in when if t <= known] == [t for t in other if t <= known]
     assert all(0 < t < n for t in when)
     assert when == sorted(set(when))
 
 
 @settings(max_examples=30, deadline=None)
-@given(errors=matrices, price=st.floats(0.5, 40), delay=st.integers(0, 2), past=matrices)
-def test_the_compiled_twin_follows_the_same_policy(errors, price, delay, past) -> None:
+@given(
+    errors=matrices,
+    price=st.floats(0.5, 40),
+    delay=st.integers(0, 2),
+    past=matrices,
+    probe=st.lists(st.integers(0, 30), min_size=18, max_size=18) | st.none(),
+)
+def test_the_compiled_twin_follows_the_same_policy(errors, price, delay, past, probe) -> None:
     retraining = pytest.importorskip("pilotage.agents.retraining")
-    policy, n = ALL[-1], len(errors)
-    both = np.zeros((len(past) + n,) * 2, int)
-    both[: len(past), : len(past)], both[len(past) :, len(past) :] = past, errors
-    stream = retraining.Stream.of(both, len(past), price, 50, min(delay, n - 1))
-    when = retrained_at(policy, errors, stream.stakes, Past(past))
+    policy, n, begin = ALL[-1], len(errors), len(past)
+    both = np.zeros((begin + n,) * 2, int)
+    both[:begin, :begin], both[begin:, begin:] = past, errors
+    probes = np.zeros(0, int) if probe is None else np.array(probe[: begin + n])
+    stream = Stream.of(both, probes, begin, price, 50, min(delay, n - 1))
+    when = retrained_at(policy, errors, stream.stakes, Past(past, probes[:begin]), probes[begin:])
     assert retraining.followed(policy, stream) == pytest.approx(cost_of(errors, price, when))
     assert stream.oracle_usd <= cost_of(errors, price, when) + 1e-9
+
+
+def test_a_probe_tells_a_hard_batch_from_a_stale_version() -> None:
+    # errors double from batch 4 on; if the probe's do, too, the batches are hard, and a retraining would not help
+    errors = np.triu(np.full((12, 12), 10))
+    errors[:, 4:] = np.triu(np.full((12, 12), 20))[:, 4:]
+    stakes = Stakes(price=10, batch_size=100, batches=12)
+    past = Past(np.triu(np.full((6, 6), 10)), np.full(6, 15))
+    hard = np.where(np.arange(12) < 4, 15, 30)
+    assert retrained_at(Paired(window_batches=4), errors, stakes, past, hard) == []
+    stale = np.where(np.arange(12)[None] < 4, errors, np.triu(np.full((12, 12), 10)))
+    stale[0, 4:] = 20
+    found = retrained_at(Paired(window_batches=4), stale, stakes, past, np.full(12, 15))
+    assert found == [
+        6
+    ]  # 2 of 4 batches show 10 more each: (10 + 10) / 5 for 6 batches is 24, at least twice the price
+
+
+def test_a_forecast_by_hand() -> None:
+    # versions lose 2 errors per batch of age in the past, surely: over 10 batches a retraining saves what the age
+    # costs
+    past = Past(np.triu(10 + 2 * (np.arange(8)[None] - np.arange(8)[:, None])))
+    errors = np.triu(10 + 2 * (np.arange(10)[None] - np.arange(10)[:, None]))
+    one = ForecastQuantile().begin(Stakes(price=20, batch_size=100, batches=10), past)
+    # at age 4 with 6 left: the old one loses 8, 10, 10 (ages beyond 5 are unknown) more, the new one 0, 2, ... 10
+    assert not one.decide(Seen(errors[0, :2], 2, 3))
+    assert one.decide(Seen(errors[0, :4], 4, 6))
 
 
 def test_ski_rental_by_hand() -> None:

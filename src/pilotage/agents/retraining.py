@@ -1,17 +1,16 @@
 """Learning when to retrain, from matrices of errors at random, and the oracle that knew them.
 
-A matrix says what every version would get wrong on every batch, so that both branches of every decision can be followed
-to the end: the advantage of retraining now over keeping on is known for any policy that decides afterwards. Policy
-iteration with that advantage (Lagoudakis & Parr, Reinforcement learning as classification, 2003): a network is trained
-to say its sign, every example weighted by how much it matters; then the network is the policy that is followed, more
-examples are added, and so on. It begins with the oracle's plan. Nothing here has seen a real stream.
+A matrix says what every version would get wrong on every batch, so that both branches of every decision can be
+followed to the end: the advantage of retraining now over keeping on is known for any policy that decides afterwards.
+Policy iteration with that advantage (Lagoudakis & Parr, Reinforcement learning as classification, 2003): a network is
+trained to say its sign, every example weighted by how much it matters; then the network is the policy that is
+followed, more examples are added, and so on. It begins with the oracle's plan. Nothing here has seen a real stream.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -19,10 +18,9 @@ import msgspec
 import numpy as np
 import torch
 
-from pilotage.agents.branches import follow, oracle, visit
+from pilotage.control.learned_retraining import FEATURES, LearnedRetraining
 from pilotage.control.network import Network
-from pilotage.control.learned_retraining import FEATURES, LearnedRetraining, summary_of
-from pilotage.control.retraining import Past, Stakes, level_of
+from pilotage.engine.lifetimes import Stream, follow, oracle, visit
 from pilotage.world.drift import (
     AnyDrift,
     Decay,
@@ -68,55 +66,6 @@ def decay_at_random(rng: np.random.Generator) -> Decay:
         probe_factor=float(rng.uniform(1.0, 1.7)),
         probe_cv=log_uniform(0.02, 0.3),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Stream:
-    """One deployment: errors [version, batch], the probe's (1 per batch if none runs), what is at stake, what its past
-    says, and the state it begins in."""
-
-    errors: np.ndarray
-    probe: np.ndarray
-    probed: bool
-    stakes: Stakes
-    summary: np.ndarray
-    begin: np.ndarray
-    oracle_usd: float
-
-    @classmethod
-    def of(
-        cls,
-        errors: np.ndarray,
-        probe: np.ndarray,
-        begin: int,
-        price: float,
-        batch_size: int,
-        label_delay: int = 0,
-    ) -> Stream:
-        """The part of a matrix from batch `begin` on, with what came before as the past; `probe` may be empty."""
-        own = np.ascontiguousarray(errors[begin:, begin:]).astype(float)
-        stakes = Stakes(price=price, batch_size=batch_size, batches=len(own), label_delay=label_delay)
-        probes = probe.astype(float) if len(probe) else np.ones(len(errors))
-        summary = summary_of(errors[:begin, :begin], probes[:begin], batch_size, price)
-        level = level_of(Past(errors[:begin, :begin], probes[:begin]))
-        state = np.array([0.0, *level, 1.0, 0.0, math.nan, 0.0])
-        return cls(
-            own, probes[begin:], bool(len(probe)), stakes, summary, state, float(oracle(own, price)[0])
-        )
-
-    @property
-    def known(self) -> tuple[Any, ...]:
-        """As compiled code takes it."""
-        s = self.stakes
-        return (
-            self.errors,
-            self.probe,
-            float(self.probed),
-            s.price,
-            s.batch_size,
-            s.label_delay,
-            self.summary,
-        )
 
 
 def streams_at_random(rng: np.random.Generator, count: int) -> list[Stream]:

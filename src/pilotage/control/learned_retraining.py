@@ -1,4 +1,4 @@
-"""The learned retraining policy: what it looks at, and a network that says whether a retraining saves more than it costs.
+"""The learned retraining policy: what it looks at, and a network that says whether a retraining pays.
 
 The functions on arrays are plain Python; training compiles the very same ones.
 """
@@ -100,11 +100,11 @@ def summary_of(past: np.ndarray, probe: np.ndarray, batch_size: int, price: floa
 
 
 def features_of(
-    errors: np.ndarray, probe: np.ndarray, probed: float, ratio: float, age: int, left: int, gain: float, retrained: int,
-    price: float, batch_size: int, label_delay: int, summary: np.ndarray, out: np.ndarray,
+    errors: np.ndarray, probe: np.ndarray, probed: float, ratio: float, age: int, left: int, gain: float,
+    retrained: int, price: float, batch_size: int, label_delay: int, summary: np.ndarray, out: np.ndarray,
 ) -> None:  # fmt: skip
-    """Writes FEATURES into `out`. A fresh version makes `ratio` errors for one of the probe's (`probe` is 1 per batch if
-    none runs, and `probed` 0); `gain` is what the last retraining brought in errors (0: none yet)."""
+    """Writes FEATURES into `out`. A fresh version makes `ratio` errors for one of the probe's (`probe` is 1 per batch
+    if none runs, and `probed` 0); `gain` is what the last retraining brought in errors (0: none yet)."""
     seen = errors.shape[0]
     total, last, three, ten, own, surge, expected = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     half, early, late = seen // 2, 0.0, 0.0

@@ -1,14 +1,15 @@
 """When a model is retrained: rules on what is known of a version's errors.
 
-Time runs in batches. Before batch t a policy sees (`Seen`) the errors of the deployed version on the batches since it was
-trained, as far as their labels have come, and beside them the errors of a *probe*: a small model that is fitted anew for
-every batch, in milliseconds, on the newest labels. The probe errs more than the real model, but it is never stale, so it
-tells a hard batch from a version that has lost touch (the reactive learner of Bach & Maloof, Paired learners for concept
-drift, ICDM 2008). What was recorded before the deployment is its `Past`: errors of earlier versions on later batches, if
-they were kept running in the shadow. A policy answers whether to retrain now; the next batch is then served by the new
-version. `control.learned_retraining` is the policy that was learned. Rules and their sources: CARA-T, CARA-CT and CARA-P:
-Mahadevan & Mathioudakis, Cost-aware retraining for machine learning, 2024; ski rental: Karlin et al., Algorithmica 3, 1988;
-forecast quantile: after Regol et al., When to retrain a machine learning model, ICML 2025.
+Time runs in batches. Before batch t a policy sees (`Seen`) the errors of the deployed version on the batches since it
+was trained, as far as their labels have come, and beside them the errors of a *probe*: a small model that is fitted
+anew for every batch, in milliseconds, on the newest labels. The probe errs more than the real model, but it is never
+stale, so it tells a hard batch from a version that has lost touch (the reactive learner of Bach & Maloof, Paired
+learners for concept drift, ICDM 2008). What was recorded before the deployment is its `Past`: errors of earlier
+versions on later batches, if they were kept running in the shadow. A policy answers whether to retrain now; the next
+batch is then served by the new version. `control.learned_retraining` is the policy that was learned. Rules and their
+sources: CARA-T, CARA-CT and CARA-P: Mahadevan & Mathioudakis, Cost-aware retraining for machine learning, 2024; ski
+rental: Karlin et al., Algorithmica 3, 1988; forecast quantile: after Regol et al., When to retrain a machine learning
+model, ICML 2025.
 """
 
 from __future__ import annotations
@@ -49,9 +50,11 @@ class Stakes(Spec, frozen=True, kw_only=True):
 
 
 class Past(msgspec.Struct, frozen=True):
-    """Errors of earlier versions on the batches before the deployment: int array (batches, batches), [s, t] for t >= s.
+    """Errors of earlier versions on the batches before the deployment: int array (batches, batches), [s, t] for t >=
+    s.
 
-    `probe` are the probe's on the same batches, shape (batches,), or (0,) if none ran. Without any past, both are empty.
+    `probe` are the probe's on the same batches, shape (batches,), or (0,) if none ran. Without any past, both are
+    empty.
     """
 
     errors: np.ndarray
@@ -64,15 +67,18 @@ NO_PAST: Final = Past(np.zeros((0, 0), np.int64))
 class Seen(msgspec.Struct, frozen=True):
     """What is known before a batch.
 
-    `errors` are the deployed version's on its first batches, as far as labels have come (one less per batch of delay), and
-    `probe` the probe's on the same ones, or empty if none runs. `age` is how many batches the version has served, `left`
-    how many are to come.
+    `errors` are the deployed version's on its first batches, as far as labels have come (one less per batch of
+    delay), and `probe` the probe's on the same ones, or empty if none runs. `age` is how many batches the version has
+    served, `left` how many are to come. `drift` are scores, from 0 to 1, of how far the inputs of those batches have
+    moved, known at once, or empty. `load` is the cluster's arrival rate over its mean of the last day (NaN: unknown).
     """
 
     errors: np.ndarray
     age: int
     left: int
     probe: np.ndarray = _NONE
+    drift: np.ndarray = _NONE
+    load: float = math.nan
 
 
 class Retrainer(Protocol):
@@ -128,6 +134,34 @@ class _Clock:
 
     def decide(self, seen: Seen) -> bool:
         return seen.age >= self._every_batches
+
+
+class ErrorThreshold(_Ruled, frozen=True, kw_only=True, tag="error-threshold"):
+    """When the last batch's error rate exceeds a fixed one: what a static alert does."""
+
+    threshold: Annotated[float, Meta(ge=0, le=1)] = 0.2
+
+    def says(self, seen: Seen, stakes: Stakes) -> bool:
+        return bool(seen.errors[-1] > self.threshold * stakes.batch_size)
+
+
+class InputDrift(Retraining, frozen=True, kw_only=True, tag="input-drift"):
+    """When the mean of the last batches' input-drift scores exceeds a threshold; needs no labels."""
+
+    threshold: Annotated[float, Meta(ge=0, le=1)] = 0.2
+    window_batches: Annotated[int, Meta(ge=1, le=100, extra=_LOG)] = 3
+
+    def begin(self, stakes: Stakes, past: Past = NO_PAST) -> Retrainer:
+        return _InputDrift(self)
+
+
+class _InputDrift:
+    def __init__(self, policy: InputDrift) -> None:
+        self._policy = policy
+
+    def decide(self, seen: Seen) -> bool:
+        recent = seen.drift[-self._policy.window_batches :]
+        return len(recent) > 0 and bool(recent.mean() > self._policy.threshold)
 
 
 class CaraT(_Ruled, frozen=True, kw_only=True, tag="cara-t"):
@@ -190,9 +224,9 @@ class _FreshSki:
 
 
 class Paired(Retraining, frozen=True, kw_only=True, tag="paired"):
-    """When the last batches' errors beyond what a fresh version would make, kept up for `horizon_batches` or to the end,
-    cost `factor` retrainings. What a fresh version would make is the probe's errors times a ratio, which is learned
-    from the past and from every version's first batch; without a probe, the mean of those."""
+    """When the last batches' errors beyond what a fresh version would make, kept up for `horizon_batches` or to the
+    end, cost `factor` retrainings. What a fresh version would make is the probe's errors times a ratio, which is
+    learned from the past and from every version's first batch; without a probe, the mean of those."""
 
     window_batches: Annotated[int, Meta(ge=1, le=100, extra=_LOG)] = 8
     horizon_batches: Annotated[int, Meta(ge=1, le=1000, extra=_LOG)] = 20
@@ -225,9 +259,9 @@ class _Paired:
 class ForecastQuantile(Retraining, frozen=True, kw_only=True, tag="forecast-quantile"):
     """When a retraining pays with probability `confidence`, by a Gaussian forecast of what is lost with age (UPF).
 
-    How much more a version errs at an age than a fresh one, and how surely, is the past's mean and standard deviation over
-    versions; the deployed version is held to be off its age's mean by as much as its last three batches were. Without a
-    past it never retrains.
+    How much more a version errs at an age than a fresh one, and how surely, is the past's mean and standard deviation
+    over versions; the deployed version is held to be off its age's mean by as much as its last three batches were.
+    Without a past it never retrains.
     """
 
     confidence: Annotated[float, Meta(gt=0, lt=1)] = 0.5

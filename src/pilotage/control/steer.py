@@ -19,6 +19,12 @@ class Steerable(Protocol):
     def wait(self) -> None: ...
 
 
+class Decides(Protocol):
+    """What says one decision per observation of a cluster."""
+
+    def decide(self, seen: Sequence[Observation]) -> Sequence[Decision]: ...
+
+
 Record = Callable[[int, Sequence[Observation], Sequence[Decision]], None]
 
 
@@ -69,10 +75,10 @@ class Helm:
         return wanted if check is None else check(seen, wanted)
 
 
-def steer(cluster: Steerable, helm: Helm, ticks: int, record: Record | None = None) -> None:
+def steer(cluster: Steerable, helm: Decides, ticks: int, record: Record | None = None) -> None:
     """Runs `ticks` control ticks; `record(tick, observations, decisions)` is called after each.
 
-    The helm has one policy per observation, in the cluster's order.
+    The helm decides for every observation, in the cluster's order.
     """
     for tick in range(ticks):
         seen = cluster.read()

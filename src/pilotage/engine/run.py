@@ -12,8 +12,10 @@ import numpy as np
 
 from pilotage.control.guard import Guard
 from pilotage.control.policy import Policy
+from pilotage.control.retraining import Never, Retraining
 from pilotage.control.steer import Helm, steer
 from pilotage.engine.cluster import Cluster, World
+from pilotage.engine.lifecycle import FleetHelm, Lives, with_jobs, with_silence
 from pilotage.metrics import dollars
 from pilotage.scenario import Scenario
 from pilotage.world.spec import SpecError
@@ -24,7 +26,8 @@ class Run:
     """One policy in one world, from start to end, at control ticks of `tick_s`.
 
     `usd` has shape (services, len(ITEMS)); `totals` is the engine's TICK record per service, summed over the
-    run; `histogram` has shape (services, BUCKETS); `timeline`, if it was kept, shape (ticks, services).
+    run; `histogram` has shape (services, BUCKETS); `timeline`, if it was kept, shape (ticks, services). `retrained_s`
+    says, of every service that decays, when new versions came into service.
     """
 
     policy: str
@@ -35,6 +38,7 @@ class Run:
     histogram: np.ndarray
     seconds: float
     timeline: np.ndarray | None = None
+    retrained_s: Sequence[Sequence[float]] = ()
 
     @property
     def total_usd(self) -> float:
@@ -49,14 +53,14 @@ def prices(scenario: Scenario) -> dict[str, np.ndarray]:
     }
 
 
-def bill(counters: np.ndarray, scenario: Scenario) -> np.ndarray:
+def bill(counters: np.ndarray, scenario: Scenario, retraining_usd: np.ndarray | float = 0.0) -> np.ndarray:
     """The itemised dollars of engine counters of shape (..., services), along a new last axis of ITEMS."""
     return dollars(
         counters["node_usd"],
         counters["late"] + counters["overdue"],
         counters["rejected"] + counters["timed_out"] + counters["abandoned"] + counters["lost"],
         counters["wrong"],
-        0.0,
+        retraining_usd,
         prices(scenario),
     )
 
@@ -97,6 +101,7 @@ def simulate(
     policies: Sequence[Policy | Sequence[Policy]],
     worlds: Sequence[World],
     *,
+    retraining: Sequence[Retraining | Sequence[Retraining]] | Retraining | None = None,
     label: str = "",
     guard: Guard | None = None,
     keep_timeline: bool = False,
@@ -104,9 +109,13 @@ def simulate(
 ) -> list[Run]:
     """Runs policy k in world k, for all k. A policy is one for all services, or one per service.
 
-    Every policy runs at its own tick (see `tick_of`), and sees metrics of windows as fine as that. With a guard,
-    every controller runs behind it. All runs with the same tick advance in the same compiled calls.
+    `retraining` says when models that decay are retrained (None: never): one policy, or one per world, and there one
+    for all services that decay, or one for each. Every policy runs at its own tick (see `tick_of`), and sees metrics
+    of windows as fine as that. With a guard, every controller runs behind it. All runs with the same tick advance in
+    the same compiled calls.
     """
+    if retraining is None or isinstance(retraining, Retraining):
+        retraining = [retraining or Never()] * len(worlds)
     ticks_s = [tick_of(scenario, policy) for policy in policies]
     runs: dict[int, Run] = {}
     for tick_s in dict.fromkeys(ticks_s):
@@ -115,6 +124,7 @@ def simulate(
             at_tick(scenario, tick_s),
             [policies[k] for k in chosen],
             [worlds[k] for k in chosen],
+            [retraining[k] for k in chosen],
             label=label,
             guard=guard,
             keep_timeline=keep_timeline,
@@ -128,6 +138,7 @@ def _in_step(
     scenario: Scenario,
     policies: Sequence[Policy | Sequence[Policy]],
     worlds: Sequence[World],
+    retraining: Sequence[Retraining | Sequence[Retraining]],
     *,
     label: str,
     guard: Guard | None,
@@ -135,37 +146,46 @@ def _in_step(
     threads: int,
 ) -> list[Run]:
     """`simulate` where all policies decide at the scenario's ticks."""
-    cluster = Cluster(scenario, worlds, threads=threads)
-    services = range(len(scenario.services))
+    decays = any(service.lifecycle for service in scenario.services)
+    if decays:
+        cluster = Cluster(with_jobs(scenario), with_silence(scenario, worlds), threads=threads)
+    else:
+        cluster = Cluster(scenario, worlds, threads=threads)
+    services = len(scenario.services)
     helm = Helm(
-        [policy if isinstance(policy, Policy) else policy[s] for policy in policies for s in services],
-        [cluster.situation(w, s) for w in range(len(worlds)) for s in services],
+        [policy if isinstance(policy, Policy) else policy[s] for policy in policies for s in range(services)],
+        [cluster.situation(w, s) for w in range(len(worlds)) for s in range(services)],
         guard,
     )
-    shape = (scenario.ticks, *cluster.shape)
+    lives = Lives(scenario, cluster, retraining) if decays else None
+    shape = (scenario.ticks, len(worlds), services)
     timeline = np.zeros(shape, cluster.ticks.dtype) if keep_timeline else None
 
     def record(tick: int, *_: Any) -> None:
+        if lives is not None:
+            lives.account()
         if timeline is not None:
-            timeline[tick] = cluster.ticks
+            timeline[tick] = cluster.ticks[:, :services]
 
     began = time.perf_counter()
-    steer(cluster, helm, scenario.ticks, record)
+    steer(cluster, FleetHelm(helm, lives, services) if lives else helm, scenario.ticks, record)
     cluster.finish()
     if timeline is not None:
-        timeline[-1] = cluster.ticks
+        timeline[-1] = cluster.ticks[:, :services]
     seconds = (time.perf_counter() - began) / len(worlds)
-    usd = bill(cluster.totals, scenario)
+    totals = cluster.totals[:, :services]
+    usd = bill(totals, scenario, lives.retraining_usd() if lives else 0.0)
     return [
         Run(
             policy=label,
             world=world,
             tick_s=scenario.tick_s,
             usd=usd[w],
-            totals=cluster.totals[w].copy(),
-            histogram=cluster.histograms[w].copy(),
+            totals=totals[w].copy(),
+            histogram=cluster.histograms[w, :services].copy(),
             seconds=seconds,
             timeline=None if timeline is None else timeline[:, w],
+            retrained_s=lives.retrained_s[w] if lives else [],
         )
         for w, world in enumerate(worlds)
     ]

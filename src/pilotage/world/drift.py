@@ -1,10 +1,11 @@
 """How models decay: the errors that a version trained at one time makes at every later time.
 
 Time runs in batches of labelled requests. Data lie somewhere in a space of concepts; `Drift` moves them there. A
-version learns where its training window lay, and errs the more, the further the data have gone since; it errs at random
-a little more or less than others that were trained alike, for retraining is not monotone. The result is a matrix: entry
-[s, t] is how many of batch t's answers the version trained just before batch s would get wrong (t >= s). A policy that
-retrains chooses a path through it (Mahadevan & Mathioudakis, Cost-aware retraining for machine learning, 2024).
+version learns where its training window lay, and errs the more, the further the data have gone since; it errs at
+random a little more or less than others that were trained alike, for retraining is not monotone. The result is a
+matrix: entry [s, t] is how many of batch t's answers the version trained just before batch s would get wrong (t >=
+s). A policy that retrains chooses a path through it (Mahadevan & Mathioudakis, Cost-aware retraining for machine
+learning, 2024).
 """
 
 from __future__ import annotations
@@ -98,11 +99,11 @@ AnyDrift = Union[NoDrift, SuddenDrift, GradualDrift, RecurringDrift, SeasonalDri
 class Decay(Spec, frozen=True, kw_only=True):
     """What drift does to a model.
 
-    A fresh version errs in a share `base_error` of answers, one that has lost everything in `worst_error`. Batches are
-    harder or easier for all versions alike (`difficulty_cv`, correlated over `difficulty_batches`). A version as such
-    errs `luck_cv` times the base more or less, and on one batch `interaction_cv` times. A version is trained on the
-    `window_batches` before it. A probe (a small model that is fitted anew for every batch) errs `probe_factor` times a
-    fresh version's base, `probe_cv` times more or less.
+    A fresh version errs in a share `base_error` of answers, one that has lost everything in `worst_error`. Batches
+    are harder or easier for all versions alike (`difficulty_cv`, correlated over `difficulty_batches`). A version as
+    such errs `luck_cv` times the base more or less, and on one batch `interaction_cv` times. A version is trained on
+    the `window_batches` before it. A probe (a small model that is fitted anew for every batch) errs `probe_factor`
+    times a fresh version's base, `probe_cv` times more or less.
     """
 
     drift: AnyDrift
@@ -132,6 +133,14 @@ class Decay(Spec, frozen=True, kw_only=True):
         self, rng: np.random.Generator, batches: int, label_delay: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
         """Those, and a probe's, int64 of shape (batches,), whose labels come `label_delay` batches late."""
+        share, probe, _ = self.shares(rng, batches, label_delay)
+        return np.triu(rng.binomial(self.batch_size, share)), rng.binomial(self.batch_size, probe)
+
+    def shares(
+        self, rng: np.random.Generator, batches: int, label_delay: int = 0
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What share of answers is wrong, by version and batch, and of a probe; and how much of what a version can
+        lose it has lost, by version and batch: shapes (batches, batches), (batches,) and (batches, batches)."""
         window = self.window_batches
         path = self.drift.path(rng, batches + window)
         far = np.linalg.norm(path[:, None] - path[None, window:], axis=2)  # (batches + window, batches)
@@ -146,13 +155,13 @@ class Decay(Spec, frozen=True, kw_only=True):
         luck = np.exp(self.luck_cv * rng.standard_normal((batches, 1)))
         apart = np.exp(self.interaction_cv * rng.standard_normal((batches, batches)))
         base = self.base_error * np.exp(self.difficulty_cv * hard)
-        lost = (self.worst_error - self.base_error) * -np.expm1(-distance)
-        share = np.clip(base * luck * apart + lost, 0.0, 1.0)
-        errors = np.triu(rng.binomial(self.batch_size, share))
+        lost = -np.expm1(-distance)
+        losing = self.worst_error - self.base_error
         newest = lost[np.maximum(np.arange(batches) - label_delay, 0), np.arange(batches)]
         noise = np.exp(self.probe_cv * rng.standard_normal(batches))
-        probe = np.clip(base * self.probe_factor * noise + newest, 0.0, 1.0)
-        return errors, rng.binomial(self.batch_size, probe)
+        share = np.clip(base * luck * apart + losing * lost, 0.0, 1.0)
+        probe = np.clip(base * self.probe_factor * noise + losing * newest, 0.0, 1.0)
+        return share, probe, lost
 
 
 def _directions(rng: np.random.Generator, count: int, dimensions: int = 8) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from pilotage.world.arrivals import Traffic
+from pilotage.world.lifecycle import Lifecycle
 from pilotage.world.servers import BatchServer, Constant, RequestDemand, Variant
 from pilotage.world.spec import Count, Name, NonNegative, Positive, PositiveCount, Spec, SpecError
 
@@ -26,7 +27,7 @@ class Service(Spec, frozen=True, kw_only=True):
 
     A request is late when its latency exceeds `slo_ms`. What executes or waits on a replica that dies is
     served anew from the start (`on_failure` *retry*) or *lost*. A replica's process crashes at a rate of
-    `crashes_per_hour` and is restarted on its node.
+    `crashes_per_hour` and is restarted on its node. `lifecycle` says how the model decays (None: it does not).
     """
 
     name: Name
@@ -44,6 +45,7 @@ class Service(Spec, frozen=True, kw_only=True):
     max_per_node: PositiveCount | None = None
     on_failure: Literal["retry", "lost"] = "retry"
     crashes_per_hour: NonNegative = 0.0
+    lifecycle: Lifecycle | None = None
 
     def __post_init__(self) -> None:
         if self.min_replicas > self.max_replicas:

@@ -1,9 +1,14 @@
-"""Both branches of every decision to retrain, followed to the end: the compiled half of `agents.retraining`."""
+"""Deployments followed batch by batch, compiled: what a sequence of retrainings costs, and what it could have cost.
+
+A `Stream` is one deployment whose every possible version is known (see `world.drift`), so that both branches of every
+decision to retrain can be followed to the end.
+"""
 
 from __future__ import annotations
 
 import math
 import types
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +16,7 @@ from numba import njit
 
 from pilotage.control import learned_retraining as control
 from pilotage.control import retraining as rules
+from pilotage.control.retraining import Past, Stakes, level_of
 
 
 def _compiled(function: Any, **callees: Any) -> Any:
@@ -58,14 +64,15 @@ def says(x, mean, scale, clip, first, first_bias, second, second_bias, last, las
     return out
 
 
-# a deployment on its way: version deployed, fresh versions' errors and the probe's (see `retraining.learn_level`), whether
-# the version is new, what the last retraining brought, the excess before it, retrainings
+# a deployment on its way: version deployed, fresh versions' errors and the probe's (see `retraining.learn_level`),
+# whether the version is new, what the last retraining brought, the excess before it, retrainings
 DEPLOYED, FRESH, BEYOND, NEW, GAIN, BEFORE, RETRAINED = range(7)
 
 
 @njit
 def look(errors, probe, delay, state, t):
-    """What is known before batch t: errors of the version deployed, the probe's, and their ratio; updates the state."""
+    """What is known before batch t: errors of the version deployed, the probe's, and their ratio; updates the
+    state."""
     deployed = int(state[DEPLOYED])
     known = max(t - delay, deployed)
     seen, probes = errors[deployed, deployed:known], probe[deployed:known]
@@ -92,12 +99,26 @@ def renew(seen, probes, ratio, state, t):
 
 @njit
 def follow(
-    errors, probe, probed, price, batch_size, delay, summary, net, t, begin, forced, out, states, rows, explore
+    errors,
+    probe,
+    probed,
+    price,
+    batch_size,
+    delay,
+    summary,
+    net,
+    t,
+    begin,
+    forced,
+    out,
+    states,
+    rows,
+    explore,
 ):
     """The cost of batches t and later, from the state `begin`.
 
-    `forced` is the decision before batch t (-1: the policy's). Where `rows` is not empty, features of every state that
-    is visited go there, and the state, after its batch, into `states`; `explore` are draws that turn decisions.
+    `forced` is the decision before batch t (-1: the policy's). Where `rows` is not empty, features of every state
+    that is visited go there, and the state, after its batch, into `states`; `explore` are draws that turn decisions.
     """
     n, cost, recorded, state = errors.shape[1], 0.0, 0, begin.copy()
     while t < n:
@@ -132,7 +153,8 @@ def follow(
 def visit(
     errors, probe, probed, price, batch_size, delay, summary, net, begin, left, by_plan, explore, rows, gains
 ):
-    """Follows the policy once, and from every state on the way both branches: features and advantages of retraining."""
+    """Follows the policy once, and from every state on the way both branches: features and advantages of
+    retraining."""
     out, nothing = np.zeros(rows.shape[1]), np.zeros((0, rows.shape[1]))
     states = np.zeros((errors.shape[1], 1 + begin.shape[0]))
     known = (errors, probe, probed, price, batch_size, delay, summary, net)
@@ -147,3 +169,52 @@ def visit(
             again, _ = follow(*known, t, state, 1, out, states, nothing, explore)
             gains[k] = keep - again
     return count
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """One deployment: errors [version, batch], the probe's (1 per batch if none runs), what is at stake, what its
+    past says, and the state it begins in."""
+
+    errors: np.ndarray
+    probe: np.ndarray
+    probed: bool
+    stakes: Stakes
+    summary: np.ndarray
+    begin: np.ndarray
+    oracle_usd: float
+
+    @classmethod
+    def of(
+        cls,
+        errors: np.ndarray,
+        probe: np.ndarray,
+        begin: int,
+        price: float,
+        batch_size: int,
+        label_delay: int = 0,
+    ) -> Stream:
+        """The part of a matrix from batch `begin` on, with what came before as the past; `probe` may be empty."""
+        own = np.ascontiguousarray(errors[begin:, begin:]).astype(float)
+        stakes = Stakes(price=price, batch_size=batch_size, batches=len(own), label_delay=label_delay)
+        probes = probe.astype(float) if len(probe) else np.ones(len(errors))
+        summary = control.summary_of(errors[:begin, :begin], probes[:begin], batch_size, price)
+        level = level_of(Past(errors[:begin, :begin], probes[:begin]))
+        state = np.array([0.0, *level, 1.0, 0.0, math.nan, 0.0])
+        return cls(
+            own, probes[begin:], bool(len(probe)), stakes, summary, state, float(oracle(own, price)[0])
+        )
+
+    @property
+    def known(self) -> tuple[Any, ...]:
+        """As compiled code takes it."""
+        s = self.stakes
+        return (
+            self.errors,
+            self.probe,
+            float(self.probed),
+            s.price,
+            s.batch_size,
+            s.label_delay,
+            self.summary,
+        )
