@@ -1,10 +1,11 @@
-"""Learning when to retrain, from matrices of errors at random, and the oracle that knew them.
+"""Learning when to retrain, from deployments at random, and the oracle that knew them.
 
-A matrix says what every version would get wrong on every batch, so that both branches of every decision can be
-followed to the end: the advantage of retraining now over keeping on is known for any policy that decides afterwards.
-Policy iteration with that advantage (Lagoudakis & Parr, Reinforcement learning as classification, 2003): a network is
-trained to say its sign, every example weighted by how much it matters; then the network is the policy that is
-followed, more examples are added, and so on. It begins with the oracle's plan. Nothing here has seen a real stream.
+A deployment at random (`engine.lifetimes.Stream`) says what every version would get wrong on every batch, so that the
+cost of both answers to every decision is known in hindsight, if the oracle decides everything after. A network is first
+trained to say the sign of the difference, every example weighted by how much it matters (Lagoudakis & Parr,
+Reinforcement learning as classification, 2003). Such a policy waits too long: hindsight knows which version will be the
+lucky one. PPO (stable-baselines3) on `RetrainingVecEnv` then takes it from there, on other deployments, and the best
+policy on a third set is kept. Nothing here has seen a real stream.
 """
 
 from __future__ import annotations
@@ -17,10 +18,16 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
+from pilotage.agents.train import SB3VecEnv
 from pilotage.control.learned_retraining import FEATURES, LearnedRetraining
 from pilotage.control.network import Network
-from pilotage.engine.lifetimes import Stream, follow, oracle, visit
+from pilotage.engine.lifetimes import STATE, Stream, follow, oracle, visit
+from pilotage.retraining_env import RetrainingVecEnv
 from pilotage.world.drift import (
     AnyDrift,
     Decay,
@@ -52,17 +59,18 @@ def decay_at_random(rng: np.random.Generator) -> Decay:
         ),
         lambda: SeasonalDrift(period_batches=log_uniform(8, 200), magnitude=magnitude),
     )
-    base = log_uniform(0.03, 0.35)
+    base, size, window = log_uniform(0.03, 0.35), int(log_uniform(20, 4000)), 4
     return Decay(
         drift=kinds[rng.choice(len(kinds), p=(0.2, 0.2, 0.25, 0.2, 0.15))](),
-        batch_size=int(log_uniform(20, 4000)),
+        batch_size=size,
         base_error=base,
         worst_error=base + (0.9 - base) * log_uniform(0.03, 0.8),
         difficulty_cv=log_uniform(0.02, 0.5),
         difficulty_batches=log_uniform(1, 40),
-        luck_cv=log_uniform(0.01, 0.3),
+        # what a version makes of its training window is a matter of how much there is to learn from
+        luck_cv=min(log_uniform(0.3, 3.0) / math.sqrt(window * size * base), 0.8),
         interaction_cv=log_uniform(0.01, 0.3),
-        window_batches=4,
+        window_batches=window,
         probe_factor=float(rng.uniform(1.0, 1.7)),
         probe_cv=log_uniform(0.02, 0.3),
     )
@@ -83,36 +91,65 @@ def streams_at_random(rng: np.random.Generator, count: int) -> list[Stream]:
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How to train; the defaults are those of the shipped policy."""
+    """How to train; the defaults are those of the shipped policy. `streams` are for either stage."""
 
-    streams: int = 3000
-    iterations: int = 3
+    streams: int = 6000
+    judged: int = 1000
+    hidden: int = 48
+    # classification
     epochs: int = 30
     rows_per_batch: int = 1024
     learning_rate: float = 2e-3
     weight_decay: float = 1e-3
-    hidden: int = 48
+    # PPO
+    steps: int = 8_000_000
+    worlds: int = 256
+    rollout_batches: int = 128
+    minibatch: int = 4096
+    ppo_epochs: int = 4
+    ppo_learning_rate: float = 5e-4
+    discount: float = 0.99
+    gae_lambda: float = 0.97
+    evaluations: int = 20
     seed: int = 0
 
 
-def train(settings: Settings, progress: Callable[[str], None] = lambda _: None) -> LearnedRetraining:
-    """Learns a policy from deployments at random; the best of all iterations on others is kept."""
+Progress = Callable[[int, float], None]
+
+
+def train(settings: Settings, progress: Progress = lambda steps, ratio: None) -> LearnedRetraining:
+    """Learns a policy from deployments at random; the best one on others is kept.
+
+    `progress(steps of PPO, typical cost over the oracle's)` is called after every evaluation.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(settings.seed)
-    rng = np.random.default_rng([settings.seed, 1])
-    learned = streams_at_random(rng, settings.streams)
-    judged = streams_at_random(np.random.default_rng([settings.seed, 2]), max(settings.streams // 5, 50))
-    policy, best, least = _silent(settings.hidden), None, math.inf
-    for iteration in range(settings.iterations):
-        rows, gains = _examples(policy, learned, rng, by_plan=iteration == 0)
-        policy = _fitted(rows, gains, settings)
-        value = typical_ratio(policy, judged)
-        progress(
-            f"iteration {iteration + 1}: {len(rows)} examples, {value:.4f} of the oracle's cost on others"
-        )
-        if value < least:
-            best, least = policy, value
-    assert best is not None
+    first, second, third = (np.random.default_rng([settings.seed, k]) for k in (1, 2, 3))
+    judged = streams_at_random(second, settings.judged)
+    policy = _fitted(*_examples(streams_at_random(first, settings.streams), first, settings), settings)
+    best, least = policy, typical_ratio(policy, judged)
+    progress(0, least)
+    if settings.steps == 0:
+        return best
+    env = SB3VecEnv(RetrainingVecEnv(streams_at_random(third, settings.streams), settings.worlds))
+    model = _ppo(policy.network, env, settings)
+    every = max(1, settings.steps // settings.evaluations)
+
+    class Judge(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            nonlocal best, least
+            rollout = settings.worlds * settings.rollout_batches
+            if self.num_timesteps % every < rollout:
+                found = _read(model, policy.network)
+                ratio = typical_ratio(found, judged)
+                progress(self.num_timesteps, ratio)
+                if ratio < least:
+                    best, least = found, ratio
+
+    model.learn(settings.steps, callback=Judge())
     return best
 
 
@@ -124,22 +161,26 @@ def typical_ratio(policy: LearnedRetraining, streams: Sequence[Stream]) -> float
 def followed(policy: LearnedRetraining, stream: Stream) -> float:
     """What a policy costs on a stream, in wrong answers."""
     cost, _ = follow(
-        *stream.known, _plain(policy.network), 0, stream.begin, -1, np.zeros(len(FEATURES)), np.zeros((0, 8)),
+        *stream.known, _plain(policy.network), stream.begin, np.zeros(len(FEATURES)), np.zeros((0, 1 + STATE)),
         np.zeros((0, len(FEATURES))), np.ones(0),
     )  # fmt: skip
     return float(cost)
 
 
 def _examples(
-    policy: LearnedRetraining, streams: Sequence[Stream], rng: np.random.Generator, *, by_plan: bool
+    streams: Sequence[Stream], rng: np.random.Generator, settings: Settings
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Features of states on the policy's ways, and what retraining there is worth, as shares of the oracle's cost."""
-    net, found = _plain(policy.network), []
+    """Features of states on the way, and what retraining there is worth in hindsight, over the oracle's cost.
+
+    The way is that of a policy that retrains at random, once in eight batches or so.
+    """
+    found = []
     for stream in streams:
         n = stream.errors.shape[1]
         rows, gains = np.zeros((n, len(FEATURES))), np.zeros(n)
-        left = oracle(stream.errors, stream.stakes.price)[1] if by_plan else np.zeros((0, 0))
-        count = visit(*stream.known, net, stream.begin, left, by_plan, rng.random(n), rows, gains)
+        left = oracle(stream.errors, stream.stakes.price)[1]
+        net = _plain(_silent(settings.hidden).network)
+        count = visit(*stream.known, net, stream.begin, left, rng.random(n), rows, gains)
         found.append((rows[:count], gains[:count] / stream.oracle_usd))
     return np.concatenate([rows for rows, _ in found]), np.concatenate([gains for _, gains in found])
 
@@ -169,13 +210,69 @@ def _fitted(rows: np.ndarray, gains: np.ndarray, settings: Settings) -> LearnedR
             loss.backward()
             optimiser.step()
             schedule.step()
+    return _policy(mean, scale, [(layer.weight, layer.bias) for layer in layers])
+
+
+class _Normalised(BaseFeaturesExtractor):
+    """Features as the network was first trained to take them."""
+
+    def __init__(self, space: spaces.Box, mean: Sequence[float], scale: Sequence[float], clip: float) -> None:
+        super().__init__(space, len(mean))
+        self.register_buffer("mean", torch.tensor(mean).float())
+        self.register_buffer("scale", torch.tensor(scale).float())
+        self._clip = clip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ((x - self.mean) / self.scale).clamp(-self._clip, self._clip)
+
+
+def _ppo(start: Network, env: SB3VecEnv, settings: Settings) -> PPO:
+    """PPO whose policy is the network: the logit of no is 0, that of yes what the network says."""
+    model = PPO(
+        "MlpPolicy", env, n_steps=settings.rollout_batches, batch_size=settings.minibatch, n_epochs=settings.ppo_epochs,
+        learning_rate=lambda left: settings.ppo_learning_rate * left, gamma=settings.discount,
+        gae_lambda=settings.gae_lambda, seed=settings.seed, device="cpu",
+        policy_kwargs={
+            "net_arch": {"pi": [settings.hidden] * 2, "vf": [64, 64]},
+            "activation_fn": torch.nn.Tanh,
+            "features_extractor_class": _Normalised,
+            "features_extractor_kwargs": {"mean": start.mean, "scale": start.scale, "clip": start.clip},
+        },
+    )  # fmt: skip
+    last = model.policy.action_net
+    with torch.no_grad():
+        for layer, weights, bias in zip(_hidden(model), start.weights, start.biases, strict=False):
+            layer.weight.copy_(torch.tensor(weights))
+            layer.bias.copy_(torch.tensor(bias))
+        last.weight.zero_()
+        last.bias.zero_()
+        last.weight[1] = torch.tensor(start.weights[-1][0])
+        last.bias[1] = start.biases[-1][0]
+    return model
+
+
+def _hidden(model: PPO) -> list[torch.nn.Linear]:
+    return [layer for layer in model.policy.mlp_extractor.policy_net if isinstance(layer, torch.nn.Linear)]
+
+
+def _read(model: PPO, start: Network) -> LearnedRetraining:
+    """The policy that PPO has come to: yes where its logit is the larger."""
+    last = model.policy.action_net
+    layers = [(layer.weight, layer.bias) for layer in _hidden(model)]
+    layers.append(((last.weight[1] - last.weight[0])[None], (last.bias[1] - last.bias[0])[None]))
+    return _policy(np.array(start.mean), np.array(start.scale), layers)
+
+
+def _policy(
+    mean: np.ndarray, scale: np.ndarray, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> LearnedRetraining:
     return LearnedRetraining(
         network=Network(
             mean=tuple(mean.tolist()),
             scale=tuple(scale.tolist()),
             clip=5.0,
-            weights=tuple(tuple(map(tuple, layer.weight.detach().double().tolist())) for layer in layers),
-            biases=tuple(tuple(layer.bias.detach().double().tolist()) for layer in layers),
+            weights=tuple(tuple(map(tuple, weight.detach().double().tolist())) for weight, _ in layers),
+            biases=tuple(tuple(bias.detach().double().tolist()) for _, bias in layers),
         )
     )
 

@@ -18,6 +18,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 import torch
+from gymnasium.vector import VectorEnv
 from sb3_contrib import TQC
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -37,9 +38,9 @@ ALGORITHMS: Final[dict[str, Any]] = {"ppo": PPO, "sac": SAC, "tqc": TQC}
 
 
 class SB3VecEnv(VecEnv):
-    """`ServingVecEnv` as stable-baselines3 wants it; resets in the same step, as SB3 does."""
+    """A vector environment as stable-baselines3 wants it; resets in the same step, as SB3 does."""
 
-    def __init__(self, inner: ServingVecEnv) -> None:
+    def __init__(self, inner: VectorEnv) -> None:
         self.inner = inner
         self._actions = np.zeros(inner.action_space.shape or (), np.float32)
         self._seed: int | None = None
@@ -55,11 +56,13 @@ class SB3VecEnv(VecEnv):
         self._actions = actions
 
     def step_wait(self) -> VecEnvStepReturn:
-        observations, rewards, _, truncations, info = self.inner.step(self._actions)
+        observations, rewards, terminations, truncations, info = self.inner.step(self._actions)
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
-        for k in np.flatnonzero(truncations):
-            infos[k] = {"terminal_observation": info["final_obs"][k], "TimeLimit.truncated": True}
-        return observations, rewards.astype(np.float32), truncations, infos
+        done = terminations | truncations
+        for k in np.flatnonzero(done):
+            cut = bool(truncations[k])
+            infos[k] = {"terminal_observation": info["final_obs"][k], "TimeLimit.truncated": cut}
+        return observations, rewards.astype(np.float32), done, infos
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
         self._seed = seed

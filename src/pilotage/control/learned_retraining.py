@@ -40,6 +40,7 @@ FEATURES: Final = (
     "recent_10",
     "excess",  # sum of the excess since training, over the price of a retraining
     "excess_own",  # the same over the version's own first batch
+    "evidence",  # the same in standard errors of a sum
     "surge",  # the largest sum of the excess over a stretch that ends now, over the price
     "rise",  # second half of what was seen less the first, in standard errors
     "at_stake",  # mean excess of 3 batches times the batches left, over the price
@@ -142,18 +143,19 @@ def features_of(
     out[10] = _squashed(ten / chance)
     out[11] = _squashed(total / price)
     out[12] = _squashed(own / price)
-    out[13] = _squashed(surge / price)
-    out[14] = _squashed((late - early) / max(half, 1) / chance)
-    out[15] = _squashed(three * left / price)
-    out[16] = _squashed(ten * left / price)
-    out[17] = _squashed(total / seen * left / price)
-    out[18] = math.log1p(retrained)
-    out[19] = _squashed(gain / chance)
+    out[13] = _squashed(total / (chance * math.sqrt(seen)))
+    out[14] = _squashed(surge / price)
+    out[15] = _squashed((late - early) / max(half, 1) / chance)
+    out[16] = _squashed(three * left / price)
+    out[17] = _squashed(ten * left / price)
+    out[18] = _squashed(total / seen * left / price)
+    out[19] = math.log1p(retrained)
+    out[20] = _squashed(gain / chance)
     for k in range(5):
-        out[20 + k] = _squashed(summary[2 + k] / chance)
-    out[25] = _squashed(worth / price)
-    out[26] = summary[0]
-    out[27] = _squashed(summary[1] * left / price)
+        out[21 + k] = _squashed(summary[2 + k] / chance)
+    out[26] = _squashed(worth / price)
+    out[27] = summary[0]
+    out[28] = _squashed(summary[1] * left / price)
 
 
 def _squashed(x: float) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import types
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numba import njit
@@ -67,6 +67,7 @@ def says(x, mean, scale, clip, first, first_bias, second, second_bias, last, las
 # a deployment on its way: version deployed, fresh versions' errors and the probe's (see `retraining.learn_level`),
 # whether the version is new, what the last retraining brought, the excess before it, retrainings
 DEPLOYED, FRESH, BEYOND, NEW, GAIN, BEFORE, RETRAINED = range(7)
+STATE: Final = 7
 
 
 @njit
@@ -98,76 +99,106 @@ def renew(seen, probes, ratio, state, t):
 
 
 @njit
-def follow(
-    errors,
-    probe,
-    probed,
-    price,
-    batch_size,
-    delay,
-    summary,
-    net,
-    t,
-    begin,
-    forced,
-    out,
-    states,
-    rows,
-    explore,
-):
-    """The cost of batches t and later, from the state `begin`.
+def follow(errors, probe, probed, price, batch_size, delay, summary, net, begin, out, states, rows, explore):
+    """What a policy costs from the state `begin` on.
 
-    `forced` is the decision before batch t (-1: the policy's). Where `rows` is not empty, features of every state
-    that is visited go there, and the state, after its batch, into `states`; `explore` are draws that turn decisions.
+    Where `rows` is not empty, features of every state that is visited go there, and the state, after its batch, into
+    `states`; `explore` are draws that turn decisions.
     """
     n, cost, recorded, state = errors.shape[1], 0.0, 0, begin.copy()
-    while t < n:
+    for t in range(n):
         age = t - int(state[DEPLOYED])
         seen, probes, ratio = look(errors, probe, delay, state, t)
         now = False
         if age > 0 and seen.shape[0] > 0:
-            if forced >= 0:
-                now = forced == 1
-            else:
-                features_of(
-                    seen, probes, probed, ratio, age, n - t, state[GAIN], int(state[RETRAINED]), price, batch_size,
-                    delay, summary, out,
-                )  # fmt: skip
-                now = says(out, *net) > 0
+            features_of(
+                seen, probes, probed, ratio, age, n - t, state[GAIN], int(state[RETRAINED]), price, batch_size,
+                delay, summary, out,
+            )  # fmt: skip
+            now = says(out, *net) > 0
             if rows.shape[0] > 0:
                 rows[recorded] = out
                 states[recorded, 0], states[recorded, 1:] = t, state
                 recorded += 1
                 if explore[t] < 0.05:
                     now = not now
-        forced = -1
         if now:
             renew(seen, probes, ratio, state, t)
             cost += price
         cost += errors[int(state[DEPLOYED]), t]
-        t += 1
     return cost, recorded
 
 
 @njit
-def visit(
-    errors, probe, probed, price, batch_size, delay, summary, net, begin, left, by_plan, explore, rows, gains
+def advance(
+    actions,
+    errors,
+    probe,
+    facts,
+    summary,
+    begin,
+    draws,
+    which,
+    at,
+    states,
+    seen_by_agent,
+    rewards,
+    ended,
+    final,
 ):
-    """Follows the policy once, and from every state on the way both branches: features and advantages of
-    retraining."""
-    out, nothing = np.zeros(rows.shape[1]), np.zeros((0, rows.shape[1]))
-    states = np.zeros((errors.shape[1], 1 + begin.shape[0]))
+    """One decision of many deployments, and batches up to the next; the environment's step (see `retraining_env`).
+
+    Deployments that end put what was seen last into `final` and go on with the stream that `draws` says, as do those
+    with `which` below 0.
+    """
+    out = np.zeros(seen_by_agent.shape[1])
+    for k in range(which.shape[0]):
+        fresh = which[k] < 0
+        while True:
+            if fresh:
+                which[k], at[k] = draws[k], 0
+                states[k] = begin[which[k]]
+            j, state = which[k], states[k]
+            n, probed, price, size, delay, typical = facts[j]
+            mine, probes_all, t = errors[j, : int(n), : int(n)], probe[j], at[k]
+            cost = 0.0
+            if not fresh and actions[k] == 1:
+                seen, probes, ratio = look(mine, probes_all, int(delay), state, t)
+                renew(seen, probes, ratio, state, t)
+                cost += price
+            while True:  # until something is known of the version deployed
+                cost += mine[int(state[DEPLOYED]), t] - mine[t, t]
+                t += 1
+                if t >= n or min(t - int(delay), t) > int(state[DEPLOYED]):
+                    break
+            at[k] = t
+            if not fresh:
+                rewards[k] = -cost / typical
+            if t < n:
+                seen, probes, ratio = look(mine, probes_all, int(delay), state, t)
+                features_of(
+                    seen, probes, probed, ratio, t - int(state[DEPLOYED]), int(n) - t, state[GAIN],
+                    int(state[RETRAINED]), price, size, int(delay), summary[j], out,
+                )  # fmt: skip
+                seen_by_agent[k] = out
+                break
+            if not fresh:
+                ended[k] = True
+                final[k] = seen_by_agent[k]
+            fresh = True
+            draws[k] = (draws[k] + 1) % facts.shape[0]  # if even the next has nothing to decide
+
+
+@njit
+def visit(errors, probe, probed, price, batch_size, delay, summary, net, begin, left, explore, rows, gains):
+    """Follows the policy once: the features of every state on the way, and what retraining there saves if everything
+    after it is decided by the oracle, whose costs are `left`."""
+    out, states = np.zeros(rows.shape[1]), np.zeros((errors.shape[1], 1 + begin.shape[0]))
     known = (errors, probe, probed, price, batch_size, delay, summary, net)
-    _, count = follow(*known, 0, begin, -1, out, states, rows, explore)
+    _, count = follow(*known, begin, out, states, rows, explore)
     for k in range(count):
-        t, state = int(states[k, 0]), states[k, 1:]
-        if by_plan:
-            s = int(state[DEPLOYED])
-            gains[k] = errors[s, t] + left[s, t + 1] - (price + errors[t, t] + left[t, t + 1])
-        else:
-            keep, _ = follow(*known, t, state, 0, out, states, nothing, explore)
-            again, _ = follow(*known, t, state, 1, out, states, nothing, explore)
-            gains[k] = keep - again
+        t, s = int(states[k, 0]), int(states[k, 1 + DEPLOYED])
+        gains[k] = errors[s, t] + left[s, t + 1] - (price + errors[t, t] + left[t, t + 1])
     return count
 
 
