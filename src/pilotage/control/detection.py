@@ -139,7 +139,7 @@ class Library(Detection, frozen=True, kw_only=True, tag="library"):
     of 0 or 1 and hardly ever alarms on them.
     """
 
-    name: Literal["ADWIN", "PageHinkley", "KSWIN", "DDM", "EDDM", "HDDMA", "HDDMW"]
+    name: Literal["ADWIN", "PageHinkley", "KSWIN", "DDM", "HDDMA", "HDDMW"]
     setting: Annotated[float, Meta(gt=0)] | None = None
 
     def begin(self) -> Detector:
@@ -147,7 +147,7 @@ class Library(Detection, frozen=True, kw_only=True, tag="library"):
 
 
 SETTINGS: Final = {
-    "ADWIN": "delta", "PageHinkley": "threshold", "KSWIN": "alpha", "DDM": "drift_threshold", "EDDM": "beta",
+    "ADWIN": "delta", "PageHinkley": "threshold", "KSWIN": "alpha", "DDM": "drift_threshold",
     "HDDMA": "drift_confidence", "HDDMW": "drift_confidence",
 }  # fmt: skip
 
@@ -159,7 +159,7 @@ class _Library:
         except ImportError:
             raise SpecError(f"{spec.name} needs river: install pilotage[learn], or use error-rise") from None
         kind = getattr(drift, spec.name, None) or getattr(drift.binary, spec.name)
-        given: dict[str, Any] = {"mode": "up"} if spec.name == "PageHinkley" else {}
+        given: dict[str, Any] = {"PageHinkley": {"mode": "up"}, "KSWIN": {"seed": 0}}.get(spec.name, {})
         if spec.setting is not None:
             given[SETTINGS[spec.name]] = spec.setting
         self._river: Any = kind(**given)
