@@ -2,12 +2,12 @@
 
 Streams of right and wrong answers. Without a change: 20,000 answers at an error rate of 10 % and of 30 %; every alarm
 counts. With one: 10,000 answers, the rate rises after 5,000, at once or over 2,000; the delay is that of the first
-alarm after the change, infinite where none comes, and an alarm before it neither ends the run nor excuses it. Runs are
-drawn from `RandomState(r)` and `RandomState(100 + r)`, as in the reference, and again from seeds that nothing was chosen on.
-`error-rise` knows no error rate; the setting it is judged at is the most sensitive of a grid whose false alarms, at
-other rates (5, 20, 40 %) and other seeds, stay below what is asked. CUSUM is told the rate before the change. river's
-detectors have the settings that matched the same false alarms in earlier measurements of ours. Intervals are 95 %: of a
-rate of alarms, Poisson's; of a median, by bootstrap over runs.
+alarm after the change, infinite where none comes, and an alarm before it neither ends the run nor excuses it. Runs
+are drawn from `RandomState(r)` and `RandomState(100 + r)`, as in the reference, and again from seeds that nothing was
+chosen on. `error-rise` knows no error rate; the setting it is judged at is the most sensitive of a grid whose false
+alarms, at other rates (5, 20, 40 %) and other seeds, stay below what is asked. CUSUM is told the rate before the
+change. river's detectors have the settings that matched the same false alarms in earlier measurements of ours.
+Intervals are 95 %: of a rate of alarms, Poisson's; of a median, by bootstrap over runs.
 """
 
 from __future__ import annotations

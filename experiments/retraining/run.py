@@ -22,6 +22,7 @@ from streams import STREAMS, errors_of, probe_of
 
 from pilotage.agents.retraining import Settings, train
 from pilotage.control.learned_retraining import LearnedRetraining
+from pilotage.control.lifecycle import Triggered
 from pilotage.control.retraining import (
     CaraCt,
     CaraT,
@@ -49,6 +50,11 @@ RULES: dict[str, Retraining] = {
     "ski-pos": SkiRental(positive=True),
     "fresh-ski": FreshSki(factor=1.0),
     "fresh-ski-half": FreshSki(factor=0.5),
+    "error-rise": Triggered(),
+    "adwin": Triggered(detector="ADWIN"),
+    "page-hinkley": Triggered(detector="PageHinkley"),
+    "ddm": Triggered(detector="DDM"),
+    "kswin": Triggered(detector="KSWIN"),
     "paired": Paired(),
 }
 PROBED = ("paired", "paired-tuned", "learned")  # these see the probe
@@ -126,12 +132,18 @@ def main() -> None:
     if options.policy:
         learned = msgspec.json.decode(options.policy.read_bytes(), type=LearnedRetraining)
     else:
-        settings = (
-            Settings(streams=300, iterations=2, epochs=5) if options.quick else Settings(seed=options.seed)
-        )
-        learned = train(
-            settings, lambda text: print(f"{time.perf_counter() - began:.0f} s: {text}", flush=True)
-        )
+        settings = Settings(seed=options.seed)
+        if options.quick:
+            settings = Settings(streams=300, judged=100, epochs=5, steps=100_000, seed=options.seed)
+        curve: list[dict[str, object]] = []
+
+        def progress(steps: int, ratio: float) -> None:
+            seconds = time.perf_counter() - began
+            curve.append({"steps": steps, "over_oracle": f"{ratio:.5f}", "seconds": f"{seconds:.0f}"})
+            print(curve[-1], flush=True)
+
+        learned = train(settings, progress)
+        write_whole(options.out / "learning.csv", as_csv(curve))
         write_whole(options.out / "retraining.json", msgspec.json.encode(learned).decode() + "\n")
     rows = []
     for name in STREAMS:

@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from sklearn.base import ClassifierMixin
-from sklearn.ensemble import HistGradientBoostingClassifier
-from sklearn.tree import DecisionTreeClassifier
+from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 
 WINDOW = 4
 # file, batch size, columns that are neither inputs nor the label
@@ -78,7 +77,7 @@ def probe_of(name: str, data: Path, work: Path, delay: int, offset: int = 0) -> 
     inputs, labels, size = inputs[offset:], labels[offset:], STREAMS[name][1]
     out = np.zeros(len(labels) // size - WINDOW, np.int64)
     for t in range(len(out)):
-        model = DecisionTreeClassifier(max_depth=5, min_samples_leaf=10, random_state=0)
+        model = RandomForestClassifier(10, max_depth=10, min_samples_leaf=5, random_state=0)
         begin, end = max(t - delay, 0), t + WINDOW
         learn = slice(begin * size, (begin + WINDOW) * size)
         out[t] = wrong(model, inputs, labels, learn, slice(end * size, (end + 1) * size)).sum()

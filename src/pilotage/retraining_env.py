@@ -1,10 +1,11 @@
 """A Gymnasium environment for when to retrain: a tick is a batch of hours, an episode months, and worlds are many.
 
 Importing this module registers `pilotage/retraining-v0`. What an agent sees is what the shipped policy sees
-(`control.learned_retraining.FEATURES`), so that what is trained here runs unchanged outside. Action 1 retrains before the
-next batch. The reward of a batch is minus the wrong answers beyond a fresh version's, and minus the price where the model
-was retrained, in batches of the oracle's mean cost: what luck makes hard for everybody does not count, and the sum over
-an episode differs from minus the cost over the oracle's by a constant and a factor that no action changes.
+(`control.learned_retraining.FEATURES`), so that what is trained here runs unchanged outside. Action 1 retrains before
+the next batch. The reward of a batch is minus the wrong answers beyond a fresh version's, and minus the price where
+the model was retrained, in batches of the oracle's mean cost: what luck makes hard for everybody does not count, and
+the sum over an episode differs from minus the cost over the oracle's by a constant and a factor that no action
+changes.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ LIMIT = 20.0
 
 
 def streams_of(scenario: str | Scenario, seed: int, count: int) -> list[Stream]:
-    """Deployments of a scenario's services that decay, in turn, as they would be without traffic's noise: a retraining
-    costs its price and an hour's share of a node, in wrong answers at `error_usd` each, and is ready at once."""
+    """Deployments of a scenario's services that decay, in turn, as they would be without traffic's noise: a
+    retraining costs its price and an hour's share of a node, in wrong answers at `error_usd` each, and is ready at
+    once."""
     scenario = scenario if isinstance(scenario, Scenario) else load(scenario)
     decaying = [service for service in scenario.services if service.lifecycle]
     if not decaying:

@@ -164,12 +164,6 @@ class Scenario(Spec, frozen=True, kw_only=True):
                 f"{where}: a node of {training.pool!r} has {', '.join(short)} that a job needs; "
                 "give the job less, or a pool with larger nodes"
             )
-        delay, batches = service.lifecycle.label_delay_batches, service.lifecycle.batches(self.horizon_h)
-        if delay >= batches:
-            raise SpecError(
-                f"service {service.name!r}: lifecycle: label_delay_batches {delay} is not shorter than the horizon of "
-                f"{batches} batches of {service.lifecycle.batch_h:g} h; valid: below {batches}, or labels = false"
-            )
 
     def _check_interference(self) -> None:
         services = [s.name for s in self.services]

@@ -71,8 +71,9 @@ def decay_at_random(rng: np.random.Generator) -> Decay:
         luck_cv=min(log_uniform(0.3, 3.0) / math.sqrt(window * size * base), 0.8),
         interaction_cv=log_uniform(0.01, 0.3),
         window_batches=window,
-        probe_factor=float(rng.uniform(1.0, 1.7)),
-        probe_cv=log_uniform(0.02, 0.3),
+        common=float(rng.uniform(0.2, 0.95)),
+        probe_factor=float(rng.uniform(0.95, 1.5)),
+        probe_cv=log_uniform(0.01, 0.2),
     )
 
 

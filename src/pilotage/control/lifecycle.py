@@ -1,14 +1,15 @@
-"""Retraining policies by name, and when their jobs run."""
+"""Retraining policies by name, what a detector makes of one, and when their jobs run."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
+from pilotage.control.detection import Detection, ErrorRise, Library
 from pilotage.control.learned_retraining import LearnedRetraining
 from pilotage.control.retraining import (
     NO_PAST,
@@ -67,8 +68,44 @@ class _OffPeak:
         return True
 
 
+class Triggered(Retraining, frozen=True, kw_only=True, tag="triggered"):
+    """When a change detector alarms on the deployed version's errors; it begins anew with every version.
+
+    `detector` is pilotage's own that needs no usual rate, or one of river's; `setting` is its sensitivity (None: its
+    own). It asks nothing about the price: alone it retrains as often where that is dear as where it is cheap.
+    """
+
+    detector: Literal["error-rise", "ADWIN", "PageHinkley", "KSWIN", "DDM", "HDDMA", "HDDMW"] = "error-rise"
+    setting: Annotated[float, Meta(gt=0)] | None = None
+
+    @property
+    def detection(self) -> Detection:
+        if self.detector != "error-rise":
+            return Library(name=self.detector, setting=self.setting)
+        return ErrorRise() if self.setting is None else ErrorRise(false_alarms_per_10k=self.setting)
+
+    def begin(self, stakes: Stakes, past: Past = NO_PAST) -> Retrainer:
+        return _Triggered(self.detection, stakes.batch_size)
+
+
+class _Triggered:
+    def __init__(self, detection: Detection, batch_size: int) -> None:
+        self._detection, self._batch_size = detection, batch_size
+        self._detector, self._fed = detection.begin(), 0
+
+    def decide(self, seen: Seen) -> bool:
+        if len(seen.errors) < self._fed or seen.age == 0:
+            self._detector, self._fed = self._detection.begin(), 0
+        flag = False
+        for errors in seen.errors[self._fed :]:
+            flag = self._detector.update(int(errors), self._batch_size).flag
+        self._fed = len(seen.errors)
+        return flag
+
+
 KINDS: Final[tuple[type[Retraining], ...]] = (
-    Never, Periodic, ErrorThreshold, InputDrift, CaraT, CaraCt, SkiRental, FreshSki, Paired, ForecastQuantile, OffPeak,
+    Never, Periodic, ErrorThreshold, InputDrift, CaraT, CaraCt, SkiRental, FreshSki, Paired, ForecastQuantile, Triggered,
+    OffPeak,
 )  # fmt: skip
 BY_NAME: Final = {str(kind.__struct_config__.tag): kind for kind in KINDS}
 

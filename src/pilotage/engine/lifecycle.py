@@ -178,7 +178,7 @@ class Lives:
         )  # fmt: skip
         asked = max(rate * life.life.batch_h * 3600, 1.0)
         price = usd / max(life.error_usd * asked / size, 1e-12)
-        delay = life.life.label_delay_batches
+        delay = min(life.life.label_delay_batches, batches - 1)
         return Stakes(price=max(price, 1e-9), batch_size=size, batches=batches, label_delay=delay)
 
     def _advance(self, life: _Life, job: Observation, batch: int, w: int) -> Decision:
@@ -260,6 +260,7 @@ def _draw(scenario: Scenario, w: int, s: int, job_row: int, row: int, cluster: C
     bad = rng.random(total) < training.worse
     bad[: life.past_batches + 1] = False
     share = np.clip(share * np.where(bad, training.worse_by, 1.0)[:, None], 0.0, 1.0)
+    errors, probes = life.decay.counts(rng, share, probe)
     score = life.input_share * lost + life.score_noise * rng.standard_normal(lost.shape)
     return _Life(
         life=life,
@@ -267,8 +268,8 @@ def _draw(scenario: Scenario, w: int, s: int, job_row: int, row: int, cluster: C
         job_row=job_row,
         error_usd=service.economics.error_usd,
         share=share,
-        errors=np.triu(rng.binomial(life.decay.batch_size, share)),
-        probe=rng.binomial(life.decay.batch_size, probe),
+        errors=errors,
+        probe=probes,
         drift=np.clip(score, 0.0, 1.0),
         fails=rng.random(total) < training.failure,
         version=life.past_batches,

@@ -15,6 +15,8 @@ from typing import Annotated, Union
 
 import numpy as np
 from msgspec import Meta
+from scipy.special import ndtr
+from scipy.stats import binom
 
 from pilotage.world.spec import NonNegative, Positive, PositiveCount, Probability, Spec, SpecError
 
@@ -115,8 +117,9 @@ class Decay(Spec, frozen=True, kw_only=True):
     luck_cv: NonNegative = 0.05
     interaction_cv: NonNegative = 0.03
     window_batches: PositiveCount = 4
-    probe_factor: Annotated[float, Meta(ge=1, le=100)] = 1.3
-    probe_cv: NonNegative = 0.1
+    common: Probability = 0.6
+    probe_factor: Annotated[float, Meta(ge=0.5, le=100)] = 1.1
+    probe_cv: NonNegative = 0.05
 
     def __post_init__(self) -> None:
         if self.worst_error < self.base_error:
@@ -134,7 +137,21 @@ class Decay(Spec, frozen=True, kw_only=True):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Those, and a probe's, int64 of shape (batches,), whose labels come `label_delay` batches late."""
         share, probe, _ = self.shares(rng, batches, label_delay)
-        return np.triu(rng.binomial(self.batch_size, share)), rng.binomial(self.batch_size, probe)
+        return self.counts(rng, share, probe)
+
+    def counts(
+        self, rng: np.random.Generator, share: np.ndarray, probe: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Wrong answers of versions and of a probe, int64, where `shares` says how many to expect: binomial each, and
+        correlated (a Gaussian copula), because the same answers are hard for all."""
+        n = len(share)
+        chance = math.sqrt(self.common) * rng.standard_normal(n)
+        own = math.sqrt(1 - self.common)
+        errors, upper = np.zeros((n, n), np.int64), np.triu_indices(n)
+        rank = ndtr(chance[upper[1]] + own * rng.standard_normal(len(upper[0])))
+        errors[upper] = binom.ppf(rank, self.batch_size, share[upper])
+        rank = ndtr(chance + own * rng.standard_normal(n))
+        return errors, binom.ppf(rank, self.batch_size, probe).astype(np.int64)
 
     def shares(
         self, rng: np.random.Generator, batches: int, label_delay: int = 0
