@@ -131,7 +131,9 @@ def _table(result: dict[str, Any]) -> Table:
     group = result.get("group", result["env"])
     title = f"{group}: {result['hours']:g} h x {len(result['seeds'])} runs, dollars per run"
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    for name in ("policy", "total", "95 %", "missed", "in time", "p95 ms", "x bound"):
+    decays = any(row["usd"]["errors"] + row["usd"]["retraining"] for row in result["policies"])
+    models = ("errors", "retraining") if decays else ()
+    for name in ("policy", "total", "95 %", "missed", *models, "in time", "p95 ms", "x bound"):
         table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     for row in result["policies"]:
         total, over = row["total_usd"], row["over_bound"]
@@ -141,6 +143,7 @@ def _table(result: dict[str, Any]) -> Table:
             f"{total['mean']:,.2f}",
             f"{total['low']:,.1f}–{total['high']:,.1f}" if known else "–",
             f"{row['usd']['late'] + row['usd']['dropped']:,.2f}",
+            *(f"{row['usd'][name]:,.2f}" for name in models),
             f"{100 * row['slo_attainment']:.2f} %",
             f"{row['latency_ms']['p95']:,.0f}",
             f"{over['mean']:.2f}" if over else "–",
@@ -195,17 +198,18 @@ def simulate(
 ) -> None:
     """Run one policy once: itemised cost, latency percentiles, timeline."""
     from pilotage.control.guard import Guard
-    from pilotage.control.learned import policy_from
+    from pilotage.control.lifecycle import fleet_from
     from pilotage.engine.cluster import World
     from pilotage.engine.run import simulate as run_policies
     from pilotage.evaluate import compare, summary
 
-    chosen = policy_from(policy)
+    chosen, retraining = fleet_from(policy)
     scenario = _scenario(env, data, hours, placement)
     folder = _writable(out) if out else None
     runs = run_policies(
-        scenario, [chosen], [World(seed)], guard=Guard(), label=policy, keep_timeline=folder is not None
-    )
+        scenario, [chosen], [World(seed)], retraining=retraining, guard=Guard(), label=policy,
+        keep_timeline=folder is not None,
+    )  # fmt: skip
     if folder:
         from pilotage.report import draw_timeline
         from pilotage.results import as_csv, timeline_rows, write_whole
@@ -236,12 +240,12 @@ def evaluate(
 ) -> None:
     """Compare policies on the same traffic, in dollars, with 95 % intervals."""
     from pilotage.control.guard import Guard
-    from pilotage.control.learned import policy_from
+    from pilotage.control.lifecycle import fleet_from
     from pilotage.engine.cluster import World
     from pilotage.engine.run import simulate as run_policies
     from pilotage.evaluate import compare
 
-    chosen = [(name, policy_from(name)) for name in policy]
+    chosen = [(name, *fleet_from(name)) for name in policy]
     for name in policy:
         if policy.count(name) > 1:
             raise SpecError(f"--policy {name!r} is given {policy.count(name)} times; give each policy once")
@@ -250,9 +254,12 @@ def evaluate(
     worlds = [World(seed) for seed in range(seeds)]
     results = []
     with _progress(as_json) as step:
-        for name, one in chosen:
+        for name, one, retraining in chosen:
             step(name)
-            results.append((name, run_policies(scenario, [one] * seeds, worlds, guard=Guard(), label=name)))
+            runs = run_policies(
+                scenario, [one] * seeds, worlds, retraining=retraining, guard=Guard(), label=name
+            )
+            results.append((name, runs))
         lower = schedule = None
         if bound:
             import numpy as np
@@ -262,7 +269,7 @@ def evaluate(
             brackets = []
             for world in worlds:
                 step(f"bound, seed {world.seed}")
-                brackets.append(bracket(scenario, world, [one for _, one in chosen], guard=Guard()))
+                brackets.append(bracket(scenario, world, [one for _, one, _ in chosen], guard=Guard()))
             lower = np.array([b.lower_usd for b in brackets])
             schedule = [b.schedule for b in brackets]
     result = compare(scenario, results, lower, schedule)

@@ -28,7 +28,10 @@ def small(**changes) -> Scenario:
     return scenario.replace(services=(service.replace(lifecycle=life),))
 
 
-def run(scenario, retraining, worlds=(World(1), World(2)), **options):
+WORLDS = (World(1), World(2))
+
+
+def run(scenario, retraining, worlds=WORLDS, **options):
     return simulate(scenario, [Hpa()] * len(worlds), worlds, retraining=retraining, guard=Guard(), **options)
 
 

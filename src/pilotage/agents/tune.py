@@ -16,7 +16,7 @@ from pilotage.engine.cluster import World
 from pilotage.engine.run import Run, simulate
 from pilotage.metrics import attainment
 from pilotage.scenario import Scenario
-from pilotage.world.spec import SpecError
+from pilotage.world.spec import Spec, SpecError
 
 OBJECTIVES: Final = {"usd": "minimize", "attainment": "maximize"}
 SAMPLERS: Final[dict[str, Callable[[int, int], optuna.samplers.BaseSampler]]] = {
@@ -28,7 +28,7 @@ SAMPLERS: Final[dict[str, Callable[[int, int], optuna.samplers.BaseSampler]]] = 
 FINALISTS: Final = 5
 
 
-def space(policy: Policy) -> dict[str, optuna.distributions.BaseDistribution]:
+def space(policy: Spec) -> dict[str, optuna.distributions.BaseDistribution]:
     """The search space that the bounds on a policy's fields declare."""
     out: dict[str, optuna.distributions.BaseDistribution] = {}
     for name, bounds in tunable(type(policy)).items():

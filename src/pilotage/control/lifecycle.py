@@ -10,7 +10,9 @@ import msgspec
 from msgspec import Meta
 
 from pilotage.control.detection import Detection, ErrorRise, Library
+from pilotage.control.learned import policy_from
 from pilotage.control.learned_retraining import LearnedRetraining
+from pilotage.control.policy import Policy
 from pilotage.control.retraining import (
     NO_PAST,
     CaraCt,
@@ -104,8 +106,8 @@ class _Triggered:
 
 
 KINDS: Final[tuple[type[Retraining], ...]] = (
-    Never, Periodic, ErrorThreshold, InputDrift, CaraT, CaraCt, SkiRental, FreshSki, Paired, ForecastQuantile, Triggered,
-    OffPeak,
+    Never, Periodic, ErrorThreshold, InputDrift, CaraT, CaraCt, SkiRental, FreshSki, Paired, ForecastQuantile,
+    Triggered, OffPeak,
 )  # fmt: skip
 BY_NAME: Final = {str(kind.__struct_config__.tag): kind for kind in KINDS}
 
@@ -129,6 +131,15 @@ def retraining_from(text: str) -> Retraining:
             raise SpecError(f"retraining {text!r}: {part!r} is not of the form field=value")
         fields[key.strip()] = value.strip()
     return decode(fields, BY_NAME[name], f"retraining {text!r}", strict=False)
+
+
+def fleet_from(text: str) -> tuple[Policy, Retraining]:
+    """The scaling and the retraining policy that a command-line argument names, joined by `+`: `hpa+ski-rental`.
+    Without the second, models are never retrained."""
+    scaling, plus, retraining = text.rpartition("+")
+    if not plus:
+        return policy_from(text), Never()
+    return policy_from(scaling), retraining_from(retraining)
 
 
 def _read(path: Path) -> LearnedRetraining:

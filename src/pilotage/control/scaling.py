@@ -235,7 +235,7 @@ class Bounds:
     integer: bool
 
 
-def tunable(policy: type[Policy]) -> dict[str, Bounds]:
+def tunable(policy: type[Spec]) -> dict[str, Bounds]:
     """The numeric fields of a policy that declare a lower and an upper bound."""
     out: dict[str, Bounds] = {}
     for name, hint in get_type_hints(policy, include_extras=True).items():
@@ -268,7 +268,7 @@ def parse(text: str) -> Policy:
     return decode(fields, _BY_NAME[name], f"policy {text!r}", strict=False)
 
 
-def describe(policy: Policy) -> str:
+def describe(policy: Spec) -> str:
     """The policy as a command-line argument: its name and the fields that differ from their defaults.
 
     Of a field that is a policy or a network of its own only the kind is said, in angle brackets.
