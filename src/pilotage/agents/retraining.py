@@ -103,7 +103,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     learning_rate: float = 2e-3
     weight_decay: float = 1e-3
     # PPO
-    steps: int = 8_000_000
+    steps: int = 5_000_000
     worlds: int = 256
     rollout_batches: int = 128
     minibatch: int = 4096
@@ -111,7 +111,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     ppo_learning_rate: float = 5e-4
     discount: float = 0.99
     gae_lambda: float = 0.97
-    evaluations: int = 20
+    evaluations: int = 12
     seed: int = 0
 
 
