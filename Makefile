@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-full check bench reproduce clean
+.PHONY: install demo test test-full conformance check bench reproduce clean
 
 install: $(STAMP)
 
@@ -24,6 +24,11 @@ test: $(STAMP)
 # what takes minutes: the built wheel in an empty environment
 test-full: $(STAMP)
 	$(BIN)/python -m pytest -m full
+
+# every case of the originals that a policy is checked against, by name, and the upstream tests among them
+conformance: $(STAMP)
+	$(BIN)/python -m pytest -v tests/contracts/test_*_conformance.py tests/oracle/test_formulae.py
+	$(BIN)/python -m pytest -q -s tests/contracts/test_upstream_names.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

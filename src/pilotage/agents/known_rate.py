@@ -81,7 +81,9 @@ def rate_known(
 ) -> Schedule:
     """What somebody would do in a world of one service who knows its rate; run it to see what it costs."""
     if samples < 2:
-        raise ValueError(f"samples {samples}: a plan is made on one half and chosen on the other; valid: >= 2")
+        raise ValueError(
+            f"samples {samples}: a plan is made on one half and chosen on the other; valid: >= 2"
+        )
     seeds = np.random.default_rng([world.seed, samples]).integers(2**31, size=samples).tolist()
     drawn = same_rate(scenario, world, seeds)
     scenario = scenario.replace(history_h=0.0)
