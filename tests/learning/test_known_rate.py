@@ -80,7 +80,7 @@ def test_of_a_constant_rate_the_best_constant_count_is_all_there_is_to_know() ->
 
 def test_it_costs_no_less_than_the_bound_and_less_than_a_rule() -> None:
     worlds = [World(k, 9 * 3600.0) for k in range(3)]
-    plans = [known.rate_known(QUICK, world, guard=Guard(), samples=8) for world in worlds]
+    plans = [known.rate_known(QUICK, world, guard=Guard(), samples=4) for world in worlds]
     found = [run.total_usd for run in simulate(QUICK, plans, worlds, guard=Guard())]
     rule = [run.total_usd for run in simulate(QUICK, [Hpa()] * 3, worlds, guard=Guard())]
     for world, plan, usd in zip(worlds, plans, found, strict=True):

@@ -1,7 +1,8 @@
 """What it costs to know the rate of arrivals, but not the sample: a reference between the clairvoyant and policies.
 
 No forecaster can know more than the rate. So what lies between this reference and the clairvoyant schedule no forecast
-can save; what lies above it, a better forecast may.
+can save; what lies above it, a better forecast may. It is no bound: the plan is made beforehand, and somebody who knew
+the rate and reacted to what comes, too, might do a little better.
 
 **What the rate is.** Everything that a traffic model draws before it draws arrivals: the states of `mmpp`, the noise
 and crowds of `diurnal`, the segments of a `splice`. Of recorded traffic it is what was recorded: of `counts` the count
