@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-full check bench reproduce clean
+.PHONY: install demo test test-full conformance check bench reproduce clean
 
 install: $(STAMP)
 
@@ -25,6 +25,11 @@ test: $(STAMP)
 test-full: $(STAMP)
 	$(BIN)/python -m pytest -m full
 
+# every case of the originals that a policy is checked against, by name, and the upstream tests among them
+conformance: $(STAMP)
+	$(BIN)/python -m pytest -v tests/contracts/test_*_conformance.py tests/oracle/test_formulae.py
+	$(BIN)/python -m pytest -q -s tests/contracts/test_upstream_names.py
+
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,6 +49,7 @@ reproduce: $(STAMP) bench
 	$(BIN)/python experiments/scaling/learn.py --data $(DATA)
 	$(BIN)/python experiments/scaling/tune.py --data $(DATA)
 	$(BIN)/python experiments/scaling/judge.py --data $(DATA) --split validate
+	$(BIN)/python experiments/scaling/forecasts.py --data $(DATA)
 	$(BIN)/python experiments/traffic_fit.py --data $(DATA)
 	$(BIN)/python experiments/fidelity/ray_serve/run.py --data $(DATA)
 

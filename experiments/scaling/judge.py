@@ -21,6 +21,7 @@ import protocol
 
 from pilotage.agents.bound import bound
 from pilotage.agents.hindsight import costs_usd, look_back
+from pilotage.agents.known_rate import rate_known
 from pilotage.control.foresight import Foresight
 from pilotage.control.guard import Guard
 from pilotage.control.scaling import parse
@@ -33,6 +34,7 @@ from pilotage.results import as_csv, provenance, write_whole
 RESAMPLES = 4000
 DEFAULTS = ("hpa", "kpa", "ray-serve", "predictive")
 LEARNED = "foresight"
+KNOWING = "rate known, sample not"
 
 
 def attained(runs: list[Run]) -> float:
@@ -90,6 +92,10 @@ def main() -> None:
     least_usd = hindsight.least(table.missed_usd, table.price_usd, table.lead, table.low)
     held = np.arange(1, table.missed_usd.shape[2])
     static = table.price_usd[:, None] * held * scenario.ticks + table.missed_usd[:, :, 1:].sum(axis=1)
+    threads = os.cpu_count() or 1
+    plans = [rate_known(scenario, world, guard=Guard(), threads=threads) for _, world in found]
+    knowing = simulate(scenario, plans, worlds, guard=Guard(), label=KNOWING, threads=threads)
+    print(f"{KNOWING}: {time.perf_counter() - began:.0f} s", flush=True)
     brackets = [bound(scenario, world, list(contenders.values()), guard=Guard()) for world in worlds]
     print(f"bounds: {time.perf_counter() - began:.0f} s", flush=True)
     lower_usd = np.array([b.lower_usd for b in brackets])
@@ -99,8 +105,10 @@ def main() -> None:
     usd[f"{LEARNED}, by the table"] = costs_usd(contenders[LEARNED], table)
     prompt = replace(table, lead=np.ones_like(table.lead))
     usd[f"{LEARNED}, by the table, ready after a tick"] = costs_usd(contenders[LEARNED], prompt)
+    usd[KNOWING] = np.array([run.total_usd for run in knowing])
     usd["clairvoyant schedule"] = np.array([b.schedule.total_usd for b in brackets])
     usd["hindsight of every count"] = least_usd
+    runs[KNOWING] = knowing
     runs["clairvoyant schedule"] = [b.schedule for b in brackets]
 
     rows, details = [], []

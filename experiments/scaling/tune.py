@@ -26,7 +26,7 @@ from pilotage.control.scaling import Anticipate, describe, parse
 from pilotage.engine.cluster import World, recorded
 from pilotage.results import as_csv, write_whole
 
-RULES = ("anticipate", "predictive", "staffing", "hpa")
+RULES = ("anticipate", "predictive", "staffing", "hpa", "kpa", "ray-serve")
 SEEDS, TRIALS = 5, 30
 SHARES = {
     "train": {"twitter": 4, "functions": 6, "diurnal": 2, "flash": 2, "on-off": 3, "timers": 3},

@@ -35,6 +35,8 @@ BLOCK: Final = 8192  # arrivals drawn at once
 STEP_S: Final = 10.0  # the rate of `diurnal` is constant over a step
 STEPS: Final = 256  # steps of rate computed at once
 DAY_S: Final = 86400.0
+# streams from which a rate is drawn; the others draw arrivals, given the rate
+RATE_STREAMS: Final = ("states", "noise", "crowds")
 
 
 class Arrivals:
