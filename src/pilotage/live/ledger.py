@@ -1,0 +1,497 @@
+"""The append-only record of every decision, chained by hashes, so that a change of the past is found.
+
+A ledger is a folder. `ledger.jsonl` holds one line per entry, `{"hash": h, "prev_hash": p, "record": r}`, where r is
+JSON with sorted keys and no spaces, p is the hash of the entry before (64 zeros at first), and
+h = SHA-256(p as hexadecimal text, then the bytes of r). Lines are appended under a lock and synchronised to disk;
+corrections are new entries. `head.json` holds the number of entries, their size and the last hash, so that a ledger
+that was cut short is found. `index.db` is derived from the lines, and is rebuilt where it is missing, stale or broken.
+
+What verification proves: nobody has changed, removed, swapped, doubled or cut lines without also rewriting every later
+line and the head. Who can write the whole folder can do just that, and an empty folder proves nothing: against that,
+keep heads elsewhere and give them to `verify` as anchors. Registries do so: each version carries the hash of the entry
+that made it or moved an alias to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+from pilotage.live.secrets import without_secrets
+from pilotage.world.spec import Spec, SpecError
+
+SCHEMA: Final = 1
+MAX_RECORD_BYTES: Final = 64 * 1024  # larger is payload, which belongs elsewhere; its digest belongs here
+NOTHING: Final = "0" * 64  # the hash before the first entry
+_HASH, _PREV, _RECORD, _END = b'{"hash":"', b'","prev_hash":"', b'","record":', b"}"
+_PREV_AT, _RECORD_AT = 9 + 64, 9 + 64 + 15 + 64
+_BODY_AT: Final = _RECORD_AT + len(_RECORD)
+
+Outcome = Literal["intent", "applied", "failed", "refused", "abandoned", "observed"]
+
+
+class LedgerError(Exception):
+    """A ledger that is not what it was: the message says where. Nothing is written to such a ledger."""
+
+
+class Actor(Spec, frozen=True, kw_only=True, omit_defaults=True):
+    """Who or what decided: a person, a rule or a policy (with its version and the digest of its weights)."""
+
+    kind: Literal["human", "rule", "policy"]
+    name: Annotated[str, Meta(min_length=1)]
+    version: str | None = None
+    digest: str | None = None
+    approver: str | None = None
+
+
+class Record(Spec, frozen=True, kw_only=True, omit_defaults=True):
+    """One event. `outcome` is *intent* before the world is touched, and what came of it in a later entry whose `of`
+    is the intent's number; *observed* is what somebody else did. `reverts` is the entry that this one takes back.
+
+    The groups `subject` (run, data, environment), `decision` (alternatives, costs), `evidence`, `economics`,
+    `response` (the registry's answer, its latency) and `fairness` are free JSON objects without payload or secrets.
+    """
+
+    kind: Annotated[str, Meta(min_length=1, max_length=40)]
+    outcome: Outcome
+    service: Annotated[str, Meta(min_length=1, max_length=250)]
+    actor: Actor
+    reason: Annotated[str, Meta(min_length=1, max_length=2000)]
+    alias: str | None = None
+    expected_version: str | None = None
+    new_version: str | None = None
+    artifact_digest: str | None = None
+    of: int | None = None
+    reverts: int | None = None
+    subject: dict[str, Any] = {}
+    decision: dict[str, Any] = {}
+    evidence: dict[str, Any] = {}
+    economics: dict[str, Any] = {}
+    response: dict[str, Any] = {}
+    fairness: dict[str, Any] = {}
+
+
+class Entry(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """A record with its number (from 0), its time in UTC, the host's monotonic clock, and its hash.
+
+    Times never decrease: where the clock was set back, the time of the entry before stands.
+    """
+
+    seq: int
+    time: str
+    monotonic_s: float
+    schema: int = SCHEMA
+    hash: str = ""
+
+    @property
+    def id(self) -> str:
+        """What a registry keeps of this entry."""
+        return f"{self.seq}:{self.hash}"
+
+
+class Head(Spec, frozen=True, kw_only=True):
+    """Where a ledger ends: number of entries, size in bytes, last hash and time."""
+
+    entries: int = 0
+    size: int = 0
+    hash: str = NOTHING
+    time: str = ""
+
+
+class Verification(Spec, frozen=True, kw_only=True):
+    """What verification found: `problem` is None for an intact ledger, else says what is wrong at which entry."""
+
+    entries: int
+    head: str
+    problem: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+class _Skeleton(msgspec.Struct):
+    """What verification reads of an entry."""
+
+    seq: int
+    time: str
+    outcome: str
+    schema: int = SCHEMA
+    of: int | None = None
+
+
+class Ledger:
+    """A ledger in a folder, which is made with the first entry. Safe for many threads and processes of one host."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self._lines, self._head = self.folder / "ledger.jsonl", self.folder / "head.json"
+
+    # --- writing ---------------------------------------------------------------------------------------------
+    def append(self, *records: Record) -> list[Entry]:
+        """Adds entries; when this returns they are on disk.
+
+        Secrets are blotted out first. Raises SpecError for a record that is too large, LedgerError where the ledger
+        does not continue its head (it was cut or changed).
+        """
+        bodies = [without_secrets(msgspec.to_builtins(record)) for record in records]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _locked(self.folder / "append.lock"), self._lines.open("a+b", buffering=0) as file:
+            head = self._caught_up(file)
+            entries, lines, last = [], [], head
+            for body in bodies:
+                now = max(datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"), last.time)
+                body |= {"seq": last.entries, "time": now, "monotonic_s": round(time.monotonic(), 6)}
+                entry = msgspec.convert(body | {"schema": SCHEMA}, Entry)
+                raw = msgspec.json.encode(entry, order="sorted")
+                if len(raw) > MAX_RECORD_BYTES:
+                    raise SpecError(
+                        f"ledger entry {entry.kind!r} of {entry.service!r}: {len(raw)} bytes; valid: at most "
+                        f"{MAX_RECORD_BYTES}; record a digest of what is large"
+                    )
+                digest = _chained(last.hash, raw)
+                prev = last.hash.encode()
+                line = b"".join((_HASH, digest.encode(), _PREV, prev, _RECORD, raw, _END, b"\n"))
+                lines.append(line)
+                entries.append(msgspec.structs.replace(entry, hash=digest))
+                last = Head(entries=last.entries + 1, size=last.size + len(line), hash=digest, time=now)
+            try:
+                _write(file, b"".join(lines))
+                os.fsync(file.fileno())
+            except OSError:
+                os.ftruncate(file.fileno(), head.size)  # what was never acknowledged
+                raise
+            self._keep(last)
+        with contextlib.suppress(sqlite3.Error), self._index():
+            pass  # the index is a convenience: the next query catches up
+        return entries
+
+    @contextlib.contextmanager
+    def alone(self, service: str, within_s: float = 10.0) -> Iterator[None]:
+        """Holds what only one writer per service may hold; raises TimeoutError while another does.
+
+        The kernel takes it back from a process that dies, so whoever gets it knows that an intent without a result
+        is nobody's work in progress.
+        """
+        name = hashlib.sha256(service.encode()).hexdigest()[:32]  # never a path made of what somebody named
+        (self.folder / "writers").mkdir(parents=True, exist_ok=True)
+        with _locked(self.folder / "writers" / f"{name}.lock", within_s):
+            yield
+
+    def _keep(self, head: Head) -> None:
+        part = self._head.with_suffix(".part")
+        with part.open("wb") as file:
+            file.write(msgspec.json.encode(head) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(self._head)
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def head(self) -> Head:
+        """The head as it was last kept."""
+        try:
+            return msgspec.json.decode(self._head.read_bytes(), type=Head)
+        except FileNotFoundError:
+            return Head()
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise LedgerError(
+                f"{self._head}: not a head of a ledger: {error}; see `pilotage history --verify`"
+            ) from None
+
+    def _caught_up(self, file: Any) -> Head:
+        """The head after all complete lines; a line that a crash left incomplete is cut off.
+
+        A crash between a line and its head leaves complete lines after the head, which are checked and kept.
+        """
+        head, size = self.head(), os.fstat(file.fileno()).st_size
+        if size < head.size or not self._ends_at(file, head):
+            raise LedgerError(
+                f"{self._lines}: does not end as {self._head.name} says ({head.entries} entries, {head.size} bytes); "
+                "it was cut or changed; see `pilotage history --verify`, and restore a copy"
+            )
+        if size == head.size:
+            return head
+        rest = os.pread(file.fileno(), size - head.size, head.size)
+        whole = rest[: rest.rfind(b"\n") + 1]
+        for line in whole.splitlines():
+            problem, skeleton, digest = _read(line, head.hash, head.entries)
+            if problem or skeleton is None:
+                raise LedgerError(f"{self._lines}: entry {head.entries}: {problem}")
+            head = Head(
+                entries=head.entries + 1, size=head.size + len(line) + 1, hash=digest, time=skeleton.time
+            )
+        if len(whole) < len(rest):
+            os.ftruncate(file.fileno(), head.size)
+        self._keep(head)
+        return head
+
+    @staticmethod
+    def _ends_at(file: Any, head: Head) -> bool:
+        """Whether the line that ends where the head says is the head's."""
+        if head.size == 0:
+            return head.entries == 0
+        start = max(0, head.size - MAX_RECORD_BYTES - _BODY_AT - 2)
+        before = os.pread(file.fileno(), head.size - start, start)
+        line = before[:-1].rpartition(b"\n")[2]
+        return before.endswith(b"\n") and line[9:_PREV_AT] == head.hash.encode()
+
+    # --- verification ----------------------------------------------------------------------------------------
+    def verify(self, anchors: Iterable[str] = ()) -> Verification:
+        """Reads every line. `anchors` are `seq:hash` of entries (as `Entry.id`) that were kept elsewhere."""
+        wanted: dict[int, set[str]] = {}
+        for anchor in anchors:
+            seq, _, digest = anchor.partition(":")
+            if not (seq.isdecimal() and re.fullmatch("[0-9a-f]{64}", digest)):
+                raise SpecError(
+                    f"anchor {anchor!r}: not an entry of a ledger; valid: NUMBER:HASH, as 12:9f86d0..."
+                )
+            wanted.setdefault(int(seq), set()).add(digest)
+        seq, digest, time_, size, notes = 0, NOTHING, "", 0, []
+        unsettled: set[int] = set()
+        kept = None
+
+        def found(problem: str) -> Verification:
+            return Verification(entries=seq, head=digest, problem=f"entry {seq}: {problem}")
+
+        try:
+            head = self.head()
+        except LedgerError as error:
+            return found(str(error))
+        try:
+            file = self._lines.open("rb")
+        except FileNotFoundError:
+            file = None
+        with file or contextlib.nullcontext(()) as lines:
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    notes.append(
+                        f"an append after entry {seq - 1} was interrupted; the next append cuts it off"
+                    )
+                    break
+                problem, skeleton, digest_ = _read(line[:-1], digest, seq)
+                if problem or skeleton is None:
+                    return found(problem)
+                if skeleton.time < time_:
+                    return found(f"its time {skeleton.time} is before that of the entry before, {time_}")
+                if skeleton.of is not None:
+                    if skeleton.of not in unsettled:
+                        return found(f"it settles entry {skeleton.of}, which is no open intent")
+                    unsettled.discard(skeleton.of)
+                elif skeleton.outcome == "intent":
+                    unsettled.add(seq)
+                if seq in wanted and wanted.pop(seq) != {digest_}:
+                    return found("its hash is not the one that was kept elsewhere")
+                digest, time_, size, seq = digest_, skeleton.time, size + len(line), seq + 1
+                if seq == head.entries:
+                    kept = (size, digest)
+        if head.entries > seq:
+            return found(
+                f"the ledger ends here, but {self._head.name} says that it has {head.entries} entries"
+            )
+        if head.entries and kept != (head.size, head.hash):
+            return found(f"{self._head.name} is of another ledger (hash {head.hash[:12]}...)")
+        if seq and not self._head.exists() and seq > 1:
+            return found(f"{self._head.name} is missing, without which a cut cannot be told")
+        if wanted:
+            return found(f"the ledger ends here, but entry {min(wanted)} was kept elsewhere")
+        if seq > head.entries:
+            notes.append(f"{seq - head.entries} entries after the head: their writer was interrupted")
+        notes += [f"entry {of} is an intent without a result" for of in sorted(unsettled)]
+        return Verification(entries=seq, head=digest, notes=tuple(notes))
+
+    # --- queries ---------------------------------------------------------------------------------------------
+    def entries(
+        self,
+        service: str | None = None,
+        *,
+        since: str | None = None,
+        until: str | None = None,
+        last: int | None = None,
+        moves_of: str | None = None,
+    ) -> list[Entry]:
+        """Entries in order, of one service, from a time to a time (both included), the last so many of them.
+
+        `moves_of`: only those by which this alias came to point elsewhere.
+        """
+        conditions, values = ["1"], []
+        for condition, value in (
+            ("service = ?", service),
+            ("time >= ?", since),
+            ("time <= ?", until),
+            ("moved = ?", moves_of),
+        ):
+            if value is not None:
+                conditions.append(condition)
+                values.append(value)
+        where = " AND ".join(conditions)
+        query = f"SELECT start, length FROM entries WHERE {where} ORDER BY seq DESC LIMIT ?"  # noqa: S608
+        return self._fetch(query, (*values, -1 if last is None else last))[::-1]
+
+    def entry(self, seq: int) -> Entry:
+        found = self._fetch("SELECT start, length FROM entries WHERE seq = ?", (seq,))
+        if not found:
+            raise SpecError(f"{self._lines}: has no entry {seq}")
+        return found[0]
+
+    def settlement(self, intent: Entry) -> Entry | None:
+        """The result of an intent, if it has one."""
+        found = self._fetch("SELECT start, length FROM entries WHERE settles = ?", (intent.seq,))
+        return found[0] if found else None
+
+    def unsettled(self, service: str) -> Entry | None:
+        """The intent of a service that has no result: a writer died, or its registry did not answer."""
+        last = self._fetch(
+            "SELECT start, length FROM entries WHERE service = ? AND outcome = 'intent' ORDER BY seq DESC LIMIT 1",
+            (service,),
+        )
+        return last[0] if last and self.settlement(last[0]) is None else None
+
+    def _fetch(self, query: str, values: Sequence[Any]) -> list[Entry]:
+        if not self._lines.exists():
+            return []
+        with self._index() as index, self._lines.open("rb") as file:
+            places = index.execute(query, values).fetchall()
+            return [_entry(os.pread(file.fileno(), length, start)) for start, length in places]
+
+    @contextlib.contextmanager
+    def _index(self) -> Iterator[sqlite3.Connection]:
+        """The index, up to date with the lines."""
+        writable = os.access(self.folder, os.W_OK)
+        path = self.folder / "index.db"
+        for attempt in (1, 2):
+            index = sqlite3.connect(path if writable else ":memory:", timeout=30)
+            try:
+                self._catch_up(index)
+            except sqlite3.OperationalError:
+                index.close()
+                raise
+            except sqlite3.DatabaseError:  # broken: it is derived, so make it anew
+                index.close()
+                path.unlink(missing_ok=True)
+                if attempt == 2:
+                    raise
+            else:
+                break
+        try:
+            yield index
+        finally:
+            index.close()
+
+    def _catch_up(self, index: sqlite3.Connection) -> None:
+        index.executescript(_TABLES)
+        with index, self._lines.open("rb") as file:
+            index.execute("BEGIN IMMEDIATE")
+            seq, size, digest = index.execute("SELECT entries, size, hash FROM upto").fetchone() or (0, 0, "")
+            if not self._ends_at(file, Head(entries=seq, size=size, hash=digest)):
+                index.execute("DELETE FROM entries")
+                seq, size, digest = 0, 0, ""
+            start = file.seek(size)
+            rows = []
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                entry = _entry(line)
+                moved = entry.alias if entry.outcome in ("applied", "observed") else None
+                rows.append(
+                    (seq, entry.time, entry.service, entry.outcome, moved, entry.of, start, len(line))
+                )
+                start, seq, digest = start + len(line), seq + 1, entry.hash
+                if len(rows) == 10_000:
+                    index.executemany("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+                    rows = []
+            index.executemany("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+            if start > size or size == 0:
+                index.execute("DELETE FROM upto")
+                index.execute("INSERT INTO upto VALUES (?, ?, ?)", (seq, start, digest))
+
+
+_TABLES: Final = """
+PRAGMA synchronous = OFF;
+CREATE TABLE IF NOT EXISTS upto (entries INTEGER, size INTEGER, hash TEXT);
+CREATE TABLE IF NOT EXISTS entries (
+    seq INTEGER PRIMARY KEY, time TEXT, service TEXT, outcome TEXT, moved TEXT, settles INTEGER,
+    start INTEGER, length INTEGER);
+CREATE INDEX IF NOT EXISTS by_time ON entries (time);
+CREATE INDEX IF NOT EXISTS by_service ON entries (service, time);
+CREATE INDEX IF NOT EXISTS by_move ON entries (service, moved, time) WHERE moved IS NOT NULL;
+CREATE INDEX IF NOT EXISTS by_intent ON entries (service, seq) WHERE outcome = 'intent';
+CREATE INDEX IF NOT EXISTS by_settled ON entries (settles) WHERE settles IS NOT NULL;
+"""
+
+_decode_skeleton = msgspec.json.Decoder(_Skeleton).decode
+
+
+def _chained(prev: str, raw: bytes) -> str:
+    return hashlib.sha256(prev.encode() + raw).hexdigest()
+
+
+def _read(line: bytes, prev: str, seq: int) -> tuple[str, _Skeleton | None, str]:
+    """A line without its end, checked against the entry before: (problem or "", entry, hash)."""
+    if not (
+        line.startswith(_HASH)
+        and line[_PREV_AT : _PREV_AT + 15] == _PREV
+        and line[_RECORD_AT:_BODY_AT] == _RECORD
+        and line.endswith(_END)
+    ):
+        return "not a line of a ledger", None, ""
+    if line[_PREV_AT + 15 : _RECORD_AT] != prev.encode():
+        return "it does not follow the entry before: an entry was changed, moved, added or removed", None, ""
+    raw = line[_BODY_AT:-1]
+    digest = _chained(prev, raw)
+    if line[9:_PREV_AT] != digest.encode():
+        return "its hash is not that of its record: it was changed", None, ""
+    try:
+        skeleton = _decode_skeleton(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return f"not a record: {error}", None, ""
+    if skeleton.seq != seq:
+        return f"it has number {skeleton.seq}", None, ""
+    if skeleton.schema != SCHEMA:
+        return f"its schema {skeleton.schema} is unknown; valid: {SCHEMA}", None, ""
+    return "", skeleton, digest
+
+
+def _entry(line: bytes) -> Entry:
+    try:
+        entry = msgspec.json.decode(line.rstrip(b"\n")[_BODY_AT:-1], type=Entry)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise LedgerError(
+            f"a line of the ledger is no entry: {error}; see `pilotage history --verify`"
+        ) from None
+    return msgspec.structs.replace(entry, hash=line[9:_PREV_AT].decode())
+
+
+def _write(file: Any, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+@contextlib.contextmanager
+def _locked(path: Path, within_s: float = 60.0) -> Iterator[None]:
+    with path.open("ab") as file:
+        deadline = time.monotonic() + within_s
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(
+                        f"{path}: held by another process for more than {within_s:g} s"
+                    ) from None
+                time.sleep(0.002)
+        yield
