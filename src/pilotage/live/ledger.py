@@ -24,90 +24,26 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final
 
 import msgspec
-from msgspec import Meta
 
+from pilotage.live.entries import (
+    MAX_RECORD_BYTES,
+    NOTHING,
+    SCHEMA,
+    Entry,
+    Head,
+    LedgerError,
+    Record,
+    ends_at,
+    entry_of,
+    line_of,
+    read,
+    utc,
+)
 from pilotage.live.secrets import without_secrets
 from pilotage.world.spec import Spec, SpecError
-
-SCHEMA: Final = 1
-MAX_RECORD_BYTES: Final = 64 * 1024  # larger is payload, which belongs elsewhere; its digest belongs here
-NOTHING: Final = "0" * 64  # the hash before the first entry
-_HASH, _PREV, _RECORD, _END = b'{"hash":"', b'","prev_hash":"', b'","record":', b"}"
-_PREV_AT, _RECORD_AT = 9 + 64, 9 + 64 + 15 + 64
-_BODY_AT: Final = _RECORD_AT + len(_RECORD)
-
-Outcome = Literal["intent", "applied", "failed", "refused", "abandoned", "observed"]
-
-
-class LedgerError(Exception):
-    """A ledger that is not what it was: the message says where. Nothing is written to such a ledger."""
-
-
-class Actor(Spec, frozen=True, kw_only=True, omit_defaults=True):
-    """Who or what decided: a person, a rule or a policy (with its version and the digest of its weights)."""
-
-    kind: Literal["human", "rule", "policy"]
-    name: Annotated[str, Meta(min_length=1)]
-    version: str | None = None
-    digest: str | None = None
-    approver: str | None = None
-
-
-class Record(Spec, frozen=True, kw_only=True, omit_defaults=True):
-    """One event. `outcome` is *intent* before the world is touched, and what came of it in a later entry whose `of`
-    is the intent's number; *observed* is what somebody else did. `reverts` is the entry that this one takes back.
-
-    The groups `subject` (run, data, environment), `decision` (alternatives, costs), `evidence`, `economics`,
-    `response` (the registry's answer, its latency) and `fairness` are free JSON objects without payload or secrets.
-    """
-
-    kind: Annotated[str, Meta(min_length=1, max_length=40)]
-    outcome: Outcome
-    service: Annotated[str, Meta(min_length=1, max_length=250)]
-    actor: Actor
-    reason: Annotated[str, Meta(min_length=1, max_length=2000)]
-    alias: str | None = None
-    expected_version: str | None = None
-    new_version: str | None = None
-    artifact_digest: str | None = None
-    of: int | None = None
-    reverts: int | None = None
-    subject: dict[str, Any] = {}
-    decision: dict[str, Any] = {}
-    evidence: dict[str, Any] = {}
-    economics: dict[str, Any] = {}
-    response: dict[str, Any] = {}
-    fairness: dict[str, Any] = {}
-
-
-class Entry(Record, frozen=True, kw_only=True, omit_defaults=True):
-    """A record with its number (from 0), its time in UTC, the host's monotonic clock, and its hash.
-
-    Times never decrease: where the clock was set back, the time of the entry before stands.
-    """
-
-    seq: int
-    time: str
-    monotonic_s: float
-    schema: int = SCHEMA
-    hash: str = ""
-
-    @property
-    def id(self) -> str:
-        """What a registry keeps of this entry."""
-        return f"{self.seq}:{self.hash}"
-
-
-class Head(Spec, frozen=True, kw_only=True):
-    """Where a ledger ends: number of entries, size in bytes, last hash and time."""
-
-    entries: int = 0
-    size: int = 0
-    hash: str = NOTHING
-    time: str = ""
 
 
 class Verification(Spec, frozen=True, kw_only=True):
@@ -117,16 +53,6 @@ class Verification(Spec, frozen=True, kw_only=True):
     head: str
     problem: str | None = None
     notes: tuple[str, ...] = ()
-
-
-class _Skeleton(msgspec.Struct):
-    """What verification reads of an entry."""
-
-    seq: int
-    time: str
-    outcome: str
-    schema: int = SCHEMA
-    of: int | None = None
 
 
 class Ledger:
@@ -149,7 +75,7 @@ class Ledger:
             head = self._caught_up(file)
             entries, lines, last = [], [], head
             for body in bodies:
-                now = max(datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"), last.time)
+                now = max(utc(datetime.now(UTC)), last.time)
                 body |= {"seq": last.entries, "time": now, "monotonic_s": round(time.monotonic(), 6)}
                 entry = msgspec.convert(body | {"schema": SCHEMA}, Entry)
                 raw = msgspec.json.encode(entry, order="sorted")
@@ -158,9 +84,7 @@ class Ledger:
                         f"ledger entry {entry.kind!r} of {entry.service!r}: {len(raw)} bytes; valid: at most "
                         f"{MAX_RECORD_BYTES}; record a digest of what is large"
                     )
-                digest = _chained(last.hash, raw)
-                prev = last.hash.encode()
-                line = b"".join((_HASH, digest.encode(), _PREV, prev, _RECORD, raw, _END, b"\n"))
+                digest, line = line_of(last.hash, raw)
                 lines.append(line)
                 entries.append(msgspec.structs.replace(entry, hash=digest))
                 last = Head(entries=last.entries + 1, size=last.size + len(line), hash=digest, time=now)
@@ -216,8 +140,11 @@ class Ledger:
 
         A crash between a line and its head leaves complete lines after the head, which are checked and kept.
         """
-        head, size = self.head(), os.fstat(file.fileno()).st_size
-        if size < head.size or not self._ends_at(file, head):
+        size = os.fstat(file.fileno()).st_size
+        if size == 0 and not self._head.exists():
+            self._keep(Head())
+        head = self.head()
+        if not self._head.exists() or size < head.size or not ends_at(file, head):
             raise LedgerError(
                 f"{self._lines}: does not end as {self._head.name} says ({head.entries} entries, {head.size} bytes); "
                 "it was cut or changed; see `pilotage history --verify`, and restore a copy"
@@ -227,7 +154,7 @@ class Ledger:
         rest = os.pread(file.fileno(), size - head.size, head.size)
         whole = rest[: rest.rfind(b"\n") + 1]
         for line in whole.splitlines():
-            problem, skeleton, digest = _read(line, head.hash, head.entries)
+            problem, skeleton, digest = read(line, head.hash, head.entries)
             if problem or skeleton is None:
                 raise LedgerError(f"{self._lines}: entry {head.entries}: {problem}")
             head = Head(
@@ -238,28 +165,19 @@ class Ledger:
         self._keep(head)
         return head
 
-    @staticmethod
-    def _ends_at(file: Any, head: Head) -> bool:
-        """Whether the line that ends where the head says is the head's."""
-        if head.size == 0:
-            return head.entries == 0
-        start = max(0, head.size - MAX_RECORD_BYTES - _BODY_AT - 2)
-        before = os.pread(file.fileno(), head.size - start, start)
-        line = before[:-1].rpartition(b"\n")[2]
-        return before.endswith(b"\n") and line[9:_PREV_AT] == head.hash.encode()
-
     # --- verification ----------------------------------------------------------------------------------------
     def verify(self, anchors: Iterable[str] = ()) -> Verification:
         """Reads every line. `anchors` are `seq:hash` of entries (as `Entry.id`) that were kept elsewhere."""
         wanted: dict[int, set[str]] = {}
         for anchor in anchors:
-            seq, _, digest = anchor.partition(":")
-            if not (seq.isdecimal() and re.fullmatch("[0-9a-f]{64}", digest)):
+            number, _, digest = anchor.partition(":")
+            if not (number.isdecimal() and re.fullmatch("[0-9a-f]{64}", digest)):
                 raise SpecError(
                     f"anchor {anchor!r}: not an entry of a ledger; valid: NUMBER:HASH, as 12:9f86d0..."
                 )
-            wanted.setdefault(int(seq), set()).add(digest)
-        seq, digest, time_, size, notes = 0, NOTHING, "", 0, []
+            wanted.setdefault(int(number), set()).add(digest)
+        seq, digest, time_, size = 0, NOTHING, "", 0
+        notes: list[str] = []
         unsettled: set[int] = set()
         kept = None
 
@@ -281,7 +199,7 @@ class Ledger:
                         f"an append after entry {seq - 1} was interrupted; the next append cuts it off"
                     )
                     break
-                problem, skeleton, digest_ = _read(line[:-1], digest, seq)
+                problem, skeleton, digest_ = read(line[:-1], digest, seq)
                 if problem or skeleton is None:
                     return found(problem)
                 if skeleton.time < time_:
@@ -303,7 +221,7 @@ class Ledger:
             )
         if head.entries and kept != (head.size, head.hash):
             return found(f"{self._head.name} is of another ledger (hash {head.hash[:12]}...)")
-        if seq and not self._head.exists() and seq > 1:
+        if seq and not self._head.exists():
             return found(f"{self._head.name} is missing, without which a cut cannot be told")
         if wanted:
             return found(f"the ledger ends here, but entry {min(wanted)} was kept elsewhere")
@@ -322,9 +240,10 @@ class Ledger:
         last: int | None = None,
         moves_of: str | None = None,
     ) -> list[Entry]:
-        """Entries in order, of one service, from a time to a time (both included), the last so many of them.
+        """Entries in order, of one service, from a time to a time (both included, as `utc` writes them), the last so
+        many of them.
 
-        `moves_of`: only those by which this alias came to point elsewhere.
+        `moves_of`: only those by which this alias came to point elsewhere (they name it, and are applied or observed).
         """
         conditions, values = ["1"], []
         for condition, value in (
@@ -351,20 +270,26 @@ class Ledger:
         found = self._fetch("SELECT start, length FROM entries WHERE settles = ?", (intent.seq,))
         return found[0] if found else None
 
+    def last_intent(self, service: str, until: str | None = None) -> Entry | None:
+        """The last intent of a service, up to a time."""
+        last = self._fetch(
+            "SELECT start, length FROM entries WHERE service = ? AND outcome = 'intent' AND time <= ? "
+            "ORDER BY seq DESC LIMIT 1",
+            (service, until or "~"),  # after every time
+        )
+        return last[0] if last else None
+
     def unsettled(self, service: str) -> Entry | None:
         """The intent of a service that has no result: a writer died, or its registry did not answer."""
-        last = self._fetch(
-            "SELECT start, length FROM entries WHERE service = ? AND outcome = 'intent' ORDER BY seq DESC LIMIT 1",
-            (service,),
-        )
-        return last[0] if last and self.settlement(last[0]) is None else None
+        last = self.last_intent(service)
+        return last if last is not None and self.settlement(last) is None else None
 
     def _fetch(self, query: str, values: Sequence[Any]) -> list[Entry]:
         if not self._lines.exists():
             return []
         with self._index() as index, self._lines.open("rb") as file:
             places = index.execute(query, values).fetchall()
-            return [_entry(os.pread(file.fileno(), length, start)) for start, length in places]
+            return [entry_of(os.pread(file.fileno(), length, start)) for start, length in places]
 
     @contextlib.contextmanager
     def _index(self) -> Iterator[sqlite3.Connection]:
@@ -395,7 +320,7 @@ class Ledger:
         with index, self._lines.open("rb") as file:
             index.execute("BEGIN IMMEDIATE")
             seq, size, digest = index.execute("SELECT entries, size, hash FROM upto").fetchone() or (0, 0, "")
-            if not self._ends_at(file, Head(entries=seq, size=size, hash=digest)):
+            if not ends_at(file, Head(entries=seq, size=size, hash=digest)):
                 index.execute("DELETE FROM entries")
                 seq, size, digest = 0, 0, ""
             start = file.seek(size)
@@ -403,7 +328,7 @@ class Ledger:
             for line in file:
                 if not line.endswith(b"\n"):
                     break
-                entry = _entry(line)
+                entry = entry_of(line)
                 moved = entry.alias if entry.outcome in ("applied", "observed") else None
                 rows.append(
                     (seq, entry.time, entry.service, entry.outcome, moved, entry.of, start, len(line))
@@ -430,48 +355,6 @@ CREATE INDEX IF NOT EXISTS by_move ON entries (service, moved, time) WHERE moved
 CREATE INDEX IF NOT EXISTS by_intent ON entries (service, seq) WHERE outcome = 'intent';
 CREATE INDEX IF NOT EXISTS by_settled ON entries (settles) WHERE settles IS NOT NULL;
 """
-
-_decode_skeleton = msgspec.json.Decoder(_Skeleton).decode
-
-
-def _chained(prev: str, raw: bytes) -> str:
-    return hashlib.sha256(prev.encode() + raw).hexdigest()
-
-
-def _read(line: bytes, prev: str, seq: int) -> tuple[str, _Skeleton | None, str]:
-    """A line without its end, checked against the entry before: (problem or "", entry, hash)."""
-    if not (
-        line.startswith(_HASH)
-        and line[_PREV_AT : _PREV_AT + 15] == _PREV
-        and line[_RECORD_AT:_BODY_AT] == _RECORD
-        and line.endswith(_END)
-    ):
-        return "not a line of a ledger", None, ""
-    if line[_PREV_AT + 15 : _RECORD_AT] != prev.encode():
-        return "it does not follow the entry before: an entry was changed, moved, added or removed", None, ""
-    raw = line[_BODY_AT:-1]
-    digest = _chained(prev, raw)
-    if line[9:_PREV_AT] != digest.encode():
-        return "its hash is not that of its record: it was changed", None, ""
-    try:
-        skeleton = _decode_skeleton(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        return f"not a record: {error}", None, ""
-    if skeleton.seq != seq:
-        return f"it has number {skeleton.seq}", None, ""
-    if skeleton.schema != SCHEMA:
-        return f"its schema {skeleton.schema} is unknown; valid: {SCHEMA}", None, ""
-    return "", skeleton, digest
-
-
-def _entry(line: bytes) -> Entry:
-    try:
-        entry = msgspec.json.decode(line.rstrip(b"\n")[_BODY_AT:-1], type=Entry)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise LedgerError(
-            f"a line of the ledger is no entry: {error}; see `pilotage history --verify`"
-        ) from None
-    return msgspec.structs.replace(entry, hash=line[9:_PREV_AT].decode())
 
 
 def _write(file: Any, data: bytes) -> None:

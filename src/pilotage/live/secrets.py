@@ -1,4 +1,4 @@
-"""What must never stand in a ledger, a registry or a log: fields that are named like secrets, and text that looks like one."""
+"""What must never stand in a ledger or a registry: values of fields named like secrets, text that looks like one."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Any, Final
 import msgspec
 
 _BLOT: Final = "[withheld]"
-_SECRET_WORD: Final = "(?:password|passwd|pwd|secret|token|api[_-]?key|access[_-]?key|private[_-]?key|credentials?|authorization|cookie)"
-_SECRET_NAME: Final = re.compile(rf"(?:^|[_\-.]){_SECRET_WORD}$", re.IGNORECASE)
+_WORD: Final = (
+    "(?:password|passwd|pwd|secret|token|api[_-]?key|access[_-]?key|private[_-]?key|credentials?|authorization|"
+    "cookie)"
+)
+_SECRET_NAME: Final = re.compile(rf"(?:^|[_\-.]){_WORD}$", re.IGNORECASE)
 _SECRET_TEXT: Final = re.compile(
     r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # user:password@ in a URL
     r"|(?<=\bBearer )\S+|(?<=\bBasic )[A-Za-z0-9+/=]{8,}"
@@ -18,7 +21,7 @@ _SECRET_TEXT: Final = re.compile(
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*",
 )
 _SECRET_ARGUMENT: Final = re.compile(
-    rf"(--[\w-]*?{_SECRET_WORD}(?:=|\s+)|\b\w*?{_SECRET_WORD}(?:=|:\s*))[^\s'\"&]+", re.IGNORECASE
+    rf"(--[\w-]*?{_WORD}(?:=|\s+)|\b\w*?{_WORD}(?:=|:\s*))[^\s'\"&]+", re.IGNORECASE
 )
 
 
