@@ -23,14 +23,14 @@ from pilotage.live.registries import (
     ADDED,
     MOVED,
     Code,
-    Conflict,
+    ConflictError,
     Data,
-    Denied,
+    DeniedError,
     Measure,
-    Missing,
+    MissingError,
     Registry,
     RegistryError,
-    Unavailable,
+    UnavailableError,
     Version,
 )
 from pilotage.world.spec import Positive, Spec, SpecError
@@ -62,7 +62,7 @@ class MlflowServer(Spec, frozen=True, kw_only=True, tag_field="kind", tag="mlflo
 
     def version(self, service: str, version: str) -> Version:
         if not version.isdecimal():
-            raise Missing(f"{self.url}: {service!r} has no version {version!r}; valid: a number")
+            raise MissingError(f"{self.url}: {service!r} has no version {version!r}; valid: a number")
         return self._asked(lambda client: _version(client, client.get_model_version(service, version)))
 
     def versions(self, service: str) -> list[Version]:
@@ -77,7 +77,7 @@ class MlflowServer(Spec, frozen=True, kw_only=True, tag_field="kind", tag="mlflo
                     for alias, version in client.get_registered_model(service).aliases.items()
                 }
             )
-        except Missing:
+        except MissingError:
             return {}
 
     def move(
@@ -89,10 +89,10 @@ class MlflowServer(Spec, frozen=True, kw_only=True, tag_field="kind", tag="mlflo
             model = client.get_registered_model(service)
             now, passed = model.aliases.get(alias), int(model.tags.get(name, -1))
             if passed > fence:
-                raise Conflict(f"{service}@{alias}: writer {passed} came after this one ({fence})")
+                raise ConflictError(f"{service}@{alias}: writer {passed} came after this one ({fence})")
             now = None if now is None else str(now)
             if now not in (expected, to):
-                raise Conflict(f"{service}@{alias}: is at version {now}, not {expected}")
+                raise ConflictError(f"{service}@{alias}: is at version {now}, not {expected}")
             client.set_registered_model_tag(service, name, str(fence))
             if to is None:
                 client.delete_registered_model_alias(service, alias)
@@ -102,7 +102,7 @@ class MlflowServer(Spec, frozen=True, kw_only=True, tag_field="kind", tag="mlflo
             model = client.get_registered_model(service)
             found, passed = model.aliases.get(alias), int(model.tags.get(name, -1))
             if (None if found is None else str(found), passed) != (to, fence):
-                raise Conflict(
+                raise ConflictError(
                     f"{service}@{alias}: was moved to version {to}, but another writer was there, too: it is at "
                     f"{found} now"
                 )
@@ -119,7 +119,7 @@ class MlflowServer(Spec, frozen=True, kw_only=True, tag_field="kind", tag="mlflo
             try:
                 with _impatient(self.timeout_s), _translated(self.url):
                     return what(client)
-            except Unavailable:
+            except UnavailableError:
                 if attempt == _TRIES:
                     raise
                 time.sleep(0.2 * attempt)
@@ -129,6 +129,7 @@ class MlflowServer(Spec, frozen=True, kw_only=True, tag_field="kind", tag="mlflo
 @functools.lru_cache(8)
 def _client(url: str) -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is the caller's
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=url, registry_uri=url)
@@ -166,16 +167,16 @@ def _translated(url: str) -> Iterator[None]:
         kind: type[RegistryError] = RegistryError
         if code in (401, 403) or error.error_code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
             kind, said = (
-                Denied,
+                DeniedError,
                 f"{said}; give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD that may do this",
             )
         elif error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            kind = Missing
+            kind = MissingError
         elif code >= 500 or code in (408, 429):
-            kind = Unavailable
+            kind = UnavailableError
         raise kind(said) from None
     except OSError as error:  # requests' errors are
-        raise Unavailable(f"{url}: {type(error).__name__}: {error}"[:300]) from None
+        raise UnavailableError(f"{url}: {type(error).__name__}: {error}"[:300]) from None
 
 
 def _quoted(text: str) -> str:
@@ -253,6 +254,7 @@ def _add(client: Any, draft: Version, key: str) -> str:
         run.info.run_id,
         tags=draft.tags | {ADDED: key, _BODY: draft.stored.decode()},
         model_id=model.model_id,
+        await_creation_for=0,
     )
     return str(version.version)
 

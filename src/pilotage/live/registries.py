@@ -30,22 +30,22 @@ Parameter = str | int | float | bool | None
 
 
 class RegistryError(Exception):
-    """A registry did not do what was asked. Unless it is `Unavailable`, nothing was changed."""
+    """A registry did not do what was asked. Unless it is `UnavailableError`, nothing was changed."""
 
 
-class Unavailable(RegistryError):
+class UnavailableError(RegistryError):
     """No answer, or none that can be relied on: what was asked may or may not have happened."""
 
 
-class Denied(RegistryError):
+class DeniedError(RegistryError):
     """Not allowed: credentials are missing, wrong, or too weak."""
 
 
-class Missing(RegistryError):
+class MissingError(RegistryError):
     """There is no such model or version."""
 
 
-class Conflict(RegistryError):
+class ConflictError(RegistryError):
     """An alias is not where the caller believed it to be, or a later writer has been there."""
 
 
@@ -160,7 +160,7 @@ class Registry(Protocol):
     ) -> None:
         """Points an alias from the `expected` version (None: absent) at another, and reads it back.
 
-        `fence` grows with every writer; a writer with a smaller one than was seen is refused (Conflict), as is one
+        `fence` grows with every writer; a writer with a smaller one than was seen is refused (ConflictError), as is one
         whose expectation is wrong. `key` is kept with the version.
         """
         ...
@@ -199,7 +199,7 @@ class Folder(Spec, frozen=True, kw_only=True, tag_field="kind", tag="folder"):
     def version(self, service: str, version: str) -> Version:
         for found in self._versions(service, version):
             return found
-        raise Missing(f"{self.path}: {service!r} has no version {version!r}")
+        raise MissingError(f"{self.path}: {service!r} has no version {version!r}")
 
     def versions(self, service: str) -> list[Version]:
         return self._versions(service, None)
@@ -220,15 +220,15 @@ class Folder(Spec, frozen=True, kw_only=True, tag_field="kind", tag="folder"):
             ).fetchone()
             now, passed = (None, -1) if row is None else (row[0] and str(row[0]), row[1])
             if passed > fence:
-                raise Conflict(f"{service}@{alias}: writer {passed} came after this one ({fence})")
+                raise ConflictError(f"{service}@{alias}: writer {passed} came after this one ({fence})")
             if now not in (expected, to):
-                raise Conflict(f"{service}@{alias}: is at version {now}, not {expected}")
+                raise ConflictError(f"{service}@{alias}: is at version {now}, not {expected}")
             if to is not None:
                 number = int(to) if to.isdecimal() else -1
                 if not db.execute(
                     "SELECT 1 FROM versions WHERE service = ? AND version = ?", (service, number)
                 ).fetchone():
-                    raise Missing(f"{self.path}: {service!r} has no version {to!r}")
+                    raise MissingError(f"{self.path}: {service!r} has no version {to!r}")
                 self._tag(db, service, number, f"{MOVED}.{alias}", key)
             db.execute(
                 "INSERT OR REPLACE INTO aliases VALUES (?, ?, ?, ?)",
@@ -280,7 +280,7 @@ class Folder(Spec, frozen=True, kw_only=True, tag_field="kind", tag="folder"):
         try:
             db = sqlite3.connect(path / "registry.db" if path.is_dir() else ":memory:", timeout=10)
         except sqlite3.Error as error:
-            raise Unavailable(f"{self.path}: {error}") from None
+            raise UnavailableError(f"{self.path}: {error}") from None
         try:
             with db:
                 db.execute("PRAGMA synchronous = FULL")
@@ -289,7 +289,7 @@ class Folder(Spec, frozen=True, kw_only=True, tag_field="kind", tag="folder"):
                     db.execute(table)
                 yield db
         except sqlite3.Error as error:
-            raise Unavailable(f"{self.path}: {error}") from None
+            raise UnavailableError(f"{self.path}: {error}") from None
         finally:
             db.close()
 

@@ -1,10 +1,10 @@
 """Version control: every change of a registry goes through the ledger, and the ledger knows what was live when.
 
 A change is written down as an intent, made, read back, and written down as done (or failed). One writer per service is
-at work at a time; each has a fencing number, that of its intent. Before a move the registry is compared with the ledger;
-where somebody else has moved an alias, that is recorded as an external change. A writer that dies leaves an intent
-without a result, which the next one settles by looking at the registry: what happened is finished, in the target, too,
-and what did not is given up.
+at work at a time; each has a fencing number, that of its intent. Before a move the registry is compared with the
+ledger; where somebody else has moved an alias, that is recorded as an external change. A writer that dies leaves an
+intent without a result, which the next one settles by looking at the registry: what happened is finished, in the target
+too, and what did not is given up.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pilotage.live.ledger import Ledger
 from pilotage.live.registries import (
     CHAMPION,
     RETIRED,
-    Missing,
+    MissingError,
     Registry,
     RegistryError,
-    Unavailable,
+    UnavailableError,
     Version,
     alias_name,
     service_name,
@@ -36,7 +36,7 @@ _OUTSIDE: Final = Actor(kind="unknown", name="outside pilotage")
 _SETTLER: Final = Actor(kind="rule", name="settle after restart")
 
 
-class Refused(RegistryError):
+class RefusedError(RegistryError):
     """A change that was not made, because it was decided on something that no longer holds."""
 
 
@@ -95,12 +95,12 @@ class Versions:
         reason: str,
         alias: str = CHAMPION,
         expected: str | msgspec.UnsetType | None = msgspec.UNSET,
-        **groups: dict[str, Any],
+        **groups: Any,
     ) -> Entry:
         """Points an alias at a version, and makes the target run it if it is the champion.
 
         `expected` is the version that the decision was made against (None: no alias); not given, it is what the
-        ledger says at the call. Where that no longer holds, the change is recorded as refused, and Refused is
+        ledger says at the call. Where that no longer holds, the change is recorded as refused, and RefusedError is
         raised. A move to where the alias is already changes nothing. `groups` are groups of `entries.Record`, as
         evidence. Returns the entry that records the result.
         """
@@ -135,7 +135,8 @@ class Versions:
     def retire(self, service: str, version: str, *, actor: Actor, reason: str) -> Entry:
         """Marks a version that nothing needs; it stays in the registry but cannot be promoted any more."""
         about = Record(
-            kind="retire", outcome="intent", service=service_name(service), actor=actor, reason=reason, new_version=version
+            kind="retire", outcome="intent", service=service_name(service), actor=actor, reason=reason,
+            new_version=version,
         )  # fmt: skip
         with self._alone(about):
             self._settle_open(service)
@@ -144,7 +145,12 @@ class Versions:
                     what = "is" if at == version else "is what a rollback would restore as"
                     raise self._refuse(about, f"version {version} {what} {service}@{alias}")
             self.registry.version(service, version)
-            return self._change(about, lambda _: self.registry.tag(service, version, RETIRED, reason) or {})
+
+            def act(_: Entry) -> dict[str, Any]:
+                self.registry.tag(service, version, RETIRED, reason)
+                return {}
+
+            return self._change(about, act)
 
     def reconcile(self, service: str, alias: str = CHAMPION) -> list[Entry]:
         """Brings ledger, registry and target together; returns the entries that were needed for it.
@@ -176,7 +182,7 @@ class Versions:
                 raise self._refuse(about, f"it is at version {now}, not {about.expected_version}")
             try:
                 retired = self.registry.version(service, to).retired
-            except Missing as error:
+            except MissingError as error:
                 known = [v.version for v in self.registry.versions(service) if v.retired is None]
                 raise self._refuse(about, f"{error}; valid: {', '.join(known) or 'none'}") from None
             if retired is not None:
@@ -200,10 +206,10 @@ class Versions:
         began = time.monotonic()
         try:
             response = act(intent)
-        except Unavailable as error:
+        except UnavailableError as error:
             result = self._settle(intent)
             if result.outcome != "applied":
-                raise Unavailable(f"{error}; it was not done, as the registry says by now") from None
+                raise UnavailableError(f"{error}; it was not done, as the registry says by now") from None
             return result
         except (RegistryError, TargetError) as error:
             self._conclude(intent, "failed", intent.actor, response={"error": str(error)})
@@ -214,10 +220,15 @@ class Versions:
 
     def _conclude(self, intent: Entry, outcome: str, actor: Actor, **changes: Any) -> Entry:
         fields = {name: getattr(intent, name) for name in Record.__struct_fields__}
-        groups = dict.fromkeys(
-            ("subject", "decision", "evidence", "economics", "fairness"), {}
-        )  # with the intent
-        fields |= groups | {"outcome": outcome, "of": intent.seq, "actor": actor} | changes
+        for group in (
+            "subject",
+            "decision",
+            "evidence",
+            "economics",
+            "fairness",
+        ):  # these stand with the intent
+            fields[group] = {}
+        fields |= {"outcome": outcome, "of": intent.seq, "actor": actor} | changes
         return self.ledger.append(Record(**fields))[0]
 
     @contextlib.contextmanager
@@ -230,9 +241,9 @@ class Versions:
                 about, f"another writer was at work for more than {self._wait_s:g} s"
             ) from None
 
-    def _refuse(self, about: Record, why: str) -> Refused:
+    def _refuse(self, about: Record, why: str) -> RefusedError:
         self.ledger.append(msgspec.structs.replace(about, outcome="refused", response={"refused": why}))
-        return Refused(f"{about.service}: {about.kind} of version {about.new_version} refused: {why}")
+        return RefusedError(f"{about.service}: {about.kind} of version {about.new_version} refused: {why}")
 
     # --- agreement -------------------------------------------------------------------------------------------
     def _settle_open(self, service: str) -> None:
