@@ -88,7 +88,7 @@ Answer = tuple[int, bytes] | float | None
 def proxy(port: int, fault: Callable[[str, str], Answer]) -> Iterator[str]:
     """The URL of a server that passes requests on to a port, unless `fault(method, path)` says otherwise.
 
-    A fault of ("after", ...) kind is had by silence: the request is passed on, but the client hears nothing.
+    After seconds of silence the request has been passed on, but a client that is impatient has heard nothing.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -118,7 +118,7 @@ def proxy(port: int, fault: Callable[[str, str], Answer]) -> Iterator[str]:
             except OSError:  # the client did not wait
                 pass
 
-        do_GET = do_POST = do_PATCH = do_DELETE = do_PUT = handle_one
+        do_GET = do_POST = do_PATCH = do_DELETE = handle_one  # noqa: N815
 
         def log_message(self, *_: object) -> None: ...
 

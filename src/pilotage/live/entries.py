@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from io import FileIO
 from typing import Annotated, Any, BinaryIO, Final, Literal
 
@@ -81,6 +81,12 @@ class Entry(Record, frozen=True, kw_only=True, omit_defaults=True):
     def id(self) -> str:
         """What a registry keeps of this entry."""
         return f"{self.seq}:{self.hash}"
+
+    @property
+    def fence(self) -> int:
+        """A number that grows with every writer, also from one ledger to its successor: microseconds since 1970."""
+        since = datetime.fromisoformat(self.time) - datetime(1970, 1, 1, tzinfo=UTC)
+        return since // timedelta(microseconds=1)
 
 
 class Head(Spec, frozen=True, kw_only=True):

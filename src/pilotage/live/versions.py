@@ -1,7 +1,7 @@
 """Version control: every change of a registry goes through the ledger, and the ledger knows what was live when.
 
 A change is written down as an intent, made, read back, and written down as done (or failed). One writer per service is
-at work at a time; each has a fencing number, that of its intent. Before a move the registry is compared with the
+at work at a time; each has a fencing number, the time of its intent. Before a move the registry is compared with the
 ledger; where somebody else has moved an alias, that is recorded as an external change. A writer that dies leaves an
 intent without a result, which the next one settles by looking at the registry: what happened is finished, in the target
 too, and what did not is given up.
@@ -189,13 +189,13 @@ class Versions:
                 raise self._refuse(about, f"version {to} is retired: {retired}")
 
             def act(intent: Entry) -> dict[str, Any]:
-                self.registry.move(service, alias, now, to, fence=intent.seq, key=intent.id)
+                self.registry.move(service, alias, now, to, fence=intent.fence, key=intent.id)
                 if alias != CHAMPION:
                     return {}
                 try:
                     return {"target": self._deploy(service, to)}
                 except TargetError:
-                    self.registry.move(service, alias, to, now, fence=intent.seq, key=intent.id)
+                    self.registry.move(service, alias, to, now, fence=intent.fence, key=intent.id)
                     raise
 
             return self._change(about, act)
