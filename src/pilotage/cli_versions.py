@@ -99,8 +99,12 @@ def history(
             raise SpecError(f"--home {home}: holds no ledger; give the folder that `pilotage track` wrote to")
         result: dict[str, Any] = {"service": service, "alias": alias}
         if verify:
-            found = versions.ledger.verify([*versions.anchors(service), *(head or [])])
+            own, others = versions.anchors(service)
+            found = versions.ledger.verify([*own, *(head or [])])
             result["verification"] = msgspec.to_builtins(found)
+            result["verification"]["notes"] += [
+                f"the registry also names ledger {name}..." for name in others
+            ]
         if at is not None:
             result["live"] = msgspec.to_builtins(versions.live_at(service, _time(at), alias))
         if not verify and at is None:

@@ -31,7 +31,6 @@ import msgspec
 from pilotage.live.entries import (
     MAX_RECORD_BYTES,
     NOTHING,
-    SCHEMA,
     Entry,
     Head,
     LedgerError,
@@ -69,15 +68,15 @@ class Ledger:
         Secrets are blotted out first. Raises SpecError for a record that is too large, LedgerError where the ledger
         does not continue its head (it was cut or changed).
         """
-        bodies = [without_secrets(msgspec.to_builtins(record)) for record in records]
+        clean = [_without_secrets(record) for record in records]
         self.folder.mkdir(parents=True, exist_ok=True)
         with _locked(self.folder / "append.lock"), self._lines.open("a+b", buffering=0) as file:
             head = self._caught_up(file)
             entries, lines, last = [], [], head
-            for body in bodies:
+            for record in clean:
                 now = max(utc(datetime.now(UTC)), last.time)
-                body |= {"seq": last.entries, "time": now, "monotonic_s": round(time.monotonic(), 6)}
-                entry = msgspec.convert(body | {"schema": SCHEMA}, Entry)
+                fields = {name: getattr(record, name) for name in Record.__struct_fields__}
+                entry = Entry(**fields, seq=last.entries, time=now, monotonic_s=round(time.monotonic(), 6))
                 raw = msgspec.json.encode(entry, order="sorted")
                 if len(raw) > MAX_RECORD_BYTES:
                     raise SpecError(
@@ -123,6 +122,15 @@ class Ledger:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+    @property
+    def name(self) -> str:
+        """What tells this ledger from others: the start of its first hash; empty while it has no entry."""
+        try:
+            with self._lines.open("rb") as file:
+                return entry_of(file.readline()).hash[:12]
+        except FileNotFoundError:
+            return ""
 
     def head(self) -> Head:
         """The head as it was last kept."""
@@ -355,6 +363,12 @@ CREATE INDEX IF NOT EXISTS by_move ON entries (service, moved, time) WHERE moved
 CREATE INDEX IF NOT EXISTS by_intent ON entries (service, seq) WHERE outcome = 'intent';
 CREATE INDEX IF NOT EXISTS by_settled ON entries (settles) WHERE settles IS NOT NULL;
 """
+
+
+def _without_secrets(record: Record) -> Record:
+    plain = msgspec.to_builtins(record)
+    clean = without_secrets(plain)
+    return record if clean is plain else msgspec.convert(clean, Record)
 
 
 def _write(file: Any, data: bytes) -> None:

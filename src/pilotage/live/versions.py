@@ -19,7 +19,9 @@ import msgspec
 from pilotage.live.entries import Actor, Entry, Record
 from pilotage.live.ledger import Ledger
 from pilotage.live.registries import (
+    ADDED,
     CHAMPION,
+    MOVED,
     RETIRED,
     MissingError,
     Registry,
@@ -82,7 +84,7 @@ class Versions:
             self._settle_open(draft.service)
             result = self._change(
                 about,
-                lambda intent: {"new_version": self.registry.add(draft, intent.id)},
+                lambda intent: {"new_version": self.registry.add(draft, self._key(intent))},
             )
             return str(result.new_version)
 
@@ -189,13 +191,13 @@ class Versions:
                 raise self._refuse(about, f"version {to} is retired: {retired}")
 
             def act(intent: Entry) -> dict[str, Any]:
-                self.registry.move(service, alias, now, to, fence=intent.fence, key=intent.id)
+                self.registry.move(service, alias, now, to, fence=intent.fence, key=self._key(intent))
                 if alias != CHAMPION:
                     return {}
                 try:
                     return {"target": self._deploy(service, to)}
                 except TargetError:
-                    self.registry.move(service, alias, to, now, fence=intent.fence, key=intent.id)
+                    self.registry.move(service, alias, to, now, fence=intent.fence, key=self._key(intent))
                     raise
 
             return self._change(about, act)
@@ -255,7 +257,7 @@ class Versions:
         """The result of an intent whose writer does not know or is dead, from what the registry says."""
         service, response = intent.service, {"settled": "from what the registry says"}
         if intent.kind == "register":
-            number = self.registry.added(service, intent.id)
+            number = self.registry.added(service, self._key(intent))
             done, changes = number is not None, {"new_version": number}
         elif intent.kind == "retire":
             done, changes = self.registry.version(service, str(intent.new_version)).retired is not None, {}
@@ -330,11 +332,18 @@ class Versions:
             live, version=found.new_version, since=found.time, reason=found.reason, actor=found.actor, entry=found.id
         )  # fmt: skip
 
-    def anchors(self, service: str) -> list[str]:
-        """The ledger entries that the registry's tags name, to verify the ledger by."""
-        return [
-            value
-            for version in self.registry.versions(service)
-            for name, value in version.tags.items()
-            if name.startswith("pilotage.") and name != RETIRED
-        ]
+    def anchors(self, service: str) -> tuple[list[str], list[str]]:
+        """Entries of this ledger that the registry's tags name, to verify it by, and names of other ledgers there."""
+        own, others = [], set()
+        for version in self.registry.versions(service):
+            for name, value in version.tags.items():
+                if name == ADDED or name.startswith(MOVED):
+                    ledger, _, entry = value.partition(":")
+                    if ledger == self.ledger.name:
+                        own.append(entry)
+                    else:
+                        others.add(ledger)
+        return own, sorted(others)
+
+    def _key(self, intent: Entry) -> str:
+        return f"{self.ledger.name}:{intent.id}"
