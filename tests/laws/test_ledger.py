@@ -289,8 +289,8 @@ def test_secrets_and_payload_do_not_get_in(tmp_path: Path) -> None:
 def _million(tmp_path: Path, count: int) -> tuple[float, float]:
     """Seconds to verify so many entries, and the longest of 20 questions by time."""
     ledger = Ledger(tmp_path)
-    for start in range(0, count, 10_000):
-        ledger.append(*[record(start + k) for k in range(10_000)])
+    for start in range(0, count, 5_000):
+        ledger.append(*[record(start + k) for k in range(5_000)])
     began = time.perf_counter()
     assert ledger.verify().entries == count
     verified_s = time.perf_counter() - began
@@ -305,8 +305,8 @@ def _million(tmp_path: Path, count: int) -> tuple[float, float]:
 
 
 def test_many_entries_are_verified_and_asked_quickly(tmp_path: Path) -> None:
-    verified_s, asked_s = _million(tmp_path, 50_000)
-    assert verified_s < 10  # 1 s on a quiet machine
+    verified_s, asked_s = _million(tmp_path, 20_000)
+    assert verified_s < 5  # 0.1 s on a quiet machine
     assert asked_s < 1.0
 
 

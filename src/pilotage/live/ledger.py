@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import msgspec
 
@@ -324,10 +324,16 @@ class Ledger:
             index.close()
 
     def _catch_up(self, index: sqlite3.Connection) -> None:
-        index.executescript(_TABLES)
         with index, self._lines.open("rb") as file:
+            if self._is_current(index, file)[0]:
+                return
+            index.execute("PRAGMA synchronous = OFF")  # what a crash loses is read again
             index.execute("BEGIN IMMEDIATE")
-            seq, size, digest = index.execute("SELECT entries, size, hash FROM upto").fetchone() or (0, 0, "")
+            for table in _TABLES:
+                index.execute(table)
+            current, (seq, size, digest) = self._is_current(index, file)
+            if current:  # another process was faster
+                return
             if not ends_at(file, Head(entries=seq, size=size, hash=digest)):
                 index.execute("DELETE FROM entries")
                 seq, size, digest = 0, 0, ""
@@ -346,23 +352,30 @@ class Ledger:
                     index.executemany("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
                     rows = []
             index.executemany("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
-            if start > size or size == 0:
-                index.execute("DELETE FROM upto")
-                index.execute("INSERT INTO upto VALUES (?, ?, ?)", (seq, start, digest))
+            index.execute("DELETE FROM upto")
+            index.execute("INSERT INTO upto VALUES (?, ?, ?)", (seq, start, digest))
+
+    @staticmethod
+    def _is_current(index: sqlite3.Connection, file: BinaryIO) -> tuple[bool, tuple[int, int, str]]:
+        """Whether the index has all lines, and up to where it goes."""
+        if index.execute("SELECT 1 FROM sqlite_master WHERE name = 'upto'").fetchone() is None:
+            return False, (0, 0, "")
+        seq, size, digest = index.execute("SELECT entries, size, hash FROM upto").fetchone() or (0, 0, "")
+        whole = os.fstat(file.fileno()).st_size == size > 0
+        return whole and ends_at(file, Head(entries=seq, size=size, hash=digest)), (seq, size, digest)
 
 
-_TABLES: Final = """
-PRAGMA synchronous = OFF;
-CREATE TABLE IF NOT EXISTS upto (entries INTEGER, size INTEGER, hash TEXT);
-CREATE TABLE IF NOT EXISTS entries (
-    seq INTEGER PRIMARY KEY, time TEXT, service TEXT, outcome TEXT, moved TEXT, settles INTEGER,
-    start INTEGER, length INTEGER);
-CREATE INDEX IF NOT EXISTS by_time ON entries (time);
-CREATE INDEX IF NOT EXISTS by_service ON entries (service, time);
-CREATE INDEX IF NOT EXISTS by_move ON entries (service, moved, time) WHERE moved IS NOT NULL;
-CREATE INDEX IF NOT EXISTS by_intent ON entries (service, seq) WHERE outcome = 'intent';
-CREATE INDEX IF NOT EXISTS by_settled ON entries (settles) WHERE settles IS NOT NULL;
-"""
+_TABLES: Final = (
+    "CREATE TABLE IF NOT EXISTS upto (entries INTEGER, size INTEGER, hash TEXT)",
+    """CREATE TABLE IF NOT EXISTS entries (
+        seq INTEGER PRIMARY KEY, time TEXT, service TEXT, outcome TEXT, moved TEXT, settles INTEGER,
+        start INTEGER, length INTEGER)""",
+    "CREATE INDEX IF NOT EXISTS by_time ON entries (time)",
+    "CREATE INDEX IF NOT EXISTS by_service ON entries (service, time)",
+    "CREATE INDEX IF NOT EXISTS by_move ON entries (service, moved, time) WHERE moved IS NOT NULL",
+    "CREATE INDEX IF NOT EXISTS by_intent ON entries (service, seq) WHERE outcome = 'intent'",
+    "CREATE INDEX IF NOT EXISTS by_settled ON entries (settles) WHERE settles IS NOT NULL",
+)
 
 
 def _without_secrets(record: Record) -> Record:
