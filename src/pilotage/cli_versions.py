@@ -101,10 +101,8 @@ def history(
         if verify:
             own, others = versions.anchors(service)
             found = versions.ledger.verify([*own, *(head or [])])
-            result["verification"] = msgspec.to_builtins(found)
-            result["verification"]["notes"] += [
-                f"the registry also names ledger {name}..." for name in others
-            ]
+            notes = (*found.notes, *(f"the registry also names ledger {name}..." for name in others))
+            result["verification"] = msgspec.to_builtins(found.replace(notes=notes))
         if at is not None:
             result["live"] = msgspec.to_builtins(versions.live_at(service, _time(at), alias))
         if not verify and at is None:

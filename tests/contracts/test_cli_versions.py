@@ -127,7 +127,7 @@ def test_every_command_prints_the_agreed_json(home: Path) -> None:
 
 def test_every_command_tells_people(home: Path) -> None:
     assert "reason 2" in pilotage("history", "fraud", cwd=home).stdout
-    assert "version 2 since" in pilotage("history", "fraud", "--at", "2999", cwd=home).stdout
+    assert "version 2 since" in pilotage("history", "fraud", "--at", "2999-01-01", cwd=home).stdout
     assert "nothing was live" in pilotage("history", "fraud", "--at", "1999-12-31", cwd=home).stdout
     assert "intact: 8 entries" in pilotage("history", "fraud", "--verify", cwd=home).stdout
     assert "prefer fraud:2" in pilotage("compare", "fraud:1", "fraud:2", cwd=home).stdout

@@ -99,7 +99,7 @@ class Head(Spec, frozen=True, kw_only=True):
 
 
 class LedgerError(Exception):
-    """A ledger that is not what it was: the message says where. Nothing is written to such a ledger."""
+    """A ledger that is not what it was: the message says where."""
 
 
 class Skeleton(msgspec.Struct):

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Final, TypeVar
@@ -28,7 +29,6 @@ from pilotage.live.registries import (
     DeniedError,
     Measure,
     MissingError,
-    Registry,
     RegistryError,
     UnavailableError,
     Version,
@@ -135,23 +135,32 @@ def _client(url: str) -> Any:
     return MlflowClient(tracking_uri=url, registry_uri=url)
 
 
+_patience: Final = threading.Lock()
+_users_own: list[dict[str, str | None]] = []  # the environment as it was, once per call that is under way
+
+
 @contextlib.contextmanager
 def _impatient(timeout_s: float) -> Iterator[None]:
-    """MLflow's client waits two minutes and retries for as long; a control loop cannot. It reads this at every call."""
+    """MLflow's client waits two minutes and retries for as long; a control loop cannot. It reads the environment at
+    every request and nothing else, so the environment is changed for the call, and restored after the last one."""
     wanted = {
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, round(timeout_s))),
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     }
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
+    with _patience:
+        _users_own.append(_users_own[0] if _users_own else {name: os.environ.get(name) for name in wanted})
+        os.environ.update(wanted)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        with _patience:
+            before = _users_own.pop()
+            if not _users_own:
+                for name, value in before.items():
+                    if value is None:
+                        os.environ.pop(name, None)
+                    else:
+                        os.environ[name] = value
 
 
 @contextlib.contextmanager
@@ -296,7 +305,3 @@ def _version(client: Any, found: Any) -> Version:
         metrics={name: Measure(value=value) for name, value in run.data.metrics.items()},
         data=tuple(Data(name=one.dataset.name, digest=one.dataset.digest) for one in inputs),
     )
-
-
-def _member(server: MlflowServer) -> Registry:
-    return server  # what the type checker holds it to

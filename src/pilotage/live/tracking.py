@@ -25,7 +25,6 @@ import numpy as np
 
 from pilotage.live.entries import Actor
 from pilotage.live.registries import CHAMPION, Code, Data, Measure, Parameter, Version, service_name
-from pilotage.live.secrets import without_secrets
 from pilotage.live.versions import Versions
 from pilotage.world.spec import SpecError
 
@@ -104,7 +103,7 @@ class Tracked:
             self._metrics["training_s"] = Measure(value=round(time.monotonic() - started, 3))
         return Version(
             service=self.service, code=code(), data=tuple(self._data.values()),
-            parameters=without_secrets(self._parameters), metrics=self._metrics, slices=self._slices,
+            parameters=self._parameters, metrics=self._metrics, slices=self._slices,
             environment=environment(), artifact=str(self._artifact or ""),
             artifact_digest=digest_of(self._artifact) if self._artifact else "",
         )  # fmt: skip
@@ -179,7 +178,7 @@ def run(
             tracked.heard(line)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command[0])
-    tracked.parameters(command=without_secrets(" ".join(command)))
+    tracked.parameters(command=" ".join(command))
     _register(tracked, versions, started, actor, "training by a command")
     return tracked
 

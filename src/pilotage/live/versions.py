@@ -31,6 +31,7 @@ from pilotage.live.registries import (
     alias_name,
     service_name,
 )
+from pilotage.live.secrets import without_secrets
 from pilotage.live.targets import Target, TargetError
 from pilotage.world.spec import Spec, SpecError
 
@@ -71,7 +72,12 @@ class Versions:
 
     # --- changes ---------------------------------------------------------------------------------------------
     def add(self, draft: Version, *, actor: Actor, reason: str) -> str:
-        """Registers a new version; returns its number."""
+        """Registers a new version, without the secrets that its texts may hold; returns its number."""
+        texts = {
+            name: without_secrets(getattr(draft, name))
+            for name in ("parameters", "environment", "tags", "artifact")
+        }
+        draft = msgspec.structs.replace(draft, **texts)
         about = Record(
             kind="register", outcome="intent", service=draft.service, actor=actor, reason=reason,
             artifact_digest=draft.artifact_digest or None,
