@@ -142,7 +142,10 @@ def main() -> None:
     lines = [
         ("tampered, truncated or reordered ledgers found", "1", share, low, high, share == 1),
         (f"{entries} entries verified, seconds", "< 20", fast["verify_s"], "", "", fast["verify_s"] < 20),
-        (f"{entries} entries, longest query by time, seconds", "< 0.1", fast["query_max_s"], "", "", fast["query_max_s"] < 0.1),
+        (
+            f"{entries} entries, longest query by time, seconds",
+            "< 0.1", fast["query_max_s"], "", "", fast["query_max_s"] < 0.1,
+        ),
     ]  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     write_whole(options.out / "table.csv", as_csv(rows))

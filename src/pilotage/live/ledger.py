@@ -21,10 +21,10 @@ import os
 import re
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any
 
 import msgspec
 
@@ -41,6 +41,7 @@ from pilotage.live.entries import (
     read,
     utc,
 )
+from pilotage.live.index import Index
 from pilotage.live.secrets import without_secrets
 from pilotage.world.spec import Spec, SpecError
 
@@ -60,6 +61,7 @@ class Ledger:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self._lines, self._head = self.folder / "ledger.jsonl", self.folder / "head.json"
+        self._index = Index(self._lines)
 
     # --- writing ---------------------------------------------------------------------------------------------
     def append(self, *records: Record) -> list[Entry]:
@@ -94,8 +96,8 @@ class Ledger:
                 os.ftruncate(file.fileno(), head.size)  # what was never acknowledged
                 raise
             self._keep(last)
-        with contextlib.suppress(sqlite3.Error), self._index():
-            pass  # the index is a convenience: the next query catches up
+        with contextlib.suppress(sqlite3.Error):  # a convenience: the next query catches up
+            self._index.catch_up()
         return entries
 
     @contextlib.contextmanager
@@ -265,22 +267,22 @@ class Ledger:
                 values.append(value)
         where = " AND ".join(conditions)
         query = f"SELECT start, length FROM entries WHERE {where} ORDER BY seq DESC LIMIT ?"  # noqa: S608
-        return self._fetch(query, (*values, -1 if last is None else last))[::-1]
+        return self._index.fetch(query, (*values, -1 if last is None else last))[::-1]
 
     def entry(self, seq: int) -> Entry:
-        found = self._fetch("SELECT start, length FROM entries WHERE seq = ?", (seq,))
+        found = self._index.fetch("SELECT start, length FROM entries WHERE seq = ?", (seq,))
         if not found:
             raise SpecError(f"{self._lines}: has no entry {seq}")
         return found[0]
 
     def settlement(self, intent: Entry) -> Entry | None:
         """The result of an intent, if it has one."""
-        found = self._fetch("SELECT start, length FROM entries WHERE settles = ?", (intent.seq,))
+        found = self._index.fetch("SELECT start, length FROM entries WHERE settles = ?", (intent.seq,))
         return found[0] if found else None
 
     def last_intent(self, service: str, until: str | None = None) -> Entry | None:
         """The last intent of a service, up to a time."""
-        last = self._fetch(
+        last = self._index.fetch(
             "SELECT start, length FROM entries WHERE service = ? AND outcome = 'intent' AND time <= ? "
             "ORDER BY seq DESC LIMIT 1",
             (service, until or "~"),  # after every time
@@ -291,91 +293,6 @@ class Ledger:
         """The intent of a service that has no result: a writer died, or its registry did not answer."""
         last = self.last_intent(service)
         return last if last is not None and self.settlement(last) is None else None
-
-    def _fetch(self, query: str, values: Sequence[Any]) -> list[Entry]:
-        if not self._lines.exists():
-            return []
-        with self._index() as index, self._lines.open("rb") as file:
-            places = index.execute(query, values).fetchall()
-            return [entry_of(os.pread(file.fileno(), length, start)) for start, length in places]
-
-    @contextlib.contextmanager
-    def _index(self) -> Iterator[sqlite3.Connection]:
-        """The index, up to date with the lines."""
-        writable = os.access(self.folder, os.W_OK)
-        path = self.folder / "index.db"
-        for attempt in (1, 2):
-            index = sqlite3.connect(path if writable else ":memory:", timeout=30)
-            try:
-                self._catch_up(index)
-            except sqlite3.OperationalError:
-                index.close()
-                raise
-            except sqlite3.DatabaseError:  # broken: it is derived, so make it anew
-                index.close()
-                path.unlink(missing_ok=True)
-                if attempt == 2:
-                    raise
-            else:
-                break
-        try:
-            yield index
-        finally:
-            index.close()
-
-    def _catch_up(self, index: sqlite3.Connection) -> None:
-        with index, self._lines.open("rb") as file:
-            if self._is_current(index, file)[0]:
-                return
-            index.execute("PRAGMA synchronous = OFF")  # what a crash loses is read again
-            index.execute("BEGIN IMMEDIATE")
-            for table in _TABLES:
-                index.execute(table)
-            current, (seq, size, digest) = self._is_current(index, file)
-            if current:  # another process was faster
-                return
-            if not ends_at(file, Head(entries=seq, size=size, hash=digest)):
-                index.execute("DELETE FROM entries")
-                seq, size, digest = 0, 0, ""
-            start = file.seek(size)
-            rows = []
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                entry = entry_of(line)
-                moved = entry.alias if entry.outcome in ("applied", "observed") else None
-                rows.append(
-                    (seq, entry.time, entry.service, entry.outcome, moved, entry.of, start, len(line))
-                )
-                start, seq, digest = start + len(line), seq + 1, entry.hash
-                if len(rows) == 10_000:
-                    index.executemany("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
-                    rows = []
-            index.executemany("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
-            index.execute("DELETE FROM upto")
-            index.execute("INSERT INTO upto VALUES (?, ?, ?)", (seq, start, digest))
-
-    @staticmethod
-    def _is_current(index: sqlite3.Connection, file: BinaryIO) -> tuple[bool, tuple[int, int, str]]:
-        """Whether the index has all lines, and up to where it goes."""
-        if index.execute("SELECT 1 FROM sqlite_master WHERE name = 'upto'").fetchone() is None:
-            return False, (0, 0, "")
-        seq, size, digest = index.execute("SELECT entries, size, hash FROM upto").fetchone() or (0, 0, "")
-        whole = os.fstat(file.fileno()).st_size == size > 0
-        return whole and ends_at(file, Head(entries=seq, size=size, hash=digest)), (seq, size, digest)
-
-
-_TABLES: Final = (
-    "CREATE TABLE IF NOT EXISTS upto (entries INTEGER, size INTEGER, hash TEXT)",
-    """CREATE TABLE IF NOT EXISTS entries (
-        seq INTEGER PRIMARY KEY, time TEXT, service TEXT, outcome TEXT, moved TEXT, settles INTEGER,
-        start INTEGER, length INTEGER)""",
-    "CREATE INDEX IF NOT EXISTS by_time ON entries (time)",
-    "CREATE INDEX IF NOT EXISTS by_service ON entries (service, time)",
-    "CREATE INDEX IF NOT EXISTS by_move ON entries (service, moved, time) WHERE moved IS NOT NULL",
-    "CREATE INDEX IF NOT EXISTS by_intent ON entries (service, seq) WHERE outcome = 'intent'",
-    "CREATE INDEX IF NOT EXISTS by_settled ON entries (settles) WHERE settles IS NOT NULL",
-)
 
 
 def _without_secrets(record: Record) -> Record:

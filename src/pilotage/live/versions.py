@@ -35,6 +35,7 @@ from pilotage.live.secrets import without_secrets
 from pilotage.live.targets import Target, TargetError
 from pilotage.world.spec import Spec, SpecError
 
+_GROUPS: Final = ("subject", "decision", "evidence", "economics", "fairness")
 _OUTSIDE: Final = Actor(kind="unknown", name="outside pilotage")
 _SETTLER: Final = Actor(kind="rule", name="settle after restart")
 
@@ -167,11 +168,14 @@ class Versions:
         champion points at. To be called at every start and tick.
         """
         first = self.ledger.entries(last=1)
-        with self.ledger.alone(service_name(service), self._wait_s):
-            self._settle_open(service)
-            version, _ = self._observed(service, alias_name(alias))
-            if alias == CHAMPION:
-                self._deploy(service, version)
+        try:
+            with self.ledger.alone(service_name(service), self._wait_s):
+                self._settle_open(service)
+                version, _ = self._observed(service, alias_name(alias))
+                if alias == CHAMPION:
+                    self._deploy(service, version)
+        except TimeoutError as error:
+            raise RefusedError(f"{service}: another writer is at work: {error}") from None
         seen = first[0].seq if first else -1
         return [e for e in self.ledger.entries(service, last=20) if e.seq > seen]
 
@@ -219,7 +223,7 @@ class Versions:
             if result.outcome != "applied":
                 raise UnavailableError(f"{error}; it was not done, as the registry says by now") from None
             return result
-        except (RegistryError, TargetError) as error:
+        except (RegistryError, TargetError, SpecError) as error:
             self._conclude(intent, "failed", intent.actor, response={"error": str(error)})
             raise
         changes = {key: response.pop(key) for key in ("new_version",) if key in response}
@@ -228,14 +232,7 @@ class Versions:
 
     def _conclude(self, intent: Entry, outcome: str, actor: Actor, **changes: Any) -> Entry:
         fields = {name: getattr(intent, name) for name in Record.__struct_fields__}
-        for group in (
-            "subject",
-            "decision",
-            "evidence",
-            "economics",
-            "fairness",
-        ):  # these stand with the intent
-            fields[group] = {}
+        fields |= {group: {} for group in _GROUPS}  # these stand with the intent
         fields |= {"outcome": outcome, "of": intent.seq, "actor": actor} | changes
         return self.ledger.append(Record(**fields))[0]
 
