@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -14,7 +13,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from pilotage import __version__
+from pilotage import __version__, cli_versions
+from pilotage.console import AsJson, fail, print_json
 from pilotage.world.spec import SpecError
 
 app = typer.Typer(
@@ -23,12 +23,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(cli_versions.app)
 _screen = Console(stderr=True)
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 Env = Annotated[str, typer.Argument(help="a shipped environment (see `pilotage envs`) or a scenario file")]
 Data = Annotated[Path | None, typer.Option("--data", help="folder of traces (default: PILOTAGE_DATA)")]
-AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 Hours = Annotated[float | None, typer.Option("--hours", help="length of the run instead of the scenario's")]
 PlacementRule = Annotated[
     str | None,
@@ -53,13 +53,13 @@ def main() -> NoReturn:
             raise KeyboardInterrupt
         raise SystemExit(code if isinstance(code, int) else 0)
     except SpecError as error:
-        _fail(str(error), 2)
+        fail(str(error), 2)
     except KeyboardInterrupt:
-        _fail("interrupted; what was finished is kept, and the same command resumes it", _INTERRUPTED)
+        fail("interrupted; what was finished is kept, and the same command resumes it", _INTERRUPTED)
     except typer.Exit as exit_:
         raise SystemExit(exit_.exit_code) from None
     except OSError as error:
-        _fail(f"{error.filename or 'output'}: {error.strerror or error}", 2)
+        fail(f"{error.filename or 'output'}: {error.strerror or error}", 2)
     except ModuleNotFoundError as error:
         extra = {
             "cmaes": "learn",
@@ -68,34 +68,17 @@ def main() -> NoReturn:
             "torch": "learn",
             "matplotlib": "report",
             "jinja2": "report",
+            "mlflow": "live",
         }
         name = (error.name or "").split(".")[0]
-        _fail(f"{name} is not installed; pip install 'pilotage[{extra.get(name, 'all')}]'", 2)
+        fail(f"{name} is not installed; pip install 'pilotage[{extra.get(name, 'all')}]'", 2)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):  # wrong usage
             context = getattr(error, "ctx", None)
             where = f" (try '{context.command_path} --help')" if context else ""
             message = error.format_message() if hasattr(error, "format_message") else str(error)
-            _fail(message + where, 2)
+            fail(message + where, 2)
         raise
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def _print_json(value: Any) -> None:
-    """JSON on stdout; what is unknown (NaN) is null, as JSON has no NaN."""
-    print(json.dumps(_known(value), indent=2, allow_nan=False))
-
-
-def _known(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _known(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_known(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _scenario(env: str, data: Path | None, hours: float | None, placement: str | None = None) -> Any:
@@ -174,11 +157,11 @@ def envs(
     from pilotage.scenario import json_schema, load, shipped
 
     if schema:
-        _print_json(json_schema())
+        print_json(json_schema())
         return
     titles = {stem: load(stem).title for stem in shipped()}
     if as_json:
-        _print_json([{"env": stem, "title": title} for stem, title in titles.items()])
+        print_json([{"env": stem, "title": title} for stem, title in titles.items()])
         return
     width = max(map(len, titles))
     for stem, title in titles.items():
@@ -217,7 +200,7 @@ def simulate(
         write_whole(folder / "timeline.csv", as_csv(timeline_rows(policy, scenario, runs[0])))
         draw_timeline(folder)
     if as_json:
-        _print_json({"env": scenario.name, "seed": seed, **summary(policy, runs)})
+        print_json({"env": scenario.name, "seed": seed, **summary(policy, runs)})
         return
     Console().print(_table(compare(scenario, [(policy, runs)])))
     if folder:
@@ -278,7 +261,7 @@ def evaluate(
 
         write_evaluation(folder, [result])
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         Console().print(_table(result))
 
@@ -350,7 +333,7 @@ def tune(
         for t in study.best_trials
     ]
     if as_json:
-        _print_json({"env": scenario.name, "trials": len(study.trials), "best": rows})
+        print_json({"env": scenario.name, "trials": len(study.trials), "best": rows})
         return
     for row in rows:
         name = row.pop("policy")
@@ -400,7 +383,7 @@ def train(
             resume=resume,
         )
     if as_json:
-        _print_json({"env": scenario.name, "policy": str(folder)})
+        print_json({"env": scenario.name, "policy": str(folder)})
     else:
         print(f"policy: --policy {folder}")
 
@@ -425,7 +408,7 @@ def study(
     with _progress(as_json) as step:
         results = run_study(plan, experiment, folder, data=data, seed=seed, step=step, command=sys.argv[1:])
     if as_json:
-        _print_json(results)
+        print_json(results)
         return
     for result in results:
         Console().print(_table(result))

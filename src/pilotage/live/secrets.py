@@ -1,0 +1,52 @@
+"""What must never stand in a ledger or a registry: values of fields named like secrets, text that looks like one."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+import msgspec
+
+_BLOT: Final = "[withheld]"
+_WORD: Final = (
+    "(?:password|passwd|pwd|secret|token|api[_-]?key|access[_-]?key|private[_-]?key|credentials?|authorization|"
+    "cookie)"
+)
+_SECRET_NAME: Final = re.compile(rf"(?:^|[_\-.]){_WORD}$", re.IGNORECASE)
+_SECRET_TEXT: Final = re.compile(
+    r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # user:password@ in a URL
+    r"|(?<=\bBearer )\S+|(?<=\bBasic )[A-Za-z0-9+/=]{8,}"
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bgh[pousr]_[A-Za-z0-9]{20,}|\bhf_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}"
+    r"|\beyJ[\w-]{5,}\.[\w-]{5,}\.[\w-]+"  # JSON web token
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*",
+)
+_SECRET_ARGUMENT: Final = re.compile(
+    rf"(--[\w-]*?{_WORD}(?:=|\s+)|\b\w*?{_WORD}(?:=|:\s*))[^\s'\"&]+", re.IGNORECASE
+)
+
+
+_SUSPECT: Final = re.compile(
+    rb"passw|pwd|secret|token|api[_-]?key|access[_-]?key|private[_ -]?key|credential|authorization|cookie|://[^/]*@|bearer|"
+    rb"basic|AKIA|ASIA|gh[pousr]_|hf_|sk-|eyJ",
+    re.IGNORECASE,
+)
+
+
+def without_secrets(value: Any) -> Any:
+    """Plain data or text without secrets: passwords in URLs, known forms of tokens, and what follows or stands under a
+    name such as `api_key` are replaced by a word that says so."""
+    return _blotted(value) if _SUSPECT.search(msgspec.json.encode(value)) else value
+
+
+def _blotted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _BLOT if v and _is_secret(k) else _blotted(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_blotted(v) for v in value]
+    if isinstance(value, str):
+        return _SECRET_ARGUMENT.sub(rf"\1{_BLOT}", _SECRET_TEXT.sub(_BLOT, value))
+    return value
+
+
+def _is_secret(name: Any) -> bool:
+    return isinstance(name, str) and _SECRET_NAME.search(name) is not None
