@@ -32,8 +32,8 @@ from typing import Annotated, Final, NamedTuple
 import numpy as np
 from msgspec import Meta
 from numba import config
-from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[import-untyped]
-from scipy.sparse import csr_array  # type: ignore[import-untyped]
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
 
 from pilotage.engine.layout import CANDIDATE
 from pilotage.engine.placement import PAIRWISE, RULES, SIGNATURE, WEIGHTS

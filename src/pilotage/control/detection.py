@@ -159,7 +159,8 @@ class _Library:
         except ImportError:
             raise SpecError(f"{spec.name} needs river: install pilotage[learn], or use error-rise") from None
         kind = getattr(drift, spec.name, None) or getattr(drift.binary, spec.name)
-        given: dict[str, Any] = {"PageHinkley": {"mode": "up"}, "KSWIN": {"seed": 0}}.get(spec.name, {})
+        fixed: dict[str, dict[str, Any]] = {"PageHinkley": {"mode": "up"}, "KSWIN": {"seed": 0}}
+        given = fixed.get(spec.name, {})
         if spec.setting is not None:
             given[SETTINGS[spec.name]] = spec.setting
         self._river: Any = kind(**given)

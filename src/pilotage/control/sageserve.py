@@ -34,7 +34,7 @@ def allocation(
 ) -> list[int]:
     """Changes d >= -present by type that cover the demand at the least `sum(usd d + start_usd max(d, 0))`."""
     # slow to load, and no other policy wants it
-    from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[import-untyped]
+    from scipy.optimize import Bounds, LinearConstraint, milp
 
     n = len(present)
     # columns: d, and the part of it that is above 0
