@@ -106,8 +106,8 @@ class ExactSpending:
         """The law of the count after `total` more bad outcomes."""
         if not total.any():
             return law
-        least = int(max(np.min(binom.ppf(_FORGOTTEN, total, share)), 0))
-        most = int(max(np.max(binom.isf(_FORGOTTEN, total, share)), least))
+        least = max(int(binom.ppf(_FORGOTTEN, total.min(), share.min())), 0)
+        most = max(int(binom.isf(_FORGOTTEN, total.max(), share.max())), least)
         more = binom.pmf(np.arange(least, most + 1), total[:, None], share[:, None])
         after = np.zeros((len(law), law.shape[1] + most - least))
         for k in range(most - least + 1):
