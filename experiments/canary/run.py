@@ -33,6 +33,7 @@ from pilotage.control.canary import (
     Flagger,
     Kayenta,
     Msprt,
+    Rule,
     ZTest,
 )
 from pilotage.control.rollout import ExpectedDollars, FixedSteps, Sequential

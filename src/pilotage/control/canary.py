@@ -13,6 +13,7 @@ Sources: fluxcd/flagger@15bd6ad, argoproj/argo-rollouts@9f8d111, spinnaker/kayen
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -32,6 +33,7 @@ OUTCOMES: Final = ("continue", "promote", "abort", "wait")
 CONTINUE, PROMOTE, ABORT, WAIT = range(4)
 METRICS: Final = {"errors": "requests", "slow": "requests", "wrong": "labelled"}  # bad outcomes: of what
 Level = Annotated[float, Meta(gt=0, lt=1)]
+QUIET: Final = "no traffic in one of the arms"
 Numbers = Any  # a number, or an array of them: one per canary
 
 
@@ -100,10 +102,10 @@ class Judge:
         """Outcomes, indices of OUTCOMES, shape of the counts; sets `reason` where there is one canary."""
         raise NotImplementedError
 
-    def say(self, outcomes: np.ndarray, *reasons: str) -> None:
-        """Of one reason per outcome, in the order of OUTCOMES."""
+    def say(self, outcomes: np.ndarray, reasons: Callable[[], Sequence[str]]) -> None:
+        """Keeps the reason of one canary's outcome; `reasons` gives one per outcome, in the order of OUTCOMES."""
         if outcomes.ndim == 0:
-            self.reason = reasons[int(outcomes)]
+            self.reason = reasons()[int(outcomes)]
 
 
 class Rule(Spec, frozen=True, kw_only=True, tag_field="kind"):
@@ -148,8 +150,15 @@ class _Flagger(Judge):
             ok &= rate(seen.of("slow")[1], n) <= self._rule.max_slow
         self._failed, self._passed = self._failed + ~ok, self._passed + ok
         out = outcomes_of(self._failed >= self._rule.threshold, self._passed >= self._rule.passes)
-        known = f"{self._failed} checks failed, {self._passed} passed"
-        self.say(out, known, known, f"{known}: the threshold is {self._rule.threshold}", known)
+        self.say(
+            out,
+            lambda: (
+                4
+                * (
+                    f"{self._failed} checks failed of {self._rule.threshold} that abort, {self._passed} passed",
+                )
+            ),
+        )
         return out
 
 
@@ -184,8 +193,15 @@ class _Argo(Judge):
             self._taken >= self._rule.count,
             empty,
         )
-        known = f"{self._failures} of {self._taken} measurements failed, the last {self._errors} had no value"
-        self.say(out, known, known, known, known)
+        self.say(
+            out,
+            lambda: (
+                4
+                * (
+                    f"{self._failures} of {self._taken} measurements failed, the last {self._errors} had no value",
+                )
+            ),
+        )
         return out
 
 
@@ -223,13 +239,12 @@ class _Kayenta(Judge):
         taken, rule = len(self._canary), self._rule
         if taken % rule.every and taken < rule.lifetime:
             out = outcomes_of(np.zeros(np.broadcast(x0, x1).shape, bool))
-            self.say(out, f"judged every {rule.every} intervals", "", "", "")
+            self.say(out, lambda: 4 * (f"judged every {rule.every} intervals",))
             return out
         score = np.where(self._high(np.stack(self._champion, -1), np.stack(self._canary, -1)), 0.0, 100.0)
         over = taken >= rule.lifetime
         out = outcomes_of(score < (rule.pass_score if over else rule.marginal_score), over)
-        known = f"score {score} after {taken} intervals"
-        self.say(out, known, known, known, known)
+        self.say(out, lambda: 4 * (f"score {float(score):g} after {taken} intervals",))
         return out
 
     def _high(self, champion: np.ndarray, canary: np.ndarray) -> np.ndarray:
@@ -251,6 +266,8 @@ class _Kayenta(Judge):
 class _Totals(Judge):
     """Judges what has been seen so far of errors."""
 
+    statistic = ""
+
     def __init__(self) -> None:
         self.taken, self._totals = 0, (np.zeros((), int),) * 4
 
@@ -259,14 +276,14 @@ class _Totals(Judge):
         x0, x1, n0, n1 = seen.of("errors")
         now = (self._totals[0] + x0, self._totals[1] + x1, self._totals[2] + n0, self._totals[3] + n1)
         self._totals = now
-        abort, known = self.rejects(*now)
+        abort, value = self.rejects(*now)
         out = outcomes_of(abort, wait=(n0 == 0) | (n1 == 0))
-        self.say(out, known, known, known, "no traffic in one of the arms")
+        self.say(out, lambda: (*3 * (f"{self.statistic} is {float(value):.3g}",), QUIET))
         return out
 
     def rejects(
         self, x0: np.ndarray, x1: np.ndarray, n0: np.ndarray, n1: np.ndarray
-    ) -> tuple[np.ndarray, str]:
+    ) -> tuple[np.ndarray, np.ndarray]:
         raise NotImplementedError
 
 
@@ -283,16 +300,18 @@ class ZTest(Rule, frozen=True, kw_only=True, tag="z-test"):
 
 
 class _ZTest(_Totals):
+    statistic = "z"
+
     def __init__(self, rule: ZTest) -> None:
         super().__init__()
         self._rule = rule
 
     def rejects(
         self, x0: np.ndarray, x1: np.ndarray, n0: np.ndarray, n1: np.ndarray
-    ) -> tuple[np.ndarray, str]:
+    ) -> tuple[np.ndarray, np.ndarray]:
         z, rule = z_score(x0, x1, n0, n1), self._rule
         looks = self.taken == rule.at if rule.peek_from is None else self.taken >= rule.peek_from
-        return (z > rule.critical) & looks, f"z is {z if z.ndim else float(z):.3g}" if z.ndim == 0 else ""
+        return (z > rule.critical) & looks, z
 
 
 class Msprt(Rule, frozen=True, kw_only=True, tag="msprt"):
@@ -306,16 +325,18 @@ class Msprt(Rule, frozen=True, kw_only=True, tag="msprt"):
 
 
 class _Msprt(_Totals):
+    statistic = "log of the mixture likelihood ratio"
+
     def __init__(self, rule: Msprt) -> None:
         super().__init__()
         self._rule = rule
 
     def rejects(
         self, x0: np.ndarray, x1: np.ndarray, n0: np.ndarray, n1: np.ndarray
-    ) -> tuple[np.ndarray, str]:
+    ) -> tuple[np.ndarray, np.ndarray]:
         log = msprt_log(x0, x1, n0, n1, self._rule.tau)
         worse = x1 * n0 > x0 * n1
-        return (log >= -math.log(self._rule.alpha)) & worse, f"log likelihood ratio {log}"
+        return (log >= -math.log(self._rule.alpha)) & worse, log
 
 
 class EProcess(Rule, frozen=True, kw_only=True, tag="e-process"):
@@ -337,6 +358,9 @@ class _EProcess(Judge):
         x0, x1, n0, n1 = seen.of("errors")
         log = self._evidence.see(x0, x1, n0, n1)
         out = outcomes_of(log >= -math.log(self._rule.alpha), wait=(n0 == 0) | (n1 == 0))
-        known = f"log of the e-process {log}, of {-math.log(self._rule.alpha):.3g} that abort"
-        self.say(out, known, known, known, "no traffic in one of the arms")
+        needed = -math.log(self._rule.alpha)
+        self.say(
+            out,
+            lambda: (*3 * (f"log of the e-process is {float(log):.3g}, of {needed:.3g} that abort",), QUIET),
+        )
         return out

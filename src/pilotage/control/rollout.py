@@ -7,6 +7,8 @@ are defined, too. A schedule says the canary's share of the next interval.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Literal
 
 import numpy as np
@@ -14,6 +16,7 @@ from msgspec import Meta
 
 from pilotage.control.canary import (
     METRICS,
+    QUIET,
     Argo,
     EProcess,
     Evidence,
@@ -42,7 +45,7 @@ class Sequential(Rule, frozen=True, kw_only=True, tag="sequential"):
     *Promote.* After `min_requests` of the canary, and labels if wrong answers are tested, when every tested count has
     rejected "its rate is at least `margin` times the champion's" at level `promote_alpha` (at any time; all must
     reject, so the level needs no sharing). Such evidence may never come at little traffic: after `deadline`
-    intervals, then, `at_deadline` decides; *wait* leaves it to a human.
+    intervals, then, `at_deadline` decides: *wait* leaves it to a human, *promote* still asks for `min_requests`.
     """
 
     alpha: Level = 0.02
@@ -79,57 +82,58 @@ class _Sequential(Judge):
             if getattr(rule, metric) > 0
         }
         self._better = {metric: CountEvidence(BETTER, rule.margin) for metric in self.tests}
-        self._aborted: np.ndarray | None = None
+        self._aborted, self._why = np.zeros((), bool), ""
         self._latency: list[Numbers] = [0, 0]
-        self._requests, self._usd = [np.zeros((), int)] * 2, [np.zeros(())] * 2
-        self._labelled: Numbers = 0
+        self._requests: list[Numbers] = [0, 0]
+        self._usd: list[Numbers] = [0.0, 0.0]
 
     def step(self, seen: Evidence) -> np.ndarray:
-        rule, why = self._rule, ""
+        rule, arms = self._rule, (seen.champion, seen.canary)
         self._taken += 1
-        arms = (seen.champion, seen.canary)
-        self._requests = [
-            so_far + np.asarray(arm.requests) for so_far, arm in zip(self._requests, arms, strict=True)
-        ]
-        self._usd = [so_far + np.asarray(arm.usd) for so_far, arm in zip(self._usd, arms, strict=True)]
-        self._labelled = self._labelled + np.asarray(arms[1].labelled)
-        abort = np.zeros(np.broadcast(arms[0].requests, arms[1].requests).shape, bool)
-        enough = self._requests[1] >= rule.min_requests
+        requests = [np.asarray(arm.requests) for arm in arms]
+        self._requests = [a + b for a, b in zip(self._requests, requests, strict=True)]
+        self._usd = [a + arm.usd for a, arm in zip(self._usd, arms, strict=True)]
+        enough = np.asarray(self._requests[1] >= rule.min_requests)
+        known = enough
         for metric, test in self.tests.items():
-            x0, x1, n0, n1 = seen.of(metric)
-            rejects = test.see(x0, x1, n0, n1)
-            abort |= rejects
-            enough = enough & (self._better[metric].see(x0, x1, n0, n1) >= -math.log(rule.promote_alpha))
-            if rejects.ndim == 0 and rejects and not why:
-                why = f"{metric}: the canary had {test.count}, and {test.boundary} are too many by chance"
+            counts = seen.of(metric)
+            self._end(
+                test.see(*counts), lambda m=metric, t=test: f"{m}: {t.count} are more than chance allows"
+            )
+            enough = enough & (self._better[metric].see(*counts) >= -math.log(rule.promote_alpha))
         if rule.latency and arms[0].latency is not None and arms[1].latency is not None:
             self._latency = [a + arm.latency for a, arm in zip(self._latency, arms, strict=True)]
-            late = slower(self._latency[0], self._latency[1], rule.alpha * rule.latency)
-            abort |= late
-            why = why or "latency: the canary's distribution is slower beyond chance"
+            behind = slower(self._latency[0], self._latency[1], rule.alpha * rule.latency)
+            self._end(behind, lambda: "latency: the canary's distribution is slower beyond chance")
         if rule.max_cost_ratio is not None:
-            known = np.minimum(*self._requests) >= rule.min_requests
             dear = self._usd[1] * self._requests[0] > rule.max_cost_ratio * self._usd[0] * self._requests[1]
-            abort |= known & dear
-            why = why or f"cost: above {rule.max_cost_ratio:g} times the champion's per request"
-        self._aborted = abort if self._aborted is None else self._aborted | abort
-        late = np.asarray(self._taken >= rule.deadline)
-        quiet = (np.asarray(arms[0].requests) == 0) | (np.asarray(arms[1].requests) == 0)
-        ends = {name: late & (rule.at_deadline == name) for name in ("promote", "abort", "wait")}
+            judged = np.minimum(*self._requests) >= rule.min_requests
+            self._end(
+                judged & dear, lambda: f"cost: above {rule.max_cost_ratio:g} times the champion's a request"
+            )
+        over, quiet = self._taken >= rule.deadline, (requests[0] == 0) | (requests[1] == 0)
         out = outcomes_of(
-            self._aborted | (ends["abort"] & ~enough),
-            (enough & ~quiet) | ends["promote"],
-            quiet | ends["wait"],
+            self._aborted | (over & (rule.at_deadline == "abort") & ~enough),
+            (enough & ~quiet) | (over & (rule.at_deadline == "promote") & known),
+            quiet | over,
         )
-        over = f"after {self._taken} intervals it is neither shown worse nor within {rule.margin:g} times the champion"
-        self.say(
-            out,
-            "nothing is worse beyond chance, and not enough is known to promote",
-            f"every rate is below {rule.margin:g} times the champion's" if bool(np.all(enough)) else over,
-            why if bool(np.any(self._aborted)) else over,
-            over if bool(late) and not bool(np.any(quiet)) else "no traffic in one of the arms",
-        )
+        self.say(out, lambda: self._reasons(bool(enough), bool(over and not quiet)))
         return out
+
+    def _end(self, rejects: np.ndarray, why: Callable[[], str]) -> None:
+        self._aborted = self._aborted | rejects
+        if not self._why and self._aborted.ndim == 0 and self._aborted:
+            self._why = why()
+
+    def _reasons(self, enough: bool, over: bool) -> tuple[str, ...]:
+        margin = self._rule.margin
+        late = f"after {self._taken} intervals it is neither shown worse nor within {margin:g} times the champion"
+        return (
+            "nothing is worse beyond chance, and not enough is known to promote",
+            f"every rate is below {margin:g} times the champion's" if enough else late,
+            self._why or late,
+            late if over else QUIET,
+        )
 
 
 # --- the canary's share of traffic ---------------------------------------------------------------------------
