@@ -97,8 +97,9 @@ class _Sequential(Judge):
         known = enough
         for metric, test in self.tests.items():
             counts = seen.of(metric)
+            rejects = test.see(*counts)
             self._end(
-                test.see(*counts), lambda m=metric, t=test: f"{m}: {t.count} are more than chance allows"
+                rejects, partial("{}: the canary's {} are more than chance allows".format, metric, test.count)
             )
             enough = enough & (self._better[metric].see(*counts) >= -math.log(rule.promote_alpha))
         if rule.latency and arms[0].latency is not None and arms[1].latency is not None:
