@@ -68,19 +68,17 @@ class ExactSpending:
     for a constant ratio of rates, also where the share changes, so the test rejects when it reaches a boundary: the
     least one whose probability, among canaries not yet rejected, is within what may be spent by now. That probability
     is computed, not bounded: the law of the count is followed exactly, and what counts being whole leaves unspent is
-    spent later. (The e-process at the same level spends less: it must hold where nothing is known of the future looks.)
+    spent later. (The e-process at the same level spends less within any given time.)
     """
 
     def __init__(self, alpha: float, half_spent: float) -> None:
         self._alpha, self._half = alpha, half_spent
-        self._law: np.ndarray | None = (
-            None  # (lanes, counts from _low): null probability, not rejected so far
-        )
+        # probability at equality and without a rejection so far, shape (lanes, counts from _low)
+        self._law: np.ndarray | None = None
         self._low = 0
         self.spent: np.ndarray = np.zeros(())
         self._looks: np.ndarray = np.zeros(())
         self.count: np.ndarray = np.zeros((), int)  # the canary's, so far
-        self.boundary: np.ndarray = np.full((), np.inf)  # that rejects now
 
     def see(self, x0: np.ndarray, x1: np.ndarray, n0: np.ndarray, n1: np.ndarray) -> np.ndarray:
         """Whether it rejects after one more interval (bool, lanes)."""
@@ -99,8 +97,7 @@ class ExactSpending:
         self.spent = self.spent + above[np.arange(len(law)), first].reshape(shape)
         law[np.arange(law.shape[1]) >= first[:, None]] = 0
         self._law = law
-        self.boundary = (self._low + first).reshape(shape)
-        return np.asarray(self.count >= self.boundary)
+        return np.asarray(self.count >= (self._low + first).reshape(shape))
 
     def _followed(self, law: np.ndarray, total: np.ndarray, share: np.ndarray) -> np.ndarray:
         """The law of the count after `total` more bad outcomes."""
