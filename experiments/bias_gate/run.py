@@ -135,7 +135,7 @@ def main() -> None:
                 }
             )  # fmt: skip
     lasted = {"employment": round(time.perf_counter() - began, 1)}
-    own = itself(options.seed, 20 if options.quick else 300)
+    own = itself(options.seed, 50 if options.quick else 1000)
     lasted["gate"] = round(time.perf_counter() - began - lasted["employment"], 1)
     for row, key, least in ((own[0], "passed", 0.95), (own[1], "blocked", 0.9)):
         share = row[key]

@@ -19,28 +19,41 @@ def planted(seed: int, rows: int = 10_000, more: float = 0.0):
     return labels, labels ^ wrong, labels ^ worse, {"group": groups}
 
 
-def test_rates_are_those_of_fairlearn() -> None:
-    labels, champion, candidate, features = planted(1, 3000, 0.2)
+def test_figures_are_those_of_fairlearn_row_by_row_and_the_bootstraps() -> None:
+    from fairlearn.metrics import MetricFrame, false_positive_rate, selection_rate, true_positive_rate
+
+    labels, champion, candidate, features = planted(1, 1500, 0.2)
     groups = features["group"]
     counts = np.bincount(groups * 8 + labels * 4 + champion * 2 + candidate, minlength=32).reshape(4, 8)
     verdict = FairnessGate().judge(labels, champion, candidate, features)
-    for model, bit in (("champion", 2), ("candidate", 1)):
+    functions = (
+        lambda y_true, y_pred: np.mean(y_true != y_pred),
+        selection_rate,
+        true_positive_rate,
+        false_positive_rate,
+    )
+    for model, answers, bit in (("champion", champion, 2), ("candidate", candidate, 1)):
+        frame = MetricFrame(
+            metrics=dict(zip(METRICS, functions, strict=True)),
+            y_true=labels,
+            y_pred=answers,
+            sensitive_features=groups,
+        )
         rows = {row["group"]: row for row in verdict.groups if row["model"] == model}
         for k, metric in enumerate(METRICS):
-            np.testing.assert_allclose(
-                _rates(counts, bit)[k], [rows[str(g)][metric] for g in range(4)], err_msg=metric
-            )
-        answers = champion if model == "champion" else candidate
-        assert rows["all"]["error"] == pytest.approx(np.mean(answers != labels))
-        assert rows["all"]["rows"] == 3000
+            shown = [rows[str(g)][metric] for g in range(4)]
+            np.testing.assert_allclose(shown, frame.by_group[metric], err_msg=metric)
+            np.testing.assert_allclose(shown, _rates(counts, bit)[k], err_msg=metric)
+            assert rows["all"][metric] == pytest.approx(frame.overall[metric])
+        assert rows["all"]["rows"] == 1500
 
 
 def test_the_same_model_passes_and_three_points_more_in_one_group_are_stopped() -> None:
-    passed = [FairnessGate(seed=k).judge(*planted(k)).outcome for k in range(5)]
-    blocked = [FairnessGate(seed=k).judge(*planted(k, more=0.03)) for k in range(5)]
-    assert passed == ["pass"] * 5
-    assert sum(verdict.outcome == "block" for verdict in blocked) >= 4
-    assert sum("group 3" in verdict.reason or "gap" in verdict.reason for verdict in blocked) >= 4
+    passed = [FairnessGate(seed=k).judge(*planted(k)).outcome for k in range(20)]
+    blocked = [FairnessGate(seed=k).judge(*planted(k, more=0.03)) for k in range(20)]
+    assert passed == ["pass"] * 20
+    assert sum(verdict.outcome == "block" for verdict in blocked) >= 18
+    assert sum("group 3" in verdict.reason or "gap" in verdict.reason for verdict in blocked) >= 18
 
 
 def test_the_bootstrap_spreads_as_the_differences_do() -> None:
