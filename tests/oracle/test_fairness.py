@@ -49,11 +49,11 @@ def test_figures_are_those_of_fairlearn_row_by_row_and_the_bootstraps() -> None:
 
 
 def test_the_same_model_passes_and_three_points_more_in_one_group_are_stopped() -> None:
-    passed = [FairnessGate(seed=k).judge(*planted(k)).outcome for k in range(20)]
-    blocked = [FairnessGate(seed=k).judge(*planted(k, more=0.03)) for k in range(20)]
-    assert passed == ["pass"] * 20
-    assert sum(verdict.outcome == "block" for verdict in blocked) >= 18
-    assert sum("group 3" in verdict.reason or "gap" in verdict.reason for verdict in blocked) >= 18
+    passed = [FairnessGate(seed=k).judge(*planted(k)).outcome for k in range(8)]
+    blocked = [FairnessGate(seed=k).judge(*planted(k, more=0.03)) for k in range(8)]
+    assert passed == ["pass"] * 8
+    assert sum(verdict.outcome == "block" for verdict in blocked) >= 7
+    assert sum("group 3" in verdict.reason or "gap" in verdict.reason for verdict in blocked) >= 7
 
 
 def test_the_bootstrap_spreads_as_the_differences_do() -> None:

@@ -113,6 +113,9 @@ def test_the_hodges_lehmann_interval_is_where_the_mann_whitney_z_crosses() -> No
     whole = shift(many[:, 0], many[:, 1], 0.98)
     one = shift(many[1, 0], many[1, 1], 0.98)
     np.testing.assert_allclose([part[1] for part in whole], one)
+    gaps = np.insert(many[1, 0], [3, 9], np.nan)  # left out
+    np.testing.assert_allclose(shift(gaps, np.r_[many[1, 1], np.nan], 0.98), one)
+    assert np.isnan(shift(np.full(5, np.nan), gaps, 0.98)).all()
 
 
 def test_formulae_by_hand() -> None:

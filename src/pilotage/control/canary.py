@@ -249,18 +249,15 @@ class _Kayenta(Judge):
 
     def _high(self, champion: np.ndarray, canary: np.ndarray) -> np.ndarray:
         """Whether the canary is High, or has no data."""
-        if (
-            np.isnan(champion).any() or np.isnan(canary).any()
-        ):  # series of unequal length: one canary at a time
-            if canary.ndim > 1:
-                pairs = zip(champion, canary, strict=True)
-                return np.stack([self._high(a, b) for a, b in pairs])
-            champion, canary = champion[~np.isnan(champion)], canary[~np.isnan(canary)]
-            if not len(champion) or not len(canary):
-                return np.asarray(True)
         middle, low, _ = shift(canary, champion, self._rule.confidence)
-        more = canary.mean(-1) >= self._rule.allowed_increase * champion.mean(-1)
-        return (low > self._rule.tolerance * np.abs(middle)) & more
+        means = [
+            np.nansum(arm, axis=-1) / np.maximum(np.sum(~np.isnan(arm), axis=-1), 1)
+            for arm in (champion, canary)
+        ]
+        high = (low > self._rule.tolerance * np.abs(middle)) & (
+            means[1] >= self._rule.allowed_increase * means[0]
+        )
+        return np.asarray(high | np.isnan(middle))
 
 
 class _Totals(Judge):

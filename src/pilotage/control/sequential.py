@@ -160,24 +160,28 @@ def shift(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Hodges-Lehmann shift of two series, canary less control, and its interval: (estimate, low, high).
 
-    Both have shape (..., values). The ends are the roots of the Mann-Whitney z of `canary - shift` against `control`
-    with continuity correction and correction for ties within a series. That z is a step function that falls at the
-    pairwise differences, so its roots are among these, and no search is needed.
+    Both have shape (..., values); NaN is left out, and where nothing is left all are NaN. The ends are the roots of the
+    Mann-Whitney z of `canary - shift` against `control` with continuity correction and correction for ties within a
+    series. That z is a step function that falls at the pairwise differences, so its roots are among these, and no
+    search is needed.
     """
-    m, n = canary.shape[-1], control.shape[-1]
-    differences = (canary[..., :, None] - control[..., None, :]).reshape(*canary.shape[:-1], m * n)
-    differences = np.sort(differences, axis=-1)
-    ties = _ties(canary) + _ties(control)
-    sigma = np.sqrt(m * n / 12 * ((m + n + 1) - ties / ((m + n) * (m + n - 1))))
-    # below the j-th difference (from 1) the statistic is m n - j + 1 - m n / 2
-    j = np.ceil(m * n / 2 + 0.5 - norm.ppf(0.5 + confidence / 2) * sigma).astype(int) - 1
-    j = np.clip(j, 1, m * n)[..., None]
-    low = np.take_along_axis(differences, j - 1, axis=-1)[..., 0]
-    high = np.take_along_axis(differences, m * n - j, axis=-1)[..., 0]
-    return np.median(differences, axis=-1), low, high
+    m, n = (np.sum(~np.isnan(series), axis=-1) for series in (canary, control))
+    pairs = canary[..., :, None] - control[..., None, :]
+    pairs = np.sort(pairs.reshape(*pairs.shape[:-2], -1), axis=-1)  # NaN last
+    of, both = m * n, np.maximum(m + n, 2)
+    sigma = np.sqrt(of / 12 * ((both + 1) - (_ties(canary) + _ties(control)) / (both * (both - 1))))
+    j = np.ceil(of / 2 + 0.5 - norm.ppf(0.5 + confidence / 2) * sigma).astype(int) - 1
+
+    def at(rank: np.ndarray) -> np.ndarray:
+        """The difference of that rank, from 1."""
+        index = np.clip(rank, 1, np.maximum(of, 1)) - 1
+        return np.where(of > 0, np.take_along_axis(pairs, index[..., None], axis=-1)[..., 0], np.nan)
+
+    j = np.maximum(j, 1)
+    return (at((of + 1) // 2) + at(of // 2 + 1)) / 2, at(j), at(of + 1 - j)
 
 
 def _ties(values: np.ndarray) -> np.ndarray:
     """Sum of t^3 - t over the groups of t equal values."""
-    same = (values[..., :, None] == values[..., None, :]).sum(axis=-1)
-    return (same**2 - 1).sum(axis=-1)
+    same = (values[..., :, None] == values[..., None, :]).sum(axis=-1)  # 0 for NaN
+    return (same**2 - (same > 0)).sum(axis=-1)
