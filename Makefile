@@ -51,7 +51,10 @@ reproduce: $(STAMP) bench
 	$(BIN)/python experiments/scaling/tune.py --data $(DATA)
 	$(BIN)/python experiments/scaling/judge.py --data $(DATA) --split validate
 	$(BIN)/python experiments/scaling/forecasts.py --data $(DATA)
+	$(BIN)/python experiments/retraining/run.py --data $(DATA)
+	$(BIN)/python experiments/fleet_lifecycle/run.py
 	$(BIN)/python experiments/canary/run.py
+	$(BIN)/python experiments/rollback/run.py
 	$(BIN)/python experiments/bias_gate/run.py --data $(DATA)
 	$(BIN)/python experiments/traffic_fit.py --data $(DATA)
 	$(BIN)/python experiments/fidelity/ray_serve/run.py --data $(DATA)
