@@ -93,16 +93,21 @@ def history(
     """What happened to a service's versions, what was live at a time, and whether the record is intact."""
     import msgspec
 
+    from pilotage.live.registries import RegistryError
+
     with _reported():
         versions = _versions(home, registry)
         if not verify and not (home / "ledger.jsonl").exists():
             raise SpecError(f"--home {home}: holds no ledger; give the folder that `pilotage track` wrote to")
         result: dict[str, Any] = {"service": service, "alias": alias}
         if verify:
-            own, others = versions.anchors(service)
+            try:
+                own, others = versions.anchors(service)
+                more = [f"the registry also names ledger {name}..." for name in others]
+            except RegistryError as error:
+                own, more = [], [f"what the registry says of the ledger was not checked: {error}"]
             found = versions.ledger.verify([*own, *(head or [])])
-            notes = (*found.notes, *(f"the registry also names ledger {name}..." for name in others))
-            result["verification"] = msgspec.to_builtins(found.replace(notes=notes))
+            result["verification"] = msgspec.to_builtins(found.replace(notes=(*found.notes, *more)))
         if at is not None:
             result["live"] = msgspec.to_builtins(versions.live_at(service, _time(at), alias))
         if not verify and at is None:

@@ -151,6 +151,17 @@ def test_a_ledger_that_was_changed_ends_with_3(home: Path) -> None:
     assert pilotage("history", "fraud", "--verify", "--head", f"7:{'0' * 64}", cwd=home).returncode == 3
 
 
+def test_a_ledger_is_verified_without_its_registry(home: Path) -> None:
+    pytest.importorskip("mlflow")
+    registry = ("--registry", "http://127.0.0.1:9")  # where nothing listens
+    done = pilotage("history", "fraud", "--verify", *registry, cwd=home)
+    assert done.returncode == 0, done.stderr
+    assert "was not checked" in done.stdout
+    assert refused("compare", "fraud:1", "fraud:2", *registry, home=home, code=1).startswith(
+        "error: http://127.0.0.1:9"
+    )
+
+
 def test_bad_input_is_refused_with_what_would_be_valid(home: Path) -> None:
     assert "knows no such service" in refused("history", "freud", home=home)
     assert "ISO 8601" in refused("history", "fraud", "--at", "noon", home=home)
