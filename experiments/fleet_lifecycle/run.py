@@ -28,7 +28,7 @@ from pilotage.control.learned import policy_from
 from pilotage.control.lifecycle import OffPeak, Triggered, retraining_from
 from pilotage.control.policy import Policy
 from pilotage.control.retraining import ErrorThreshold, FreshSki, Never, Paired, Periodic, Retraining
-from pilotage.control.scaling import Predictive, describe
+from pilotage.control.scaling import Predictive, describe, tunable
 from pilotage.engine.cluster import World
 from pilotage.engine.run import Run, simulate
 from pilotage.evaluate import ratio_interval
@@ -46,7 +46,7 @@ RETRAINERS: dict[str, Retraining] = {
     STATIC: ErrorThreshold(),
 }
 OFF_PEAK = OffPeak(policy="never")
-TRIALS, TUNING_H = 12, 96.0
+TRIALS, TUNING_H = 8, 72.0
 
 
 def run(
@@ -76,8 +76,13 @@ def search(
     return study.best_value, study.best_params
 
 
+def declared(policy: Policy | Retraining) -> dict[str, Any]:
+    """What can be tuned of a policy; empty if nothing can."""
+    return space(policy) if tunable(type(policy)) else {}
+
+
 def defaults(policy: Policy | Retraining) -> dict[str, float]:
-    return {name: getattr(policy, name) for name in space(policy) if getattr(policy, name) is not None}
+    return {name: getattr(policy, name) for name in declared(policy) if getattr(policy, name) is not None}
 
 
 def main() -> None:
@@ -104,13 +109,13 @@ def main() -> None:
     for name in SCALERS:
         base = policy_from(name)
         cost, best = search(
-            space(base), defaults(base), lambda p, b=base: usd(candidate_of(b, p), Never()), trials, options.seed
+            declared(base), defaults(base), lambda p, b=base: usd(candidate_of(b, p), Never()), trials, options.seed
         )  # fmt: skip
         scaling[name], found_usd[name] = candidate_of(base, best), cost
         print(f"{name}: {cost:.1f}, {time.perf_counter() - began:.0f} s", flush=True)
     for name, rule in RETRAINERS.items():
         cost, best = search(
-            space(rule), defaults(rule), lambda p, r=rule: usd(Predictive(), r.replace(**p)), trials, options.seed
+            declared(rule), defaults(rule), lambda p, r=rule: usd(Predictive(), r.replace(**p)), trials, options.seed
         )  # fmt: skip
         retraining[name], found_usd[name] = rule.replace(**best), cost
         print(f"{name}: {cost:.1f}, {time.perf_counter() - began:.0f} s", flush=True)
@@ -125,10 +130,8 @@ def main() -> None:
         within = chosen if chosen == "learned-retraining" else describe(inner.replace(**of("retraining.")))
         return candidate_of(scaler, of("scaling.")), OFF_PEAK.replace(policy=within, **of("jobs."))
 
-    parts = {"scaling.": scaler, "jobs.": OFF_PEAK} | (
-        {} if chosen == "learned-retraining" else {"retraining.": inner}
-    )
-    spaces = {p + k: v for p, policy in parts.items() for k, v in space(policy).items()}
+    parts = {"scaling.": scaler, "retraining.": inner, "jobs.": OFF_PEAK}
+    spaces = {p + k: v for p, policy in parts.items() for k, v in declared(policy).items()}
     first = {p + k: v for p, policy in parts.items() for k, v in defaults(policy).items()}
     _, best = search(spaces, first, lambda p: usd(*together(p)), 2 * trials, options.seed)
     print(f"jointly: {time.perf_counter() - began:.0f} s", flush=True)

