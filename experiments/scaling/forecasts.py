@@ -3,7 +3,7 @@
 `forecasts.py --data DIR --out DIR` forecasts the load of the validation windows that `judge.py --split validate` judges
 on, 1, 5 and 15 minutes ahead, at every tick, from what was known then, and writes `forecasts.csv`: by family (and over
 all, every family counting alike), how far ahead, stated quantile, forecaster and the way from forecast to quantile,
-the share of loads at or below the quantile, the pinball loss in replicas, and microseconds per forecast of one service.
+the share of loads at or below the quantile, the pinball loss in replicas, and microseconds of processor time for each.
 
 Forecasters: `tracker` is `control.forecast.LoadTracker` as `predictive` has it by default; `exponential smoothing` is
 its level alone, with the time constant that forecast the day before the window best; `seasonal naive` is the load at
@@ -26,6 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import protocol
 from scipy.stats import norm
 
@@ -168,7 +169,7 @@ def ets(loads: np.ndarray, first: int, ahead: int, tick_s: float) -> tuple[np.nd
     from statsmodels.tsa.exponential_smoothing.ets import ETSModel
 
     out = np.full((len(QUANTILES), *loads.shape), np.nan)
-    began, made, past = time.perf_counter(), 0, round(WARM_UP_S / tick_s)
+    began, made, past = time.process_time(), 0, round(WARM_UP_S / tick_s)
     for row, load in enumerate(loads):
         for k in range(first, loads.shape[1], EVERY):  # forecasts tick k, from what was known `ahead` before
             known = load[k - ahead + 1 - past : k - ahead + 1]
@@ -177,13 +178,15 @@ def ets(loads: np.ndarray, first: int, ahead: int, tick_s: float) -> tuple[np.nd
                 continue
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                fit = ETSModel(known, error="add", trend="add", damped_trend=True).fit(disp=False, maxiter=50)
+                fit = ETSModel(pd.Series(known), error="add", trend="add", damped_trend=True).fit(
+                    disp=False, maxiter=50
+                )
                 told = fit.get_prediction(start=past, end=past + ahead - 1)
             mean = float(np.asarray(told.predicted_mean)[-1])
             scale = float(np.sqrt(np.asarray(told.forecast_variance)[-1]))
             out[:, row, k] = np.maximum(mean + norm.ppf(QUANTILES) * scale, 0.0)
             made += 1
-    return out, (time.perf_counter() - began) / max(made, 1)
+    return out, (time.process_time() - began) / max(made, 1)
 
 
 def judged(
@@ -235,9 +238,9 @@ def main() -> None:
         ahead = round(ahead_s / tick_s)
         for name, forecaster in FORECASTERS.items():
             for way in ("normal", "tracked"):
-                since = time.perf_counter()
+                since = time.process_time()
                 stated = quantiles(forecaster(loads, from_, ahead, tick_s), loads, from_, ahead, tick_s, way)
-                each_s = (time.perf_counter() - since) / (len(loads) * (loads.shape[1] - from_))
+                each_s = (time.process_time() - since) / (len(loads) * (loads.shape[1] - from_))
                 found = judged(name, way, stated, loads, families, first, each_s)
                 rows += [{"ahead_s": ahead_s} | row for row in found]
         if importlib.util.find_spec("statsmodels"):
