@@ -117,7 +117,8 @@ def speed(entries: int, questions: int, rng: np.random.Generator) -> dict[str, f
         ledger.entries(last=1)
         return {
             "verify_cpu_s": verify_cpu_s, "verify_wall_s": verify_s, "query_max_cpu_s": max(asked),
-            "query_p50_wall_s": float(np.median(asked_wall)), "query_max_wall_s": max(asked_wall), "append_one_p50_s": float(np.median(singles)), "append_batch_s": batch_s,
+            "query_p50_wall_s": float(np.median(asked_wall)), "query_max_wall_s": max(asked_wall),
+            "append_one_p50_s": float(np.median(singles)), "append_batch_s": batch_s,
             "index_rebuilt_s": time.perf_counter() - began, "bytes_per_entry": ledger.head().size / entries,
         }  # fmt: skip
 

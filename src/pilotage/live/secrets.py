@@ -24,7 +24,8 @@ _SECRET_ARGUMENT: Final = re.compile(
     rf"(--[\w-]*?{_WORD}(?:=|\s+)|\b\w*?{_WORD}(?:=|:\s*))[^\s'\"&]+", re.IGNORECASE
 )
 _HINTS: Final = (  # in lower case: a text without any of them holds nothing of the above, which is quickly seen
-    b"passw", b"pwd", b"secret", b"token", b"apikey", b"api_key", b"api-key", b"accesskey", b"access_key", b"access-key",
+    b"passw", b"pwd", b"secret", b"token", b"apikey", b"api_key", b"api-key", b"accesskey", b"access_key",
+    b"access-key",
     b"privatekey", b"private_key", b"private-key", b"private key", b"credential", b"authorization", b"cookie", b"://",
     b"bearer ", b"basic ", b"akia", b"asia", b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_", b"hf_", b"sk-", b"eyj",
 )  # fmt: skip
