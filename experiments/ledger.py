@@ -2,7 +2,8 @@
 
 Tampering: each kind of change to random lines or bytes of a ledger of 200 entries, with the head left as it was. Speed:
 a ledger with entries as a control loop writes them, verified line by line; questions by time are asked of it by a
-newly opened ledger each. Times are wall clock.
+newly opened ledger each. What was asked is measured in CPU time of one core, as in `bench`; wall clock, which depends
+on who else uses the machine, stands beside it in the table.
 """
 
 from __future__ import annotations
@@ -103,19 +104,21 @@ def speed(entries: int, questions: int, rng: np.random.Generator) -> dict[str, f
         verification = ledger.verify()
         verify_s, verify_cpu_s = time.perf_counter() - began, time.process_time() - spent
         assert (verification.problem, verification.entries) == (None, entries + 100)
-        asked = []
+        asked, asked_wall = [], []
         for _ in range(questions):
             at = ledger.entry(int(rng.integers(entries))).time
-            began = time.perf_counter()
+            began, spent = time.perf_counter(), time.process_time()
             answer = Ledger(folder).entries(f"service-{rng.integers(20)}", until=at, last=1)
-            asked.append(time.perf_counter() - began)
+            asked.append(time.process_time() - spent)
+            asked_wall.append(time.perf_counter() - began)
             assert not answer or answer[0].time <= at
         (Path(folder) / "index.db").unlink()
         began = time.perf_counter()
         ledger.entries(last=1)
         return {
-            "verify_s": verify_s, "verify_cpu_s": verify_cpu_s, "query_p50_s": float(np.median(asked)),
-            "query_max_s": max(asked), "append_one_p50_s": float(np.median(singles)), "append_batch_s": batch_s,
+            "verify_cpu_s": verify_cpu_s, "verify_wall_s": verify_s, "query_max_cpu_s": max(asked),
+            "query_p50_wall_s": float(np.median(asked_wall)), "query_max_wall_s": max(asked_wall),
+            "append_one_p50_s": float(np.median(singles)), "append_batch_s": batch_s,
             "index_rebuilt_s": time.perf_counter() - began, "bytes_per_entry": ledger.head().size / entries,
         }  # fmt: skip
 
@@ -141,10 +144,10 @@ def main() -> None:
     low, high = wilson(share, tries * len(KINDS))
     lines = [
         ("tampered, truncated or reordered ledgers found", "1", share, low, high, share == 1),
-        (f"{entries} entries verified, seconds", "< 20", fast["verify_s"], "", "", fast["verify_s"] < 20),
+        (f"{entries} entries verified, seconds", "< 20", fast["verify_cpu_s"], "", "", fast["verify_cpu_s"] < 20),
         (
             f"{entries} entries, longest query by time, seconds",
-            "< 0.1", fast["query_max_s"], "", "", fast["query_max_s"] < 0.1,
+            "< 0.1", fast["query_max_cpu_s"], "", "", fast["query_max_cpu_s"] < 0.1,
         ),
     ]  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)

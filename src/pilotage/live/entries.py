@@ -25,7 +25,7 @@ Outcome = Literal["intent", "applied", "failed", "refused", "abandoned", "observ
 
 def utc(time: datetime) -> str:
     """A time with a zone as ledgers write it: such texts sort as their times do."""
-    return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return time.astimezone(UTC).isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
 
 
 class Actor(Spec, frozen=True, kw_only=True, omit_defaults=True):

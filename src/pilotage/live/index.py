@@ -104,6 +104,6 @@ _TABLES: Final = (
     "CREATE INDEX IF NOT EXISTS by_time ON entries (time)",
     "CREATE INDEX IF NOT EXISTS by_service ON entries (service, time)",
     "CREATE INDEX IF NOT EXISTS by_move ON entries (service, moved, time) WHERE moved IS NOT NULL",
-    "CREATE INDEX IF NOT EXISTS by_intent ON entries (service, seq) WHERE outcome = 'intent'",
+    "CREATE INDEX IF NOT EXISTS by_intent ON entries (service, time) WHERE outcome = 'intent'",
     "CREATE INDEX IF NOT EXISTS by_settled ON entries (settles) WHERE settles IS NOT NULL",
 )

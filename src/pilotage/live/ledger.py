@@ -77,7 +77,7 @@ class Ledger:
             entries, lines, last = [], [], head
             for record in clean:
                 now = max(utc(datetime.now(UTC)), last.time)
-                fields = {name: getattr(record, name) for name in Record.__struct_fields__}
+                fields = msgspec.structs.asdict(record)
                 entry = Entry(**fields, seq=last.entries, time=now, monotonic_s=round(time.monotonic(), 6))
                 raw = msgspec.json.encode(entry, order="sorted")
                 if len(raw) > MAX_RECORD_BYTES:
@@ -266,7 +266,7 @@ class Ledger:
                 conditions.append(condition)
                 values.append(value)
         where = " AND ".join(conditions)
-        query = f"SELECT start, length FROM entries WHERE {where} ORDER BY seq DESC LIMIT ?"  # noqa: S608
+        query = f"SELECT start, length FROM entries WHERE {where} ORDER BY time DESC, seq DESC LIMIT ?"  # noqa: S608
         return self._index.fetch(query, (*values, -1 if last is None else last))[::-1]
 
     def entry(self, seq: int) -> Entry:
@@ -284,7 +284,7 @@ class Ledger:
         """The last intent of a service, up to a time."""
         last = self._index.fetch(
             "SELECT start, length FROM entries WHERE service = ? AND outcome = 'intent' AND time <= ? "
-            "ORDER BY seq DESC LIMIT 1",
+            "ORDER BY time DESC, seq DESC LIMIT 1",
             (service, until or "~"),  # after every time
         )
         return last[0] if last else None
