@@ -17,7 +17,7 @@ from typing import Annotated, Final, NamedTuple
 import numpy as np
 from msgspec import Meta
 
-from pilotage.world.spec import Positive, Spec, SpecError
+from pilotage.world.spec import Positive, Spec
 
 _DAY_S, _WEEK_S = 86_400, 604_800
 _FEWEST: Final = 10  # values before anything is scored
@@ -40,9 +40,9 @@ class MetricAnomaly(Spec, frozen=True, kw_only=True):
     """An anomaly detector for a metric that is read every `interval_s`.
 
     A day's rhythm is used where the median of this time of the last seven days has told values better than the median
-    of all (by a fifth, in median error), from the third day on. `memory_days` are kept; an hour and a half is needed to
-    know a metric, at least. Alerts come at most every `rest_s`, and as if by chance `false_alerts_per_week`. The score is
-    the same for any unit of the metric (scale), not for any origin.
+    of all (by a fifth, in median error), from the third day on. `memory_days` are kept; ten values are needed before
+    anything is scored, sixty scores before anything is an alert. Alerts come at most every `rest_s`, and as if by chance `false_alerts_per_week`. The score
+    is the same for any unit of the metric (scale), not for any origin.
     """
 
     interval_s: Annotated[float, Meta(gt=0, le=_DAY_S / 4)]
@@ -132,7 +132,10 @@ class Watch:
             if len(view) >= 3:
                 centre = _median(view)
                 off = np.abs(view - centre)
-                self._centre_spread[k] = (centre, max(_NORMAL * _median(off), 0.25 * float(off.mean()), floor))
+                self._centre_spread[k] = (
+                    centre,
+                    max(_NORMAL * _median(off), 0.25 * float(off.mean()), floor),
+                )
         scores = self._scores.all()
         if len(scores) >= _FEWEST_SCORES:
             scores = np.sort(np.log1p(scores))
@@ -152,7 +155,9 @@ class _History:
     def add(self, value: float) -> None:
         if self._n == len(self._values):
             if self._n < 2 * self._most:
-                self._values = np.concatenate([self._values, np.full(min(self._n, 2 * self._most - self._n), math.nan)])
+                self._values = np.concatenate(
+                    [self._values, np.full(min(self._n, 2 * self._most - self._n), math.nan)]
+                )
             else:
                 self._values[: self._most] = self._values[self._most :]
                 self._n = self._most
