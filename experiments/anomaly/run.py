@@ -269,7 +269,7 @@ def main() -> None:
                     float(average_precision_score(one.labels[one.first :], score[one.first :]))
                 )
         domains = np.array([one.name.split("/")[0] for one in series])
-        for domain in ("", *sorted(set(domains))):
+        for domain in ("", *sorted(set(domains.tolist()))):
             of = domains == domain if domain else np.ones(len(series), bool)
             for name, values in precision.items():
                 figure = interval(np.array(values)[of])
@@ -307,7 +307,7 @@ def main() -> None:
         found = ratio_interval(ours_alerts[:, 0], ours_alerts[:, 1])
         least = static_alerts[:, 0].sum() / static_alerts[:, 1].sum()
         asked = f"> {least:.4g} (static threshold with hindsight)"
-        lines.append(("event recall", asked, found, found["mean"] > least))
+        lines.append(("event recall", asked, found, bool(found["mean"] > least)))
         lasted["cloud_monitoring"] = round(time.perf_counter() - began - lasted["nab"], 1)
     pool.shutdown()
     acceptance = [

@@ -40,9 +40,9 @@ class MetricAnomaly(Spec, frozen=True, kw_only=True):
     """An anomaly detector for a metric that is read every `interval_s`.
 
     A day's rhythm is used where the median of this time of the last seven days has told values better than the median
-    of all (by a fifth, in median error), from the third day on. `memory_days` are kept; ten values are needed before
-    anything is scored, sixty scores before anything is an alert. Alerts come at most every `rest_s`, and as if by chance `false_alerts_per_week`. The score
-    is the same for any unit of the metric (scale), not for any origin.
+    of all (by a fifth, in median error), from the third day on. `memory_days` are kept. Ten values are needed before
+    anything is scored, sixty scores before anything is an alert. Alerts come at most every `rest_s`, and as if by
+    chance `false_alerts_per_week`. The score is the same for any unit of the metric (scale), not for any origin.
     """
 
     interval_s: Annotated[float, Meta(gt=0, le=_DAY_S / 4)]
