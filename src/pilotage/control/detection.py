@@ -16,7 +16,7 @@ from msgspec import Meta
 from pilotage.world.spec import Spec, SpecError
 
 _RATES: Final = 128  # candidates for the usual error rate
-_MOST, _HIGHEST = 600.0, 1e290  # log of a likelihood ratio, and evidence, that stay finite
+_MOST: Final = 700.0  # log of a score that stays finite
 
 
 class Verdict(NamedTuple):
@@ -69,32 +69,30 @@ class _ErrorRise:
         risen = np.minimum(angle + np.array(spec.rises)[:, None], (1 - 0.25 / _RATES) * math.pi / 2)
         self._wrong, self._right = 2 * np.log(np.sin(angle)), 2 * np.log(np.cos(angle))
         self._risen_wrong, self._risen_right = 2 * np.log(np.sin(risen)), 2 * np.log(np.cos(risen))
-        self._threshold = 1e4 / spec.false_alarms_per_10k
-        self._likelihood = np.zeros(_RATES)  # log, of all answers, by usual rate
-        self._known = math.log(_RATES)  # log of the sum of likelihoods
-        self._usual = np.full(_RATES, 1 / _RATES)  # how probable each usual rate is if nothing changed
+        self._log_threshold = math.log(1e4 / spec.false_alarms_per_10k)
+        # logs of likelihoods of all answers: without a rise, by usual rate; with one, summed over its starts
+        self._unchanged = np.zeros(_RATES)
+        self._changed = np.full(risen.shape, -math.inf)
         self._any = False
-        self._evidence = np.zeros(risen.shape)  # of a rise so far, by rise and usual rate
 
     def update(self, errors: int, count: int = 1) -> Verdict:
         right = _checked(errors, count)
         if count:
-            before = self._known
             if self._any:
-                self._evidence += self._usual * (count / len(self._evidence))
+                starting = self._unchanged + math.log(count / len(self._changed))
+                self._changed = np.logaddexp(self._changed, starting)
             self._any = True
-            self._likelihood += errors * self._wrong + right * self._right
-            top = float(self._likelihood.max())
-            self._usual = np.exp(self._likelihood - top)
-            total = float(self._usual.sum())
-            self._known = top + math.log(total)
-            self._usual /= total
-            ratio = errors * self._risen_wrong + right * self._risen_right - (self._known - before)
-            self._evidence = np.minimum(self._evidence * np.exp(np.minimum(ratio, _MOST)), _HIGHEST)
-        score = float(self._evidence.sum()) / self._threshold
-        if score >= 1:
-            self._evidence[:] = 0
-        return Verdict(score, score >= 1)
+            self._unchanged += errors * self._wrong + right * self._right
+            self._changed += errors * self._risen_wrong + right * self._risen_right
+        evidence = _log_sum(self._changed) - _log_sum(self._unchanged) - self._log_threshold
+        if evidence >= 0:
+            self._changed[:] = -math.inf
+        return Verdict(math.exp(min(evidence, _MOST)), evidence >= 0)
+
+
+def _log_sum(logs: np.ndarray) -> float:
+    top = float(logs.max())
+    return top + math.log(float(np.exp(logs - top).sum())) if top > -math.inf else top
 
 
 class Cusum(Detection, frozen=True, kw_only=True, tag="cusum"):
@@ -152,6 +150,9 @@ SETTINGS: Final = {
 }  # fmt: skip
 
 
+_ALWAYS: Final[dict[str, dict[str, Any]]] = {"PageHinkley": {"mode": "up"}, "KSWIN": {"seed": 0}}
+
+
 class _Library:
     def __init__(self, spec: Library) -> None:
         try:
@@ -159,8 +160,7 @@ class _Library:
         except ImportError:
             raise SpecError(f"{spec.name} needs river: install pilotage[learn], or use error-rise") from None
         kind = getattr(drift, spec.name, None) or getattr(drift.binary, spec.name)
-        fixed: dict[str, dict[str, Any]] = {"PageHinkley": {"mode": "up"}, "KSWIN": {"seed": 0}}
-        given = fixed.get(spec.name, {})
+        given: dict[str, Any] = dict(_ALWAYS.get(spec.name, {}))
         if spec.setting is not None:
             given[SETTINGS[spec.name]] = spec.setting
         self._river: Any = kind(**given)
