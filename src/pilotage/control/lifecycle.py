@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -31,7 +31,7 @@ from pilotage.control.retraining import (
     SkiRental,
     Stakes,
 )
-from pilotage.world.spec import SpecError, closest, decode
+from pilotage.world.spec import SpecError, named
 
 SHIPPED: Final = "learned-retraining"
 
@@ -119,18 +119,7 @@ def retraining_from(text: str) -> Retraining:
         return _read(Path(__file__).with_name("learned_retraining.json"))
     if text.endswith(".json"):
         return _read(Path(text))
-    name, _, rest = text.partition(":")
-    if name not in BY_NAME:
-        raise SpecError(
-            f"retraining {name!r} does not exist; {closest(name, [*BY_NAME, SHIPPED])}; or a retraining.json"
-        )
-    fields: dict[str, Any] = {}
-    for part in filter(None, rest.split(",")):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise SpecError(f"retraining {text!r}: {part!r} is not of the form field=value")
-        fields[key.strip()] = value.strip()
-    return decode(fields, BY_NAME[name], f"retraining {text!r}", strict=False)
+    return named(text, BY_NAME, "retraining", f"{SHIPPED}, or a retraining.json")
 
 
 def fleet_from(text: str) -> tuple[Policy, Retraining]:

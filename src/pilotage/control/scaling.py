@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Literal, get_type_hints
 
 import msgspec
 import numpy as np
@@ -42,7 +42,7 @@ from pilotage.control.ray_serve import RayServe
 from pilotage.control.sageserve import SageServe
 from pilotage.control.seasonal import PredictiveSeasonal
 from pilotage.control.wva import Wva
-from pilotage.world.spec import Count, Name, Spec, SpecError, closest, decode, read_toml
+from pilotage.world.spec import Count, Name, Spec, SpecError, closest, decode, named, read_toml
 
 _LOG = {"log": True}
 ScaleDownDelay = Annotated[float, Meta(ge=15, le=3600, extra=_LOG)]
@@ -254,18 +254,7 @@ def parse(text: str) -> Policy:
     """`hpa`, `hpa:target_utilization=0.6,min_replicas=2`, or the path of a TOML file with a `kind`."""
     if text.endswith(".toml"):
         return decode(read_toml(Path(text), "a policy file"), Scaling, text)  # type: ignore[arg-type]
-    name, _, rest = text.partition(":")
-    if name not in _BY_NAME:
-        raise SpecError(
-            f"policy {name!r} does not exist; {closest(name, _BY_NAME)}; or a .toml file or a folder"
-        )
-    fields: dict[str, Any] = {}
-    for part in filter(None, rest.split(",")):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise SpecError(f"policy {text!r}: {part!r} is not of the form field=value")
-        fields[key.strip()] = value.strip()
-    return decode(fields, _BY_NAME[name], f"policy {text!r}", strict=False)
+    return named(text, _BY_NAME, "policy", "a .toml file or a folder")
 
 
 def describe(policy: Spec) -> str:

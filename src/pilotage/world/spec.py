@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -50,6 +50,23 @@ def decode(raw: Any, kind: type[T], where: str, *, strict: bool = True) -> T:
         return msgspec.convert(raw, kind, strict=strict)
     except msgspec.ValidationError as error:
         raise SpecError(f"{where}: {_explain(str(error), raw, kind)}") from None
+
+
+def named(text: str, kinds: Mapping[str, type[T]], what: str, otherwise: str) -> T:
+    """The specification that a command-line argument names: `name` or `name:field=value,…`.
+
+    `what` it is, and what may stand there `otherwise`, are for the message of the SpecError if it is none.
+    """
+    name, _, rest = text.partition(":")
+    if name not in kinds:
+        raise SpecError(f"{what} {name!r} does not exist; {closest(name, kinds)}; or {otherwise}")
+    fields: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise SpecError(f"{what} {text!r}: {part!r} is not of the form field=value")
+        fields[key.strip()] = value.strip()
+    return decode(fields, kinds[name], f"{what} {text!r}", strict=False)
 
 
 def read_toml(path: Path, what: str) -> Any:
