@@ -276,8 +276,9 @@ def main() -> None:
                 rows.append(
                     {
                         "data": "cloud monitoring", "of": domain or "all", "series": int(of.sum()), "score": name,
-                        "average_precision": f"{figure['mean']:.4g}", "low": f"{figure['low']:.4g}",
-                        "high": f"{figure['high']:.4g}",
+                        "average_precision": f"{figure['mean']:.4g}",
+                        "low": f"{figure['low']:.4g}" if of.sum() > 1 else "",
+                        "high": f"{figure['high']:.4g}" if of.sum() > 1 else "",
                     }
                 )  # fmt: skip
                 print(rows[-1], flush=True)

@@ -109,3 +109,32 @@ def test_what_moved_and_by_how_much_it_hurts() -> None:
     assert list(parts) == ["a", "b"]
     assert parts["a"] == pytest.approx(0.841 - 0.159, abs=0.03)  # of the normal distribution
     assert parts["b"] == 0.0
+
+
+def test_the_rule_of_nab_by_hand() -> None:
+    run = pytest.importorskip("experiments.anomaly.run", reason="needs scikit-learn (extra explain)")
+    rows = np.zeros(200)
+    one = run.Series("a/b.csv", 300.0, rows, rows > 0, 30)  # 30 rows of probation
+    windows = [[(100, 109)]]
+
+    def score(alarms: list[int], profile: str = "standard") -> float:
+        scores = rows.copy()
+        scores[alarms] = 1.0
+        return run.nab_score([scores], [one], windows, profile)
+
+    def sigmoid(y: float) -> float:
+        return 2 / (1 + math.exp(5 * y)) - 1
+
+    assert score([]) == pytest.approx(0)
+    assert score([100]) == pytest.approx(100)  # the first row of the window
+    assert score([10, 100]) == pytest.approx(100)  # probation is not judged
+    late = sigmoid(-0.1) / sigmoid(-1)  # the last row: a tenth of the window from its end
+    assert score([109]) == pytest.approx(100 * (late + 1) / 2)
+    assert score([105, 109]) == pytest.approx(
+        100 * (sigmoid(-0.5) / sigmoid(-1) + 1) / 2
+    )  # the earliest counts
+    assert score([50, 100]) == pytest.approx(100 * (2 - 0.11) / 2)  # before any window: in full
+    assert score([100, 112]) == pytest.approx(100 * (2 + 0.11 * sigmoid(3 / 9)) / 2)  # soon after: less
+    assert score([100, 150], "reward low FP") == pytest.approx(100 * (2 - 0.22) / 2)
+    np.testing.assert_array_equal(run.emitted(np.array([1.0, 2, 1, 0, 1.5]), 2), [1, 2, 0, 0, 1.5])
+    np.testing.assert_array_equal(run.rested(np.array([1, 1, 1, 0, 1], bool), 2), [1, 0, 0, 0, 1])

@@ -47,9 +47,10 @@ def expected_accuracy(probabilities: np.ndarray) -> Estimate:
     if len(given) == 0:
         raise ValueError("probabilities: no row without a missing value; valid: at least one")
     if given.min() < 0 or given.max() > 1 or np.abs(given.sum(axis=1) - 1).max() > 1e-3:
+        sums = given.sum(axis=1)
         raise ValueError(
-            f"probabilities from {given.min():.4g} to {given.max():.4g}, rows that sum to "
-            f"{given.sum(axis=1).min():.4g} to {given.sum(axis=1).max():.4g}; valid: 0 to 1, rows that sum to 1"
+            f"probabilities from {given.min():.4g} to {given.max():.4g}, rows that sum to {sums.min():.4g} to "
+            f"{sums.max():.4g}; valid: 0 to 1, rows that sum to 1"
         )
     sure = given.max(axis=1)
     return Estimate(float(sure.mean()), math.sqrt(float((sure * (1 - sure)).sum())) / len(sure))
