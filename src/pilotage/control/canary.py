@@ -102,10 +102,11 @@ class Judge:
         """Outcomes, indices of OUTCOMES, shape of the counts; sets `reason` where there is one canary."""
         raise NotImplementedError
 
-    def say(self, outcomes: np.ndarray, reasons: Callable[[], Sequence[str]]) -> None:
-        """Keeps the reason of one canary's outcome; `reasons` gives one per outcome, in the order of OUTCOMES."""
+    def say(self, outcomes: np.ndarray, reasons: Callable[[], str | Sequence[str]]) -> None:
+        """Keeps the reason of one canary's outcome; `reasons` gives one, or one per outcome, in their order."""
         if outcomes.ndim == 0:
-            self.reason = reasons()[int(outcomes)]
+            known = reasons()
+            self.reason = known if isinstance(known, str) else known[int(outcomes)]
 
 
 class Rule(Spec, frozen=True, kw_only=True, tag_field="kind"):
@@ -153,10 +154,7 @@ class _Flagger(Judge):
         self.say(
             out,
             lambda: (
-                4
-                * (
-                    f"{self._failed} checks failed of {self._rule.threshold} that abort, {self._passed} passed",
-                )
+                f"{self._failed} checks failed of {self._rule.threshold} that abort, {self._passed} passed"
             ),
         )
         return out
@@ -196,10 +194,7 @@ class _Argo(Judge):
         self.say(
             out,
             lambda: (
-                4
-                * (
-                    f"{self._failures} of {self._taken} measurements failed, the last {self._errors} had no value",
-                )
+                f"{self._failures} of {self._taken} measurements failed, the last {self._errors} had no value"
             ),
         )
         return out
@@ -239,12 +234,12 @@ class _Kayenta(Judge):
         taken, rule = len(self._canary), self._rule
         if taken % rule.every and taken < rule.lifetime:
             out = outcomes_of(np.zeros(np.broadcast(x0, x1).shape, bool))
-            self.say(out, lambda: 4 * (f"judged every {rule.every} intervals",))
+            self.say(out, lambda: f"judged every {rule.every} intervals")
             return out
         score = np.where(self._high(np.stack(self._champion, -1), np.stack(self._canary, -1)), 0.0, 100.0)
         over = taken >= rule.lifetime
         out = outcomes_of(score < (rule.pass_score if over else rule.marginal_score), over)
-        self.say(out, lambda: 4 * (f"score {float(score):g} after {taken} intervals",))
+        self.say(out, lambda: f"score {float(score):g} after {taken} intervals")
         return out
 
     def _high(self, champion: np.ndarray, canary: np.ndarray) -> np.ndarray:

@@ -68,7 +68,8 @@ class ExactSpending:
     for a constant ratio of rates, also where the share changes, so the test rejects when it reaches a boundary: the
     least one whose probability, among canaries not yet rejected, is within what may be spent by now. That probability
     is computed, not bounded: the law of the count is followed exactly, and what counts being whole leaves unspent is
-    spent later. (The e-process at the same level spends less within any given time.)
+    spent later. (The e-process at the same level spends less within any given time.) The laws of all lanes share one
+    range of counts, so lanes should be alike.
     """
 
     def __init__(self, alpha: float, half_spent: float) -> None:
