@@ -208,7 +208,7 @@ def interval_of(count: int, of: int) -> dict[str, float]:
 
 
 def summary(ends: dict[str, np.ndarray]) -> dict[str, float]:
-    """Share aborted and median minute of it, with 95 % intervals (of the latter by bootstrap); bad requests served."""
+    """Share aborted and median minute of it, with 95 % intervals (by bootstrap the latter), bad requests served."""
     aborted = ends["how"] == ABORT
     minutes = ends["minute"][aborted] if aborted.any() else np.array([np.nan])
     again = np.median(np.random.default_rng(0).choice(minutes, (500, len(minutes))), axis=1)
