@@ -8,7 +8,7 @@ import pytest
 from pilotage.control.guard import Guard
 from pilotage.control.lifecycle import BY_NAME, OffPeak, Triggered, retraining_from
 from pilotage.control.retraining import Never, Periodic, Seen, Stakes
-from pilotage.control.scaling import Hpa
+from pilotage.control.scaling import Hpa, Static
 from pilotage.engine.cluster import World
 from pilotage.engine.run import simulate
 from pilotage.metrics import ITEMS
@@ -119,6 +119,19 @@ def test_a_job_waits_for_quiet_hours_but_not_for_ever() -> None:
     assert [ask(2, 0.5), ask(3, 1.2), ask(4, 1.2), ask(5, 1.2)] == [False, False, False, True]
     assert ask(3, 0.7)
     assert ask(3, float("nan"))
+
+
+def test_room_is_made_for_a_job_that_finds_no_node() -> None:
+    scenario = small()
+    full = scenario.replace(pools=(scenario.pools[0].replace(max_nodes=3),))
+    worlds, hoards = (World(1),), Static(replicas=3)
+    plain = simulate(full, [hoards], worlds, retraining=Periodic(every_batches=6))
+    assert plain[0].retrained_s == [[]]  # serving has all three nodes, and keeps them
+    polite = OffPeak(policy="periodic:every_batches=6", load=2.0)
+    (one,) = simulate(full, [hoards], worlds, retraining=polite)
+    assert one.retrained_s[0]
+    (rude,) = simulate(full, [hoards], worlds, retraining=polite.replace(make_room=False))
+    assert rude.retrained_s == [[]]
 
 
 def test_a_detector_begins_anew_with_every_version() -> None:

@@ -39,11 +39,17 @@ SHIPPED: Final = "learned-retraining"
 class OffPeak(Retraining, frozen=True, kw_only=True, tag="off-peak"):
     """Another policy (as a command-line argument names it), whose retrainings wait until the cluster's load is at
     most `load` times its mean of the last day, but no longer than `patience_batches`: a training job on nodes that
-    serving needs is dear."""
+    serving needs is dear. With `make_room` a job that finds no node gets one from serving: while it waits no service
+    orders replicas, and the one that has most gives one up."""
 
     policy: str = SHIPPED
     load: Annotated[float, Meta(ge=0.1, le=2)] = 0.8
     patience_batches: Annotated[int, Meta(ge=1, le=1000, extra={"log": True})] = 12
+    make_room: bool = True
+
+    @property
+    def makes_room(self) -> bool:
+        return self.make_room
 
     def __post_init__(self) -> None:
         retraining_from(self.policy)

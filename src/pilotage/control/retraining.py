@@ -92,6 +92,11 @@ class Retrainer(Protocol):
 class Retraining(Spec, frozen=True, kw_only=True, tag_field="kind"):
     """A retraining policy."""
 
+    @property
+    def makes_room(self) -> bool:
+        """Whether serving gives up a replica for a training job that finds no node."""
+        return False
+
     def begin(self, stakes: Stakes, past: Past = NO_PAST) -> Retrainer:
         raise NotImplementedError
 

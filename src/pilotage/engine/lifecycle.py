@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -119,6 +119,7 @@ class Lives:
         )
         self._memory = 1 - math.exp(-scenario.tick_s / _DAY_S)
         self.usd = np.zeros((cluster.shape[0], services))
+        self.short: set[int] = set()  # worlds in which a job waits for a node that serving is to give up
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -134,12 +135,15 @@ class Lives:
         known = np.isnan(self._mean_rps)
         self._mean_rps = np.where(known, rate, self._mean_rps + self._memory * (rate - self._mean_rps))
         out = {}
+        self.short.clear()
         for life, policy in zip(self._lives, self._policies, strict=True):
             w, job = life.row // rows, seen[life.job_row]
             clock_h = float(self._cluster.clock_s[w]) / 3600
             batch = life.life.past_batches + int(clock_h / life.life.batch_h + 1e-9)
             if life.training >= 0:
                 out[life.job_row] = self._advance(life, job, batch, w)
+                if policy.makes_room and job["replicas_pending"] >= 1:
+                    self.short.add(w)
             elif batch > life.at:
                 life.at = batch
                 load = float(rate[w] / self._mean_rps[w]) if self._mean_rps[w] > 0 else math.nan
@@ -239,13 +243,28 @@ class FleetHelm:
 
     def decide(self, seen: Sequence[Observation]) -> list[Decision]:
         out = [Decision()] * len(seen)
-        for row, decision in zip(
-            self._rows, self._serving.decide([seen[row] for row in self._rows]), strict=True
-        ):
+        wanted = self._serving.decide([seen[row] for row in self._rows])
+        jobs = self._lives.decide(seen)
+        services = len(self._rows) // self._lives.shape[0]
+        for k, (row, decision) in enumerate(zip(self._rows, wanted, strict=True)):
+            w = k // services
+            if w in self._lives.short:
+                mine = self._rows[w * services : (w + 1) * services]
+                decision = self._yielding(seen, row, mine, decision)
             out[row] = decision
-        for row, decision in self._lives.decide(seen).items():
+        for row, decision in jobs.items():
             out[row] = decision
         return out
+
+    @staticmethod
+    def _yielding(seen: Sequence[Observation], row: int, mine: list[int], wanted: Decision) -> Decision:
+        """What a service does while a job of its world waits for a node: no orders, what is pending goes, and the
+        service with most replicas gives one up unless another is on its way out."""
+        leaving = any(seen[r]["replicas_draining"] > 0 for r in mine)
+        most = max(mine, key=lambda r: seen[r]["replicas_ready"])
+        gives = row == most and not leaving and seen[row]["replicas_ready"] > 1
+        release = max(wanted.release, int(seen[row]["replicas_pending"]) + int(gives))
+        return replace(wanted, order=0, release=release, reason="makes room for a training job")
 
 
 def _draw(scenario: Scenario, w: int, s: int, job_row: int, row: int, cluster: Cluster) -> _Life:
