@@ -287,27 +287,27 @@ def test_secrets_and_payload_do_not_get_in(tmp_path: Path) -> None:
 
 
 def _million(tmp_path: Path, count: int) -> tuple[float, float]:
-    """Seconds to verify so many entries, and the longest of 20 questions by time."""
+    """CPU seconds to verify so many entries, and of the longest of 20 questions by time."""
     ledger = Ledger(tmp_path)
     for start in range(0, count, 5_000):
         ledger.append(*[record(start + k) for k in range(5_000)])
-    began = time.perf_counter()
+    began = time.process_time()
     assert ledger.verify().entries == count
-    verified_s = time.perf_counter() - began
+    verified_s = time.process_time() - began
     times = [ledger.entry(k * (count // 20)).time for k in range(20)]
     longest_s = 0.0
     for at in times:
-        began = time.perf_counter()
+        began = time.process_time()
         found = Ledger(tmp_path).entries("service-1", until=at, last=1)
-        longest_s = max(longest_s, time.perf_counter() - began)
+        longest_s = max(longest_s, time.process_time() - began)
         assert not found or found[0].time <= at
     return verified_s, longest_s
 
 
 def test_many_entries_are_verified_and_asked_quickly(tmp_path: Path) -> None:
     verified_s, asked_s = _million(tmp_path, 20_000)
-    assert verified_s < 5  # 0.1 s on a quiet machine
-    assert asked_s < 1.0
+    assert verified_s < 1.0
+    assert asked_s < 0.1
 
 
 @pytest.mark.full
