@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jsonschema
@@ -281,8 +282,10 @@ def test_a_study_that_was_interrupted_resumes_and_leaves_nothing_half_written(
     experiment.write_text(STUDY.format(env=scenario, trials=250))
     command = ("study", str(experiment), "--out", str(out))
     process = subprocess.Popen(
-        [*PILOTAGE, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [*PILOTAGE, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # what a shell starts in the background ignores interrupts, and so would its children
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     storage = None
     for _ in range(1200):
         storage = next(iter(out.glob("work/tune-*.db")), None)
