@@ -161,7 +161,6 @@ def main() -> None:
     )
     facts = provenance("ledger", sys.argv, started, {"ledger": round(time.perf_counter() - began, 1)})
     facts |= {
-        "command": "python experiments/ledger.py" + (" --quick" if options.quick else ""),
         "seeds": [options.seed],
     }
     write_whole(options.out / "run.json", json.dumps(facts, indent=2) + "\n")

@@ -324,7 +324,6 @@ def main() -> None:
     write_whole(options.out / "table.csv", as_csv([dict.fromkeys(columns, "") | row for row in rows]))
     write_whole(options.out / "acceptance.csv", as_csv(acceptance))
     record = provenance("anomaly", sys.argv, started, lasted)
-    record["command"] = "python " + " ".join(sys.argv)
     record |= {"seed": options.seed}
     write_whole(options.out / "run.json", json.dumps(record, indent=1) + "\n")
 

@@ -158,9 +158,6 @@ def main() -> None:
     )
     write_whole(options.out / "acceptance.csv", as_csv(acceptance))
     record = provenance("bias_gate", sys.argv, started, lasted)
-    record["command"] = "python " + " ".join(
-        Path(word).name if Path(word).is_absolute() else word for word in sys.argv
-    )
     record["seed"] = options.seed
     write_whole(options.out / "run.json", json.dumps(record, indent=1) + "\n")
 

@@ -334,7 +334,6 @@ def main() -> None:
     write_whole(options.out / "schedules.csv", as_csv(schedules(options.seed, max(runs // 2, 1))))
     lasted["schedules"] = round(time.perf_counter() - began - sum(lasted.values()), 1)
     record = provenance("canary", sys.argv, started, lasted)
-    record["command"] = "python " + " ".join(sys.argv)
     record |= {"seed": options.seed, "runs": runs}
     write_whole(options.out / "run.json", json.dumps(record, indent=1) + "\n")
 

@@ -194,7 +194,6 @@ def main() -> None:
     )
     write_whole(options.out / "acceptance.csv", as_csv(acceptance))
     record = provenance("drift_detection", sys.argv, started, lasted)
-    record["command"] = "python " + " ".join(sys.argv)
     record |= {"seed": options.seed, "runs": runs}
     write_whole(options.out / "run.json", json.dumps(record, indent=1) + "\n")
 

@@ -177,7 +177,6 @@ def main() -> None:
         "fleet_lifecycle", sys.argv, started, {"fleet_lifecycle": round(time.perf_counter() - began, 1)}
     )
     facts |= {
-        "command": "python experiments/fleet_lifecycle/run.py",
         "seed": options.seed,
         "seeds": len(worlds),
     }

@@ -165,7 +165,7 @@ def main() -> None:
     write_whole(options.out / "joint.csv", as_csv(rows))
     write_whole(options.out / "joint_acceptance.csv", as_csv(lines))
     record = provenance("placement", sys.argv, started, {"joint": round(time.perf_counter() - began, 1)})
-    record |= {"command": "python experiments/placement/joint.py", "seed": options.seed, "seeds": len(worlds)}
+    record |= {"seed": options.seed, "seeds": len(worlds)}
     write_whole(options.out / "joint_run.json", json.dumps(record, indent=1) + "\n")
 
 

@@ -234,7 +234,7 @@ def main() -> None:
         print(line)
     write_whole(options.out / "acceptance.csv", as_csv(acceptance))
     facts = provenance("retraining", sys.argv, started, {"retraining": round(time.perf_counter() - began, 1)})
-    facts |= {"command": "python experiments/retraining/run.py --data DATA", "seeds": [options.seed]}
+    facts |= {"seeds": [options.seed]}
     write_whole(options.out / "run.json", json.dumps(facts, indent=2) + "\n")
 
 

@@ -112,7 +112,7 @@ def main() -> None:
     write_whole(options.out / "table.csv", as_csv(rows))
     write_whole(options.out / "acceptance.csv", as_csv(lines))
     facts = provenance("rollback", sys.argv, started, {"rollback": round(time.perf_counter() - began, 1)})
-    facts |= {"command": "python experiments/rollback/run.py", "seed": options.seed, "seeds": len(worlds)}
+    facts |= {"seed": options.seed, "seeds": len(worlds)}
     write_whole(options.out / "run.json", json.dumps(facts, indent=1) + "\n")
 
 

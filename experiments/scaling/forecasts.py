@@ -254,7 +254,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     write_whole(options.out / "forecasts.csv", as_csv(rows))
     facts = provenance("scaling", sys.argv, started, {"forecasts": round(time.perf_counter() - began, 1)})
-    facts |= {"command": "python experiments/scaling/forecasts.py --data DATA", "seeds": [options.seed]}
+    facts |= {"seeds": [options.seed]}
     write_whole(options.out / "forecasts_run.json", json.dumps(facts, indent=2) + "\n")
 
 

@@ -178,7 +178,6 @@ def main() -> None:
     write_whole(options.out / f"{name}acceptance.csv", as_csv(acceptance))
     facts = provenance("scaling", sys.argv, started, {"judge": round(time.perf_counter() - began, 1)})
     facts |= {
-        "command": f"python experiments/scaling/judge.py --data DATA --split {options.split}",
         "seeds": [options.seed],
     }
     write_whole(options.out / f"{name}run.json", json.dumps(facts, indent=2) + "\n")

@@ -92,7 +92,7 @@ def main() -> None:
     write_whole(options.out / "zero_shot.csv", as_csv(rows))
     write_whole(options.out / "zero_shot_acceptance.csv", as_csv(lines))
     facts = provenance("scaling", sys.argv, started, {"zero_shot": round(time.perf_counter() - began, 1)})
-    facts |= {"command": "python experiments/scaling/zero_shot.py --data DATA", "seeds": [options.seed]}
+    facts |= {"seeds": [options.seed]}
     write_whole(options.out / "zero_shot_run.json", json.dumps(facts, indent=2) + "\n")
 
 

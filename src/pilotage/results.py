@@ -65,8 +65,10 @@ def provenance(
     packages = ("pilotage", "numpy", "numba", "gymnasium", "optuna", "stable-baselines3", "torch")
     return {
         "experiment": experiment,
-        "command": "pilotage "
-        + " ".join(Path(word).name if Path(word).is_absolute() else word for word in command),
+        "command": " ".join(
+            ["python" if command and command[0].endswith(".py") else "pilotage"]
+            + [Path(word).name if Path(word).is_absolute() else word for word in command]
+        ),
         "commit": git("rev-parse", "HEAD"),
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         "versions": {name: _version(name) for name in packages},

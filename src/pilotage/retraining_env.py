@@ -28,9 +28,8 @@ LIMIT = 20.0
 
 
 def streams_of(scenario: str | Scenario, seed: int, count: int) -> list[Stream]:
-    """Deployments of a scenario's services that decay, in turn, as they would be without traffic's noise: a
-    retraining costs its price and an hour's share of a node, in wrong answers at `error_usd` each, and is ready at
-    once."""
+    """Deployments of a scenario's services that decay, in turn, at one request per second each, whatever their
+    traffic is: a retraining costs its price and its share of a node, in wrong answers, and is ready at once."""
     scenario = scenario if isinstance(scenario, Scenario) else load(scenario)
     decaying = [service for service in scenario.services if service.lifecycle]
     if not decaying:
@@ -43,11 +42,7 @@ def streams_of(scenario: str | Scenario, seed: int, count: int) -> list[Stream]:
         rng = np.random.default_rng([seed, k])
         past, batches = life.past_batches, life.batches(scenario.horizon_h)
         errors, probe = life.decay.recorded(rng, past + batches, life.label_delay_batches)
-        usd = (
-            life.training.usd
-            + life.training.hours * scenario.pool_by_name[life.training.pool].price_usd_per_hour
-        )
-        price = usd / max(service.economics.error_usd * life.batch_h * 3600, 1e-12) * life.decay.batch_size
+        price = life.price(scenario.pool_by_name[life.training.pool], service.economics.error_usd, 1.0)
         out.append(
             Stream.of(
                 errors, probe if life.probe else probe[:0], past, price, life.decay.batch_size, life.label_delay_batches

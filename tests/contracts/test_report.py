@@ -13,6 +13,7 @@ import time
 import urllib.request
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +28,7 @@ pytest.importorskip("jinja2", reason="needs the extra `report`")
 from pilotage.figures import front_of, nines
 from pilotage.measurements import Interval, Row, attained, latency, money, percent, ranges
 from pilotage.report import ReportError, draw_figures, draw_timeline, write_report
+from pilotage.results import provenance
 from pilotage.world.spec import SpecError
 
 POLICIES = ("hpa", "kpa", "predictive", "hpa tuned", "predictive tuned", "ppo")
@@ -763,3 +765,12 @@ def test_latencies_far_above_the_objective_have_plain_labels(tmp_path: Path) -> 
         row["slo_s"] = 0.75
     write_csv(tmp_path / "timeline.csv", rows)
     assert "mathdefault" not in draw_timeline(tmp_path).read_text()
+
+
+def test_a_recorded_command_names_its_program_and_no_place_of_one_machine() -> None:
+    def command(*words: str) -> str:
+        return provenance("x", words, datetime.now(UTC), {})["command"]
+
+    run = command("experiments/anomaly/run.py", "--data", "/somewhere/data", "--seed", "1")
+    assert run == "python experiments/anomaly/run.py --data data --seed 1"
+    assert command("study", "experiments/quickstart.toml") == "pilotage study experiments/quickstart.toml"

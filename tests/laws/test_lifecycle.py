@@ -168,4 +168,6 @@ def test_labels_later_than_the_horizon_do_not_come_and_names_must_exist() -> Non
         retraining_from("ski-rentel")
     with pytest.raises(SpecError, match="factor"):
         retraining_from("ski-rental:factor=-1")
+    with pytest.raises(SpecError, match=r"absent\.json: cannot be read"):
+        retraining_from("absent.json")
     assert set(BY_NAME) >= {"never", "periodic", "triggered", "off-peak"}

@@ -10,7 +10,6 @@ thousands, a controller runs one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -34,7 +33,7 @@ from pilotage.control.policy import (
     Together,
 )
 from pilotage.control.scaling import Predictive, parse
-from pilotage.world.spec import SpecError, decode
+from pilotage.world.spec import decode, read_json
 
 # what the three outputs do to `predictive`, each in [-1, 1]:
 #   headroom  scales the rule's need by 1 +- HEADROOM and shifts it by +- 1 replica
@@ -340,12 +339,7 @@ def trained(folder: Path) -> Learned | Foresight:
 
 
 def _read(path: Path) -> Learned | Foresight:
-    try:
-        raw = json.loads(path.read_text())
-    except OSError as error:
-        raise SpecError(f"{path}: cannot be read: {error.strerror}; give the folder of a training") from None
-    except ValueError as error:
-        raise SpecError(f"{path}: not valid JSON: {error}") from None
+    raw = read_json(path, "the folder of a training")
     found: Learned | Foresight = decode(raw, Learned | Foresight, str(path))  # type: ignore[arg-type]
     return found
 

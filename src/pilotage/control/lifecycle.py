@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-import msgspec
 from msgspec import Meta
 
 from pilotage.control.detection import Detection, ErrorRise, Library
@@ -31,7 +29,7 @@ from pilotage.control.retraining import (
     SkiRental,
     Stakes,
 )
-from pilotage.world.spec import SpecError, named
+from pilotage.world.spec import decode, named, read_json
 
 SHIPPED: Final = "learned-retraining"
 
@@ -138,12 +136,4 @@ def fleet_from(text: str) -> tuple[Policy, Retraining]:
 
 
 def _read(path: Path) -> LearnedRetraining:
-    try:
-        raw = json.loads(path.read_bytes())
-        return msgspec.convert(raw, LearnedRetraining)
-    except OSError as error:
-        raise SpecError(
-            f"{path}: cannot be read: {error.strerror}; give the path of a retraining.json"
-        ) from None
-    except (ValueError, msgspec.ValidationError) as error:
-        raise SpecError(f"{path}: not a learned retraining policy: {error}") from None
+    return decode(read_json(path, "the path of a retraining.json"), LearnedRetraining, str(path))

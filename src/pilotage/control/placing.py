@@ -7,7 +7,6 @@ weights, so that a file that was made for other terms is refused and not misread
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Annotated, Final, Self
 import msgspec
 from msgspec import Meta
 
-from pilotage.world.spec import Spec, SpecError, closest, decode
+from pilotage.world.spec import Spec, SpecError, closest, decode, read_json
 
 FILE: Final = "placement.json"
 
@@ -62,15 +61,7 @@ class LearnedPlacement(Spec, frozen=True, kw_only=True, tag="learned-placement")
     def read(cls, path: Path) -> Self:
         """From a file, or from the folder of a training. Raises SpecError with the path and what is wrong."""
         path = path / FILE if path.is_dir() else path
-        try:
-            raw = json.loads(path.read_text())
-        except OSError as error:
-            raise SpecError(
-                f"{path}: cannot be read: {error.strerror}; give a {FILE} or the folder that holds one"
-            ) from None
-        except ValueError as error:
-            raise SpecError(f"{path}: not valid JSON: {error}") from None
-        return decode(raw, cls, str(path))
+        return decode(read_json(path, f"a {FILE} or the folder that holds one"), cls, str(path))
 
 
 def shipped() -> LearnedPlacement:

@@ -56,9 +56,7 @@ class Trial(Spec, frozen=True, kw_only=True):
 
     begin_h: Positive = 0.5
     interval_s: Positive = 60.0
-    most: Annotated[float, Meta(gt=0, lt=0.5)] = (
-        0.4  # of either arm: the baseline gets as much as the candidate
-    )
+    most: Annotated[float, Meta(gt=0, lt=0.5)] = 0.4  # the baseline gets as much as the candidate
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +156,8 @@ class _Arms:
 
     def __init__(self, candidate: Candidate, trial: Trial, rule: Rule, schedule: Any, seed: int) -> None:
         self._candidate, self._trial = candidate, trial
+        self._error_share = np.array([candidate.old_errors, candidate.old_errors, candidate.new_errors])
+        self._wrong_share = np.array([candidate.old_wrong, candidate.old_wrong, candidate.new_wrong])
         self._judge, self._schedule = rule.begin(), schedule.begin()
         self._rng = stream(seed, "canary/answers")
         self._waiting: deque[tuple[tuple[int, int], tuple[int, int]]] = deque()
@@ -172,16 +172,14 @@ class _Arms:
     def tick(self, now_s: float, ready: np.ndarray, served: np.ndarray, late: np.ndarray) -> np.ndarray:
         """What the arms, with so many replicas ready, did in a tick; at the end of an interval, the verdict. Returns
         how traffic is to be shared from now on."""
-        c = self._candidate
-        failed = self._rng.binomial(served, [c.old_errors, c.old_errors, c.new_errors])
-        wrong = np.array([c.old_wrong, c.old_wrong, c.new_wrong])
+        failed = self._rng.binomial(served, self._error_share)
         self.failed += failed
-        self.wrong += (served - failed) * wrong
+        self.wrong += (served - failed) * self._wrong_share
         self._seen += np.stack([served, late, failed])
-        self._right += self._rng.binomial(served - failed, c.labelled)
+        self._right += self._rng.binomial(served - failed, self._candidate.labelled)
         if now_s + 1e-6 >= self._next_s and not self.outcome:
             self._next_s += self._trial.interval_s
-            evidence = self._verdict(now_s, wrong) if self.share > 0 else None
+            evidence = self._verdict(now_s) if self.share > 0 else None
             # arms get traffic once they are there, as a Kubernetes service would have it
             if not self.outcome and (self.share > 0 or min(ready[BASELINE], ready[NEW]) > 0):
                 self.share = min(float(self._schedule.weight(evidence)), self._trial.most)
@@ -211,11 +209,10 @@ class _Arms:
                 out[OLD] = Decision(release=seen[OLD].replicas, reason="replaced")
         return out
 
-    def _verdict(self, now_s: float, wrong: np.ndarray) -> Evidence:
+    def _verdict(self, now_s: float) -> Evidence:
         labelled = (int(self._right[BASELINE]), int(self._right[NEW]))
-        bad = tuple(
-            int(self._rng.binomial(n, w)) for n, w in zip(labelled, wrong[[BASELINE, NEW]], strict=True)
-        )
+        shares = self._wrong_share[[BASELINE, NEW]]
+        bad = tuple(int(self._rng.binomial(n, w)) for n, w in zip(labelled, shares, strict=True))
         self._waiting.append((labelled, (bad[0], bad[1])))
         known, found = (
             self._waiting.popleft() if len(self._waiting) > self._candidate.label_delay else ((0, 0), (0, 0))

@@ -132,8 +132,8 @@ class Lives:
         rows = self._cluster.shape[1]
         rate = np.array([one["arrival_rate"] for one in seen]).reshape(-1, rows)
         rate = np.nansum(rate[:, : len(self._scenario.services)], axis=1)
-        known = np.isnan(self._mean_rps)
-        self._mean_rps = np.where(known, rate, self._mean_rps + self._memory * (rate - self._mean_rps))
+        unknown = np.isnan(self._mean_rps)
+        self._mean_rps = np.where(unknown, rate, self._mean_rps + self._memory * (rate - self._mean_rps))
         out = {}
         self.short.clear()
         for life, policy in zip(self._lives, self._policies, strict=True):
@@ -168,32 +168,25 @@ class Lives:
 
     def _stakes(self, life: _Life, w: int, batches: int) -> Stakes:
         """What a retraining costs in wrong answers among those that are labelled, at the rate of the last day."""
-        job, size = life.life.training, life.life.decay.batch_size
-        pool = self._scenario.pool_by_name[job.pool]
-        share = 1.0
-        if pool.node and job.resources:
-            both = zip(job.resources.vector, pool.node.vector, strict=True)
-            share = max(need / has for need, has in both if has > 0)
-        usd = job.usd + job.hours * share * pool.price_usd_per_hour
         service = life.row % self._cluster.shape[1]
         past = self._cluster.situation(w, service).history_rps
-        rate = float(np.mean(past)) if len(past) else float(self._cluster.totals["arrived"][w, service]) / max(
-            float(self._cluster.clock_s[w]), 1.0
-        )  # fmt: skip
-        asked = max(rate * life.life.batch_h * 3600, 1.0)
-        price = usd / max(life.error_usd * asked / size, 1e-12)
-        delay = min(life.life.label_delay_batches, batches - 1)
-        return Stakes(price=max(price, 1e-9), batch_size=size, batches=batches, label_delay=delay)
+        rate_rps = float(np.mean(past)) if len(past) else float(
+            self._cluster.totals["arrived"][w, service]
+        ) / max(float(self._cluster.clock_s[w]), 1.0)  # fmt: skip
+        pool = self._scenario.pool_by_name[life.life.training.pool]
+        return Stakes(
+            price=life.life.price(pool, life.error_usd, rate_rps),
+            batch_size=life.life.decay.batch_size,
+            batches=batches,
+            label_delay=min(life.life.label_delay_batches, batches - 1),
+        )
 
     def _advance(self, life: _Life, job: Observation, batch: int, w: int) -> Decision:
         """What the job in training does in the tick that begins."""
-        if job["replicas_ready"] >= 1:
-            life.trained_s += self._scenario.tick_s
-        elif job.replicas == 0:  # its node died
-            life.trained_s = 0.0
+        ready = job["replicas_ready"] >= 1
+        life.trained_s = life.trained_s + self._scenario.tick_s if ready else 0.0
+        if job.replicas == 0:  # its node died
             return Decision(order=1, reason="retraining, again")
-        else:
-            life.trained_s = 0.0
         if life.trained_s < life.life.training.hours * 3600:
             return Decision()
         version, life.training = life.training, -1
@@ -245,26 +238,27 @@ class FleetHelm:
         out = [Decision()] * len(seen)
         wanted = self._serving.decide([seen[row] for row in self._rows])
         jobs = self._lives.decide(seen)
-        services = len(self._rows) // self._lives.shape[0]
-        for k, (row, decision) in enumerate(zip(self._rows, wanted, strict=True)):
-            w = k // services
-            if w in self._lives.short:
-                mine = self._rows[w * services : (w + 1) * services]
-                decision = self._yielding(seen, row, mine, decision)
+        for row, decision in zip(self._rows, wanted, strict=True):
             out[row] = decision
+        rows, services = self._lives.shape[1], len(self._rows) // self._lives.shape[0]
+        for w in self._lives.short:
+            mine = slice(w * rows, w * rows + services)
+            out[mine] = self._yielding(seen[mine], out[mine])
         for row, decision in jobs.items():
             out[row] = decision
         return out
 
     @staticmethod
-    def _yielding(seen: Sequence[Observation], row: int, mine: list[int], wanted: Decision) -> Decision:
-        """What a service does while a job of its world waits for a node: no orders, what is pending goes, and the
-        service with most replicas gives one up unless another is on its way out."""
-        leaving = any(seen[r]["replicas_draining"] > 0 for r in mine)
-        most = max(mine, key=lambda r: seen[r]["replicas_ready"])
-        gives = row == most and not leaving and seen[row]["replicas_ready"] > 1
-        release = max(wanted.release, int(seen[row]["replicas_pending"]) + int(gives))
-        return replace(wanted, order=0, release=release, reason="makes room for a training job")
+    def _yielding(seen: Sequence[Observation], wanted: Sequence[Decision]) -> list[Decision]:
+        """What the services of a world do while a job waits for a node: no orders, what is pending goes, and the one
+        with most replicas gives one up unless another is on its way out."""
+        most = max(range(len(seen)), key=lambda s: seen[s]["replicas_ready"])
+        give = seen[most]["replicas_ready"] > 1 and not any(one["replicas_draining"] > 0 for one in seen)
+        out = []
+        for s, (one, decision) in enumerate(zip(seen, wanted, strict=True)):
+            release = max(decision.release, int(one["replicas_pending"]) + int(give and s == most))
+            out.append(replace(decision, order=0, release=release, reason="makes room for a training job"))
+        return out
 
 
 def _draw(scenario: Scenario, w: int, s: int, job_row: int, row: int, cluster: Cluster) -> _Life:

@@ -169,7 +169,7 @@ def advance(
             while True:  # until something is known of the version deployed
                 cost += mine[int(state[DEPLOYED]), t] - mine[t, t]
                 t += 1
-                if t >= n or min(t - int(delay), t) > int(state[DEPLOYED]):
+                if t >= n or t - int(delay) > int(state[DEPLOYED]):
                     break
             at[k] = t
             if not fresh:

@@ -104,7 +104,8 @@ class Decay(Spec, frozen=True, kw_only=True):
     A fresh version errs in a share `base_error` of answers, one that has lost everything in `worst_error`. Batches
     are harder or easier for all versions alike (`difficulty_cv`, correlated over `difficulty_batches`). A version as
     such errs `luck_cv` times the base more or less, and on one batch `interaction_cv` times. A version is trained on
-    the `window_batches` before it. A probe (a small model that is fitted anew for every batch) errs `probe_factor`
+    the `window_batches` before it. Chance does the rest, and a share `common` of its variance is the same for all
+    versions: the same answers are hard. A probe (a small model that is fitted anew for every batch) errs `probe_factor`
     times a fresh version's base, `probe_cv` times more or less.
     """
 

@@ -7,7 +7,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from pilotage.world.drift import Decay
-from pilotage.world.pools import Resources
+from pilotage.world.pools import Pool, Resources
 from pilotage.world.spec import Count, Name, NonNegative, Positive, Probability, Spec
 
 
@@ -24,6 +24,14 @@ class Training(Spec, frozen=True, kw_only=True):
     failure: Probability = 0.0
     worse: Probability = 0.0
     worse_by: Annotated[float, Meta(ge=1, le=100)] = 1.5
+
+    def usd_on(self, pool: Pool) -> float:
+        """What it costs with its share of a node of `pool`, that of the resource it needs most of."""
+        share = 1.0
+        if pool.node and self.resources:
+            both = zip(self.resources.vector, pool.node.vector, strict=True)
+            share = max(need / has for need, has in both if has > 0)
+        return self.usd + self.hours * share * pool.price_usd_per_hour
 
 
 class Lifecycle(Spec, frozen=True, kw_only=True):
@@ -45,6 +53,12 @@ class Lifecycle(Spec, frozen=True, kw_only=True):
     probe: bool = True
     input_share: Probability = 1.0
     score_noise: NonNegative = 0.05
+
+    def price(self, pool: Pool, error_usd: float, rate_rps: float) -> float:
+        """What a retraining on a node of `pool` costs in wrong answers among those that are labelled, where a wrong
+        answer costs `error_usd` and so many are asked for."""
+        asked = max(rate_rps * self.batch_h * 3600, 1.0)
+        return max(self.training.usd_on(pool) / max(error_usd * asked / self.decay.batch_size, 1e-12), 1e-9)
 
     def batches(self, horizon_h: float) -> int:
         """Batches that begin in a run of that length."""

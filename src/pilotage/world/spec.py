@@ -7,6 +7,7 @@ values are refused while decoding, and methods on it say how the thing behaves.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -67,6 +68,16 @@ def named(text: str, kinds: Mapping[str, type[T]], what: str, otherwise: str) ->
             raise SpecError(f"{what} {text!r}: {part!r} is not of the form field=value")
         fields[key.strip()] = value.strip()
     return decode(fields, kinds[name], f"{what} {text!r}", strict=False)
+
+
+def read_json(path: Path, give: str) -> Any:
+    """The contents of a JSON file, or a SpecError that names it; `give` says what to give instead."""
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}; give {give}") from None
+    except ValueError as error:
+        raise SpecError(f"{path}: not valid JSON: {error}") from None
 
 
 def read_toml(path: Path, what: str) -> Any:
