@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -37,6 +38,13 @@ PlacementRule = Annotated[
         help="rule, or placement.json of a training, instead of the scenario's: learned-placement, ...",
     ),
 ]
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        help="where runs are made: local[:N] processes, tcp://… (Dask), ray, ray://… (default: here)",
+    ),
+]
 Policies = Annotated[
     list[str],
     typer.Option(
@@ -63,6 +71,9 @@ def main() -> NoReturn:
     except ModuleNotFoundError as error:
         extra = {
             "cmaes": "learn",
+            "distributed": "cluster",
+            "ray": "cluster",
+            "psycopg": "cluster",
             "optuna": "learn",
             "stable_baselines3": "learn",
             "torch": "learn",
@@ -219,14 +230,15 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option("--out", help="folder for evaluation.json and table.csv")
     ] = None,
+    cluster: Cluster = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare policies on the same traffic, in dollars, with 95 % intervals."""
     from pilotage.control.guard import Guard
     from pilotage.control.lifecycle import fleet_from
     from pilotage.engine.cluster import World
-    from pilotage.engine.run import simulate as run_policies
     from pilotage.evaluate import compare
+    from pilotage.workers import Workers
 
     chosen = [(name, *fleet_from(name)) for name in policy]
     for name in policy:
@@ -236,10 +248,10 @@ def evaluate(
     folder = _writable(out) if out else None
     worlds = [World(seed) for seed in range(seeds)]
     results = []
-    with _progress(as_json) as step:
+    with _progress(as_json) as step, Workers(cluster) as workers:
         for name, one, retraining in chosen:
             step(name)
-            runs = run_policies(
+            runs = workers.simulate(
                 scenario, [one] * seeds, worlds, retraining=retraining, guard=Guard(), label=name
             )
             results.append((name, runs))
@@ -249,10 +261,11 @@ def evaluate(
 
             from pilotage.agents.bound import bound as bracket
 
-            brackets = []
-            for world in worlds:
-                step(f"bound, seed {world.seed}")
-                brackets.append(bracket(scenario, world, [one for _, one, _ in chosen], guard=Guard()))
+            step("bounds")
+            known = [one for _, one, _ in chosen]
+            brackets = workers.map(
+                partial(bracket, guard=Guard()), [(scenario, world, known) for world in worlds]
+            )
             lower = np.array([b.lower_usd for b in brackets])
             schedule = [b.schedule for b in brackets]
     result = compare(scenario, results, lower, schedule)
@@ -293,7 +306,10 @@ def tune(
     seeds: Annotated[int, typer.Option(min=1, help="runs per trial")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="seed of the search")] = 0,
     storage: Annotated[
-        str | None, typer.Option(help="Optuna storage URL; an existing study is resumed")
+        str | None,
+        typer.Option(
+            help="Optuna storage: a database's URL, journal:FILE, grpc://HOST:PORT; an existing study is joined"
+        ),
     ] = None,
     objective: Annotated[
         list[str] | None, typer.Option(help="usd, attainment; repeatable: best compromises")
@@ -301,6 +317,7 @@ def tune(
     sampler: Annotated[str, typer.Option(help="tpe or gp")] = "tpe",
     hours: Hours = None,
     data: Data = None,
+    cluster: Cluster = None,
     as_json: AsJson = False,
 ) -> None:
     """Bayesian optimisation of a policy's declared parameters."""
@@ -309,11 +326,12 @@ def tune(
     from pilotage.control.learned import policy_from
     from pilotage.control.scaling import describe
     from pilotage.engine.cluster import World
+    from pilotage.workers import Workers
 
     base = policy_from(policy)
     scenario = _scenario(env, data, hours)
     windows = [[World(1_000_000 + k) for k in range(seeds)]]  # apart from the seeds that `evaluate` uses
-    with _progress(as_json) as step:
+    with _progress(as_json) as step, Workers(cluster) as workers:
         study = search(
             base,
             scenario,
@@ -324,6 +342,7 @@ def tune(
             sampler=sampler,
             storage=storage,
             progress=lambda n, best: step(f"trial {n}/{trials}, best {best:,.2f} $"),
+            workers=workers,
         )
     rows = [
         {
@@ -397,16 +416,21 @@ def study(
     data: Data = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="a much reduced form, to try things out")] = False,
+    cluster: Cluster = None,
     as_json: AsJson = False,
 ) -> None:
     """Tune, train, compare and report, as one experiment file says; resumes what was interrupted."""
     from pilotage.study import Experiment
     from pilotage.study import study as run_study
+    from pilotage.workers import Workers
 
     plan = Experiment.load(experiment, quick=quick)
     folder = _writable(out or Path("results") / experiment.stem)
-    with _progress(as_json) as step:
-        results = run_study(plan, experiment, folder, data=data, seed=seed, step=step, command=sys.argv[1:])
+    with _progress(as_json) as step, Workers(cluster) as workers:
+        results = run_study(
+            plan, experiment, folder,
+            data=data, seed=seed, step=step, command=sys.argv[1:], workers=workers,
+        )  # fmt: skip
     if as_json:
         print_json(results)
         return

@@ -32,6 +32,7 @@ from pilotage.engine.run import Run, simulate
 from pilotage.evaluate import compare
 from pilotage.results import as_csv, provenance, timeline_rows, write_evaluation, write_whole
 from pilotage.scenario import Scenario, load
+from pilotage.workers import Workers
 from pilotage.world.arrivals import Traffic
 from pilotage.world.spec import NonNegative, Positive, PositiveCount, Spec, SpecError, decode, read_toml
 
@@ -139,9 +140,15 @@ def study(
     seed: int = 0,
     step: Step = lambda _: None,
     command: Sequence[str] = (),
+    workers: Workers | None = None,
 ) -> list[dict[str, Any]]:
-    """Runs an experiment into `folder`; returns one evaluation per group of traffic, and the last over all."""
+    """Runs an experiment into `folder`; returns one evaluation per group of traffic, and the last over all.
+
+    Tuning and comparison are done by the `workers` (None: this process), learning always here.
+    """
     from pilotage.report import write_report
+
+    workers = workers or Workers()
 
     scenario = load(plan.env, data)
     changes = {"horizon_h": plan.horizon_h, "history_h": plan.history_h}
@@ -168,7 +175,7 @@ def study(
         for offset, use in ((0, "train"), (3_000, "validate"), (6_000, "test"))
     }
     contenders: list[tuple[str, Policy]] = [(name, policy_from(name)) for name in plan.policies]
-    tuned = _tuning(plan, scenario, groups, work, folder, seed, step)
+    tuned = _tuning(plan, scenario, groups, work, folder, seed, step, workers)
     contenders += [(f"{name} tuned", policy) for name, policy in tuned.items()]
     lap("tune")
     if plan.train:
@@ -176,7 +183,7 @@ def study(
         base = base if isinstance(base, Predictive) else Predictive()
         contenders.append(("ppo", _training(plan, scenario, base, groups, work, folder, seed, step)))
         lap("train")
-    results, timeline = _evaluation(plan, scenario, contenders, groups["test"], work, step)
+    results, timeline = _evaluation(plan, scenario, contenders, groups["test"], step, workers)
     lap("evaluate")
 
     write_evaluation(folder, results)
@@ -213,6 +220,7 @@ def _tuning(
     folder: Path,
     seed: int,
     step: Step,
+    workers: Workers,
 ) -> dict[str, Policy]:
     """The tuned form of each policy that the experiment names; writes trials.csv."""
     if plan.tune is None:
@@ -235,8 +243,9 @@ def _tuning(
                 seed=seed,
                 storage=f"sqlite:///{work / key}.db",
                 progress=partial(_say_trial, step, name, trials),
+                workers=workers,
             )
-            best = choose(policy, found, scenario, groups["validate"] or groups["train"])
+            best = choose(policy, found, scenario, groups["validate"] or groups["train"], workers)
             values = [t.values[0] for t in found.trials if t.values]
             write_whole(kept, json.dumps({"policy": msgspec.to_builtins(best), "values": values}))
         saved = json.loads(kept.read_text())
@@ -297,8 +306,8 @@ def _evaluation(
     scenario: Scenario,
     contenders: Sequence[tuple[str, Policy]],
     tests: Sequence[Sequence[World]],
-    work: Path,
     step: Step,
+    workers: Workers,
 ) -> tuple[list[dict[str, Any]], str | None]:
     """Every contender in every test window; per group, and over all groups if there are several."""
     results: list[dict[str, Any]] = []
@@ -310,16 +319,14 @@ def _evaluation(
         mine: list[tuple[str, list[Run]]] = []
         for name, policy in contenders:
             step(f"{group.name}: {name}")
-            mine.append(
-                (name, simulate(here, [policy] * len(worlds), worlds, guard=Guard(), label=name, threads=2))
-            )
+            policies = [policy] * len(worlds)
+            mine.append((name, workers.simulate(here, policies, worlds, guard=Guard(), label=name)))
             runs[name] += mine[-1][1]
         lower, schedule = None, None
         if plan.bound:
-            brackets = []
-            for k, world in enumerate(worlds):
-                step(f"{group.name}: clairvoyant bound {k + 1}/{len(worlds)}")
-                brackets.append(bound(here, world, [policy for _, policy in contenders], guard=Guard()))
+            step(f"{group.name}: clairvoyant bounds")
+            known = [policy for _, policy in contenders]
+            brackets = workers.map(partial(bound, guard=Guard()), [(here, world, known) for world in worlds])
             lower, schedule = np.array([b.lower_usd for b in brackets]), [b.schedule for b in brackets]
             lowers += lower.tolist()
             schedules += schedule

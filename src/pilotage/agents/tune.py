@@ -1,21 +1,28 @@
-"""Bayesian optimisation of any policy's declared parameters, with Optuna."""
+"""Bayesian optimisation of any policy's declared parameters, with Optuna.
+
+Many processes, on many machines, can search one study: each opens the same storage with a seed of its own. One that
+dies costs the trial it was at.
+"""
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import optuna
+import sqlalchemy
 
 from pilotage.control.guard import Guard
 from pilotage.control.policy import Policy
 from pilotage.control.scaling import describe, tunable
 from pilotage.engine.cluster import World
-from pilotage.engine.run import Run, simulate
+from pilotage.engine.run import Run
 from pilotage.metrics import attainment
 from pilotage.scenario import Scenario
+from pilotage.workers import Workers
 from pilotage.world.spec import Spec, SpecError
 
 OBJECTIVES: Final = {"usd": "minimize", "attainment": "maximize"}
@@ -45,18 +52,39 @@ def space(policy: Spec) -> dict[str, optuna.distributions.BaseDistribution]:
     return out
 
 
-def run_groups(scenario: Scenario, groups: Sequence[Sequence[World]], policy: Policy) -> list[list[Run]]:
+def storage_of(url: str | None) -> optuna.storages.BaseStorage | str | None:
+    """The Optuna storage that a URL names.
+
+    `journal:PATH` is a file that many processes of one file system append to, `grpc://HOST:PORT` a proxy as
+    `optuna.storages.run_grpc_proxy_server` serves it; everything else is a database's, as SQLAlchemy writes it.
+    """
+    if url is None:
+        return None
+    kind, _, rest = url.partition(":")
+    if kind == "journal":
+        path = Path(rest.removeprefix("//"))
+        if not path.parent.is_dir():
+            raise SpecError(f"storage {url!r}: the folder {str(path.parent)!r} does not exist")
+        return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
+    if kind == "grpc":
+        host, colon, port = rest.removeprefix("//").rpartition(":")
+        if not (host and colon and port.isdecimal()):
+            raise SpecError(f"storage {url!r}: no host and port; valid: grpc://HOST:PORT")
+        return optuna.storages.GrpcStorageProxy(host=host, port=int(port))
+    return url
+
+
+def run_groups(
+    scenario: Scenario,
+    groups: Sequence[Sequence[World]],
+    policy: Policy,
+    workers: Workers | None = None,
+) -> list[list[Run]]:
     """One policy over all windows of all groups, behind the guard; the runs come back by group."""
     worlds = [world for group in groups for world in group]
+    policies = [policy] * len(worlds)
     runs = iter(
-        simulate(
-            scenario,
-            [policy] * len(worlds),
-            worlds,
-            guard=Guard(),
-            label=describe(policy),
-            threads=os.cpu_count() or 1,
-        )
+        (workers or Workers()).simulate(scenario, policies, worlds, guard=Guard(), label=describe(policy))
     )
     return [[next(runs) for _ in group] for group in groups]
 
@@ -79,14 +107,16 @@ def tune(
     storage: str | None = None,
     study_name: str | None = None,
     progress: Callable[[int, float], None] | None = None,
+    workers: Workers | None = None,
 ) -> optuna.Study:
     """Searches the policy's space until the study holds `trials` finished trials.
 
     The `sampler` is a tree-structured Parzen estimator (`tpe`: Bergstra et al. 2011) or a Gaussian process (`gp`);
     with two objectives both look for the Pareto front, which is the study's `best_trials`. The first trial is the
     policy as given. `groups` are windows of traffic by kind; the objective `usd` is
-    `typical_usd` over them, `attainment` is pooled. With a `storage` URL the study is resumed if it exists.
-    Returns the Optuna study.
+    `typical_usd` over them, `attainment` is pooled. With a `storage` (see `storage_of`) the study is resumed or joined
+    if it exists; its trials are those of all who search it. The windows of a trial are run by the `workers`.
+    Returns the Optuna study. Raises SpecError where the storage cannot be opened.
     """
     unknown = [name for name in objectives if name not in OBJECTIVES]
     if unknown:
@@ -95,24 +125,37 @@ def tune(
         raise SpecError(f"sampler {sampler!r} does not exist; valid: {', '.join(SAMPLERS)}")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     distributions = space(policy)
-    study = optuna.create_study(
-        directions=[OBJECTIVES[name] for name in objectives],
-        sampler=SAMPLERS[sampler](seed, min(10, trials // 3 + 1)),
-        storage=storage,
-        study_name=study_name or f"{scenario.name}/{describe(policy)}",
-        load_if_exists=True,
+    try:
+        study = optuna.create_study(
+            directions=[OBJECTIVES[name] for name in objectives],
+            storage=storage_of(storage),
+            study_name=study_name or f"{scenario.name}/{describe(policy)}",
+            load_if_exists=True,
+        )
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise SpecError(f"storage {_without_password(storage)!r}: cannot be opened: {first}") from None
+    # one who resumes a study does not draw again what was drawn at its beginning
+    drawn = (
+        seed
+        if not study.trials
+        else int(np.random.SeedSequence([seed, len(study.trials)]).generate_state(1)[0])
     )
-    done = len([t for t in study.trials if t.state.is_finished()])
-    if done == 0:
+    study.sampler = SAMPLERS[sampler](drawn, min(10, trials // 3 + 1))
+    if not study.trials:
         start = {name: getattr(policy, name) for name in distributions}
         study.enqueue_trial({k: v for k, v in start.items() if v is not None})
-    for number in range(done, trials):
+    while (done := sum(t.state.is_finished() for t in study.get_trials(deepcopy=False))) < trials:
         trial = study.ask(distributions)
-        runs = run_groups(scenario, groups, candidate_of(policy, trial.params))
+        runs = run_groups(scenario, groups, candidate_of(policy, trial.params), workers)
         study.tell(trial, [_value(name, runs) for name in objectives])
         if progress is not None:
-            progress(number + 1, study.best_value if len(objectives) == 1 else float("nan"))
+            progress(done + 1, study.best_value if len(objectives) == 1 else float("nan"))
     return study
+
+
+def _without_password(url: str | None) -> str:
+    return re.sub(r"(?<=://)([^:/@]*):[^@/]*(?=@)", r"\1:***", url or "")
 
 
 def candidate_of(policy: Policy, parameters: dict[str, Any]) -> Policy:
@@ -139,6 +182,7 @@ def choose(
     study: optuna.Study,
     scenario: Scenario,
     groups: Sequence[Sequence[World]],
+    workers: Workers | None = None,
 ) -> Policy:
     """The one of the study's best trials (and the policy as given) that does best on other windows."""
     finished = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
@@ -150,4 +194,6 @@ def choose(
             candidates.append(candidate)
         if len(candidates) > FINALISTS:
             break
-    return min(candidates, key=lambda candidate: typical_usd(run_groups(scenario, groups, candidate)))
+    return min(
+        candidates, key=lambda candidate: typical_usd(run_groups(scenario, groups, candidate, workers))
+    )

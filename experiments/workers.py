@@ -1,0 +1,314 @@
+"""Are runs made elsewhere the same runs, what do more workers gain, what does a dead one cost? Writes results/workers.
+
+One comparison (`--seeds` windows of `multi-tenant`, a rule and the learned policy) by one process, two local processes,
+two Dask workers and a Ray cluster of two nodes, all on this machine; one local and one Dask worker is killed mid-way;
+two processes search one study in a PostgreSQL database, one in a journal file. Whatever is not installed is left out,
+and its line says so. Times are wall clock: on a machine that others use they mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pilotage.control.guard import Guard
+from pilotage.control.learned import policy_from
+from pilotage.engine.cluster import World
+from pilotage.results import as_csv, provenance, write_whole
+from pilotage.scenario import Scenario, load
+from pilotage.workers import Workers
+
+POLICIES = ("hpa", "learned")
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
+@contextmanager
+def started(*commands: list[str], wait_s: float = 0.0) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Processes that end with the block."""
+    running: list[subprocess.Popen[bytes]] = []
+    try:
+        for command in commands:
+            running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+            time.sleep(wait_s)
+        yield running
+    finally:
+        for process in reversed(running):
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+@contextmanager
+def dask() -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
+    from distributed import Client
+
+    port = free_port()
+    address = f"tcp://127.0.0.1:{port}"
+    module = [sys.executable, "-m"]
+    scheduler = [
+        *module,
+        "distributed.cli.dask_scheduler",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--no-dashboard",
+    ]
+    worker = [*module, "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-dashboard"]
+    with started(scheduler, worker, worker) as running:
+        with Client(address, timeout="60s") as client:
+            client.wait_for_workers(2, timeout=90)
+        yield address, running
+
+
+@contextmanager
+def ray_of_two_nodes() -> Iterator[str]:
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    os.environ["RAY_ADDRESS"] = cluster.address
+    try:
+        yield "ray"
+    finally:
+        del os.environ["RAY_ADDRESS"]
+        cluster.shutdown()
+
+
+@contextmanager
+def postgres() -> Iterator[str]:
+    """A database server of its own, on loopback, in a folder that goes away."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    programs = [Path(found).parent] if (found := shutil.which("initdb")) else programs
+    if not programs:
+        raise FileNotFoundError("no PostgreSQL server is installed")
+    with tempfile.TemporaryDirectory() as folder:
+        port, as_user = free_port(), []
+        if os.geteuid() == 0:  # the server refuses to run as root
+            shutil.chown(folder, "postgres")
+            as_user = ["runuser", "-u", "postgres", "--"]
+        data = f"{folder}/data"
+        make = [*as_user, str(programs[-1] / "initdb"), "-D", data, "-A", "trust", "-U", "tuner"]
+        subprocess.run(make, check=True, capture_output=True)
+        serve = [
+            *as_user,
+            str(programs[-1] / "postgres"),
+            "-D",
+            data,
+            "-p",
+            str(port),
+            "-k",
+            folder,
+            "-h",
+            "127.0.0.1",
+        ]
+        with started(serve):
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline:
+                with socket.socket() as one:
+                    if one.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                time.sleep(0.2)
+            time.sleep(1)
+            yield f"postgresql+psycopg://tuner@127.0.0.1:{port}/postgres"
+
+
+def measured(scenario: Scenario, worlds: list[World], where: str | None) -> tuple[float, bytes]:
+    """Seconds of the comparison, and its dollars, bit by bit; the workers have compiled and loaded before."""
+    with Workers(where) as workers:
+        warm = [World(10_000 + k) for k in range(4 * workers.count)]
+        for name in POLICIES:
+            workers.simulate(
+                scenario.replace(horizon_h=0.2), [policy_from(name)] * len(warm), warm, guard=Guard()
+            )
+        began, usd = time.perf_counter(), []
+        for name in POLICIES:
+            runs = workers.simulate(
+                scenario, [policy_from(name)] * len(worlds), worlds, guard=Guard(), label=name
+            )
+            usd += [run.usd.tobytes() for run in runs]
+        return time.perf_counter() - began, b"".join(usd)
+
+
+def kill_one(running: list[subprocess.Popen[bytes]] | None, after_s: float) -> None:
+    """Ends a worker, without a word, in the middle of the work."""
+    time.sleep(after_s)
+    if running is not None:
+        # a Dask worker is a child of its nanny, which would start another: both go
+        nanny = running[-1].pid
+        for child in Path(f"/proc/{nanny}/task/{nanny}/children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)
+        os.kill(nanny, signal.SIGKILL)
+        return
+    from joblib.externals.loky import get_reusable_executor
+
+    os.kill(next(iter(get_reusable_executor()._processes)), signal.SIGKILL)
+
+
+def searches(url: str, options: argparse.Namespace, apart: bool) -> list[dict[str, float]]:
+    """A study by two processes at once (or one), through its storage; the trials, as parameters and dollars."""
+    import optuna
+
+    command = [sys.executable, "-m", "pilotage", "tune", "quickstart", "--policy", "hpa", "--hours", "1",
+               "--seeds", "2", "--trials", str(options.trials), "--storage", url, "--json"]  # fmt: skip
+    with started(*[[*command, "--seed", str(k)] for k in range(2 if apart else 1)]) as running:
+        for process in running:
+            if process.wait() != 0:
+                raise RuntimeError(f"a search ended with {process.returncode}")
+    from pilotage.agents.tune import storage_of
+
+    study = optuna.load_study(study_name=None, storage=storage_of(url))
+    return [{**t.params, "usd": t.values[0]} for t in study.trials if t.values]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, help="not needed")
+    parser.add_argument("--out", type=Path, default=Path("results/workers"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=24, help="windows of the comparison")
+    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    began, clock = datetime.now(UTC), time.perf_counter()
+    repeats = 1 if options.quick else 3
+    scenario = load("multi-tenant")
+    if options.quick:
+        options.seeds, options.trials = 8, 4
+        scenario = scenario.replace(horizon_h=1.0)
+    worlds = [World(options.seed + k) for k in range(options.seeds)]
+
+    rows: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
+
+    def say(line: str, asked: str, value: object, met: object) -> None:
+        lines.append({"line": line, "asked": asked, "measured": value, "low": "", "high": "", "met": met})
+        print(lines[-1], flush=True)
+
+    seconds: dict[str, list[float]] = {}
+    bits: dict[str, set[bytes]] = {}
+    missing: dict[str, str] = {}
+    for _ in range(repeats):  # in turn, so that a busy minute hits all alike
+        for name, place in (
+            ("one process", None), ("two local processes", "local:2"), ("two Dask workers", dask),
+            ("two Ray nodes", ray_of_two_nodes),
+        ):  # fmt: skip
+            try:
+                with ExitStack() as stack:
+                    where = stack.enter_context(place()) if callable(place) else place
+                    where = where[0] if isinstance(where, tuple) else where
+                    # one process for one worker: the serial run that the others are measured against
+                    took, usd = measured(scenario, worlds, where or "local:1")
+            except ModuleNotFoundError as error:
+                missing[name] = f"{error.name} is not installed"
+                continue
+            seconds.setdefault(name, []).append(took)
+            bits.setdefault(name, set()).add(usd)
+            print(name, f"{took:.1f} s", flush=True)
+    here, serial = measured(scenario, worlds, None)
+    serial_s = float(np.median(seconds["one process"]))
+    for name, times in seconds.items():
+        median = float(np.median(times))
+        rows.append(
+            {"where": name, "seconds": f"{median:.2f}", "speed": f"{serial_s / median:.2f}",
+             "same_as_serial": bits[name] == {serial}}
+        )  # fmt: skip
+        if name != "one process":
+            say(
+                f"{name}: same dollars, to the bit, as in one process",
+                "yes",
+                bits[name] == {serial},
+                bits[name] == {serial},
+            )
+    rows.append(
+        {
+            "where": "threads of one process",
+            "seconds": f"{here:.2f}",
+            "speed": f"{serial_s / here:.2f}",
+            "same_as_serial": True,
+        }
+    )
+    for name, why in missing.items():
+        say(f"{name}: same dollars as in one process", "yes", why, False)
+    speed = serial_s / float(np.median(seconds["two local processes"]))
+    say("two local processes, times as fast as one", ">= 1.7", f"{speed:.3f}", speed >= 1.7)
+
+    for name in ("local", "Dask"):
+        with ExitStack() as stack:
+            where, running = ("local:2", None) if name == "local" else stack.enter_context(dask())
+            killer = threading.Thread(target=kill_one, args=(running, 0.0))
+            with Workers(where) as workers:
+                warm = [World(10_000 + k) for k in range(8)]
+                workers.simulate(
+                    scenario.replace(horizon_h=0.2), [policy_from("hpa")] * 8, warm, guard=Guard()
+                )
+                threading.Timer(0.3 * serial_s / 2, killer.start).start()
+                usd = []
+                for policy in POLICIES:
+                    runs = workers.simulate(
+                        scenario, [policy_from(policy)] * len(worlds), worlds, guard=Guard()
+                    )
+                    usd += [run.usd.tobytes() for run in runs]
+            killer.join()
+        same = b"".join(usd) == serial
+        say(f"a {name} worker killed mid-way: same dollars", "yes", same, same)
+
+    with tempfile.TemporaryDirectory() as folder:
+        alone = searches(f"journal:{folder}/alone.log", options, apart=False)
+        memory = searches(f"sqlite:///{folder}/alone.db", options, apart=False)
+        say(
+            "one search, in a journal file and in SQLite: same trials",
+            "yes",
+            alone == memory,
+            alone == memory,
+        )
+        both = searches(f"journal:{folder}/both.log", options, apart=True)
+        enough = len(both) >= options.trials and len({tuple(sorted(t.items())) for t in both}) == len(both)
+        say("two processes search one journal: trials, none twice", f">= {options.trials}", len(both), enough)
+    try:
+        with postgres() as url:
+            both = searches(url, options, apart=True)
+        enough = len(both) >= options.trials and len({tuple(sorted(t.items())) for t in both}) == len(both)
+        say(
+            "two processes search one PostgreSQL study: trials, none twice",
+            f">= {options.trials}",
+            len(both),
+            enough,
+        )
+    except (FileNotFoundError, RuntimeError) as error:
+        say("two processes search one PostgreSQL study", f">= {options.trials}", str(error), False)
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_whole(options.out / "table.csv", as_csv(rows))
+    write_whole(options.out / "acceptance.csv", as_csv(lines))
+    facts = provenance("workers", sys.argv, began, {"all": round(time.perf_counter() - clock, 1)})
+    write_whole(options.out / "run.json", json.dumps(facts | {"seeds": [options.seed]}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
