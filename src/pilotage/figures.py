@@ -77,7 +77,8 @@ STYLE: Final = {
     "savefig.facecolor": INKS["paper"],
 }
 DESK_IN, HALF_IN, PHONE_IN = 10.2, 5.0, 3.3  # widths; the page shows an inch as 96 px, as type is set for
-BINS: Final = 480  # ticks of a longer timeline are put together
+BINS: Final = 480  # ticks of a longer timeline are put together where it is drawn,
+READ_BINS: Final = 6000  # and where a page reads it out
 
 
 class Look(NamedTuple):
@@ -336,7 +337,7 @@ def timeline(
     totals = table.groupby("policy")["usd"].sum()
     rest = sorted((n for n in names if n not in first), key=lambda n: totals[n])
     names = [*(n for n in first if n in names), *rest][:3]
-    series = {name: _thin(table[table["policy"] == name]) for name in names}
+    series = {name: _thin(table[table["policy"] == name], BINS) for name in names}
     slo_s = float(table["slo_s"].max())
     unit, per = ("s", 1.0) if slo_s >= 5 else ("ms", 1e3)
     traffic = series[names[0]]
@@ -410,30 +411,40 @@ def timeline(
         "queue_length": 0,
         "total_usd": 2,
     }
+    fine = {name: _thin(table[table["policy"] == name], READ_BINS) for name in names}
+    traffic = fine[names[0]]
     numbers = {
-        "hour": traffic["hour"].round(3).tolist(),
+        "hour": traffic["hour"].round(4).tolist(),
         "arrival_rate": traffic["arrival_rate"].round(1).tolist(),
         "slo_s": slo_s,
         "frames": frames,
         "policies": [
-            {"name": name}
+            {
+                "name": name,
+                "ink": VARIABLES[looks.get(name, Look(INKS["ink"], "o", "-")).ink],
+                # the ticks at which something was decided, and what
+                "decisions": [[k, text] for k, text in enumerate(s["decision"]) if text],
+            }
             | {k: [None if v != v else v for v in s[k].round(d).tolist()] for k, d in kept.items()}
-            for name, s in series.items()
+            for name, s in fine.items()
         ],
     }
     return drawing, numbers
 
 
-def _thin(ticks: pd.DataFrame) -> pd.DataFrame:
-    """At most BINS rows: rates averaged, peaks of latency and queue kept, dollars summed up."""
+def _thin(ticks: pd.DataFrame, bins: int) -> pd.DataFrame:
+    """At most so many rows: rates averaged, peaks of latency and queue and all decisions kept, dollars summed up."""
     ticks = ticks.sort_values("hour", kind="stable").reset_index(drop=True)
     ticks["latency_p95_s"] = ticks["latency_p95_s"].where(ticks["latency_p95_s"] > 0)  # nobody was served
     ticks["total_usd"] = ticks["usd"].cumsum()
-    if len(ticks) <= BINS:
+    if "decision" not in ticks:  # a file from before they were kept
+        ticks["decision"] = ""
+    if len(ticks) <= bins:
         return ticks
-    how = {"arrival_rate": "mean", "latency_p95_s": "max", "queue_length": "max"}
+    how: dict[str, Any] = {"arrival_rate": "mean", "latency_p95_s": "max", "queue_length": "max"}
+    how["decision"] = lambda texts: "; ".join(filter(None, texts))
     last = ("hour", "replicas_ready", "replicas_starting", "total_usd")
-    return ticks.groupby(np.arange(len(ticks)) * BINS // len(ticks)).agg(how | dict.fromkeys(last, "last"))
+    return ticks.groupby(np.arange(len(ticks)) * bins // len(ticks)).agg(how | dict.fromkeys(last, "last"))
 
 
 def learning(curve: pd.DataFrame) -> Drawing:

@@ -165,7 +165,7 @@ TABLES: Final = {
     "trials": "policy trial usd best_usd",
     "acceptance": "line asked measured low high met",
 }
-WORDS: Final = {"policy", "line", "asked", "met", "best"}  # columns that are not numbers
+WORDS: Final = {"policy", "line", "asked", "met", "best", "decision"}  # columns that are not numbers
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # what no SVG may hold
 
 

@@ -120,7 +120,7 @@ def timeline_rows(policy: str, scenario: Scenario, run: Run) -> list[dict[str, A
     """A run's timeline, one row per tick of the scenario: counts summed over services, latency of the slowest.
 
     Of a run with ticks of its own, a row holds what happened within it (a tick that reaches into several rows is
-    shared out evenly), the highest latency, and what was there at its end.
+    shared out evenly), the highest latency, what was there at its end, and all decisions in words.
     """
     assert run.timeline is not None
     ticks, own_s = run.timeline, run.tick_s
@@ -153,6 +153,7 @@ def timeline_rows(policy: str, scenario: Scenario, run: Run) -> list[dict[str, A
             "dropped": int(dropped[k]),
             "usd": round(float(usd[k]), 6),
             "slo_s": min(service.slo_s for service in scenario.services),
+            "decision": "; ".join(filter(None, run.decisions[first[k] : end + 1])),
         }
         for k, end in enumerate(last.tolist())
     ]

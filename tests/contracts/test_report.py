@@ -126,6 +126,7 @@ def timeline_rows(policy: str, lag: int, spare: float) -> list[dict[str, Any]]:
             "dropped": 0,
             "usd": round(float(wanted[i]) * 1.2 / 120 + 0.002 * int(late[i]), 6),
             "slo_s": 0.75,
+            "decision": f"+1: {policy} saw {rate[i]:.0f} requests/s" if i % 97 == 5 else "",
         }
         for i in range(len(rate))
     ]
@@ -727,6 +728,38 @@ def test_the_timeline_is_read_out_by_keyboard_and_pointer(browser: Browser, full
     assert re.match(r"1[0-3]:", browser.ask(time_of))
     left = browser.ask("document.querySelector('#timeline .cursor').getBoundingClientRect().left")
     assert left == pytest.approx(box[0] + box[2] / 2, abs=4)
+
+
+def test_decisions_are_stepped_through_and_the_close_up_zooms(browser: Browser, full: Path) -> None:
+    browser.complaints.clear()
+    browser.open(full / "report.html", 1280)
+    browser.ask("document.querySelector('#reader input').focus()")
+    browser.press("Home")
+    said = "[...document.querySelectorAll('#reader .said')].map((cell) => cell.textContent)"
+    assert browser.ask(said) == ["\N{EN DASH}"] * 3  # nothing was decided yet
+    browser.press("Tab")
+    browser.press("Tab")  # to "next decision"
+    assert browser.ask("document.activeElement.textContent").startswith("next decision")
+    seen = []
+    for _ in range(3):
+        browser.ask("document.activeElement.click()")
+        seen.append(browser.ask("document.querySelector('#reader output').textContent")[:8])
+        assert all(text.startswith("now +1: ") for text in browser.ask(said))
+    assert seen == ["00:03:00", "00:51:30", "01:40:00"]  # ticks 5, 102, 199 of 30 s
+    browser.ask("document.querySelectorAll('#reader .step')[0].click()")
+    assert browser.ask("document.querySelector('#reader output').textContent").startswith("00:51:30")
+    span = "document.querySelector('#close-up output').textContent"
+    assert browser.ask(span) == "1 h"
+    browser.ask("document.querySelector('#close-up button').click()")
+    assert browser.ask(span) == "30 min"
+    assert (
+        browser.ask("document.querySelectorAll('#close-up path').length") == 7
+    )  # traffic, and two of each policy
+    assert browser.ask("document.querySelectorAll('#close-up circle').length") > 0
+    for _ in range(9):
+        browser.ask("document.querySelectorAll('#close-up button')[1].click()")
+    assert browser.ask(span) == "12 h"
+    assert browser.complaints == []
 
 
 def test_it_is_complete_without_its_script(browser: Browser, full: Path) -> None:

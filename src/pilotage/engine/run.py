@@ -6,12 +6,11 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from pilotage.control.guard import Guard
-from pilotage.control.policy import Policy
+from pilotage.control.policy import Decision, Observation, Policy
 from pilotage.control.retraining import Never, Retraining
 from pilotage.control.steer import Helm, steer
 from pilotage.engine.cluster import Cluster, World
@@ -26,7 +25,8 @@ class Run:
     """One policy in one world, from start to end, at control ticks of `tick_s`.
 
     `usd` has shape (services, len(ITEMS)); `totals` is the engine's TICK record per service, summed over the
-    run; `histogram` has shape (services, BUCKETS); `timeline`, if it was kept, shape (ticks, services). `retrained_s`
+    run; `histogram` has shape (services, BUCKETS); `timeline`, if it was kept, shape (ticks, services), and `decisions`
+    says in words what was ordered and released at each of these ticks, and why ("" where nothing was). `retrained_s`
     says, of every service that decays, when new versions came into service.
     """
 
@@ -38,6 +38,7 @@ class Run:
     histogram: np.ndarray
     seconds: float
     timeline: np.ndarray | None = None
+    decisions: Sequence[str] = ()
     retrained_s: Sequence[Sequence[float]] = ()
 
     @property
@@ -160,12 +161,15 @@ def _in_step(
     lives = Lives(scenario, cluster, retraining) if decays else None
     shape = (scenario.ticks, len(worlds), services)
     timeline = np.zeros(shape, cluster.ticks.dtype) if keep_timeline else None
+    said: list[list[str]] = []
 
-    def record(tick: int, *_: Any) -> None:
+    def record(tick: int, _: Sequence[Observation], decisions: Sequence[Decision]) -> None:
         if lives is not None:
             lives.account()
         if timeline is not None:
             timeline[tick] = cluster.ticks[:, :services]
+            rows = len(decisions) // len(worlds)
+            said.append([_in_words(scenario, decisions[w * rows :]) for w in range(len(worlds))])
 
     began = time.perf_counter()
     steer(cluster, FleetHelm(helm, lives, services) if lives else helm, scenario.ticks, record)
@@ -185,7 +189,21 @@ def _in_step(
             histogram=cluster.histograms[w, :services].copy(),
             seconds=seconds,
             timeline=None if timeline is None else timeline[:, w],
+            decisions=[tick[w] for tick in said],
             retrained_s=lives.retrained_s[w] if lives else [],
         )
         for w, world in enumerate(worlds)
     ]
+
+
+def _in_words(scenario: Scenario, decisions: Sequence[Decision]) -> str:
+    """What changes at a tick, and why, of every service in turn."""
+    found = []
+    for service, decision in zip(scenario.services, decisions, strict=False):
+        if decision.order or decision.release:
+            change = " ".join(
+                f"{sign}{n}" for sign, n in (("+", decision.order), ("\N{MINUS SIGN}", decision.release)) if n
+            )
+            whose = f"{service.name} " if len(scenario.services) > 1 else ""
+            found.append(f"{whose}{change}" + (f": {decision.reason}" if decision.reason else ""))
+    return "; ".join(found)
