@@ -132,8 +132,7 @@ def export(
         },
     )
     contents[MANIFEST] = _json(manifest)
-    if key is not None:
-        contents[SIGNATURE] = signature_of(contents[MANIFEST], key)
+    contents[SIGNATURE] = signature_of(contents[MANIFEST], key)
     return _write(out, contents, key)
 
 

@@ -1,8 +1,8 @@
 """Bundles: exported policies, verified before their first decision.
 
 A bundle is a folder: `manifest.json`, `policy.json`, `policy.onnx` for every network of the policy, `selftest.json`,
-`card.md`, and `manifest.sig` if it is signed (HMAC-SHA256 of the manifest, in hexadecimal). The manifest has the hash
-and size of all others, so that a signature of it covers everything. Nothing in a bundle is ever run as code: JSON is
+`card.md`, and `manifest.sig`, which holds the SHA-256 of the manifest or, if it is signed, its HMAC-SHA256. The
+manifest has the hash and size of all others, so that this covers everything. Nothing in a bundle is ever run as code: JSON is
 decoded into frozen specifications, networks are read by `control.onnx_network`, and whatever is not exactly what an
 export writes is refused with `BundleError`. Cheap checks come first: names, kinds and sizes of files before a byte is
 read, the signature before anything is parsed, hashes before contents are looked at, the self-test last. Every file is
@@ -33,7 +33,7 @@ from pilotage.control.onnx_network import decode as network_from
 from pilotage.control.policy import Policy
 from pilotage.control.scaling import Scaling
 from pilotage.control.selftest import SelfTest
-from pilotage.world.spec import Spec, SpecError, decode
+from pilotage.world.spec import Spec, SpecError
 
 SCHEMA: Final = 1
 MANIFEST, SIGNATURE, POLICY, SELFTEST, CARD = (
@@ -155,9 +155,11 @@ def configured_key(file: Path | None = None) -> bytes | None:
     return key
 
 
-def signature_of(manifest: bytes, key: bytes) -> bytes:
-    """What `manifest.sig` holds."""
-    return hmac.new(key, manifest, hashlib.sha256).hexdigest().encode()
+def signature_of(manifest: bytes, key: bytes | None) -> bytes:
+    """What `manifest.sig` holds: a signature, or without a key a hash, which finds accidents but no forgery."""
+    if key is None:
+        return f"sha256 {hashlib.sha256(manifest).hexdigest()}\n".encode()
+    return f"hmac-sha256 {hmac.new(key, manifest, hashlib.sha256).hexdigest()}\n".encode()
 
 
 def is_bundle(path: str | Path) -> bool:
@@ -226,7 +228,7 @@ def _listed(folder: int) -> dict[str, int]:
             if found.st_size > largest:
                 raise BundleError(f"{entry.name}: {found.st_size} bytes; valid: at most {largest}")
             sizes[entry.name] = found.st_size
-    for name in (MANIFEST, POLICY, SELFTEST, CARD):
+    for name in (MANIFEST, SIGNATURE, POLICY, SELFTEST, CARD):
         if name not in sizes:
             raise BundleError(f"{name} is missing")
     return sizes
@@ -249,17 +251,19 @@ def _read(folder: int, name: str, size: int) -> bytes:
 
 
 def _signed(folder: int, sizes: dict[str, int], manifest: bytes, key: bytes | None) -> bool | None:
-    """Takes the signature out of the list of files, and checks it if there is a key."""
-    if SIGNATURE not in sizes:
-        if key is not None:
-            raise BundleError(
-                "it is not signed, and a key is configured; valid: bundles signed with that key"
-            )
-        return False
+    """Takes the signature out of the list of files, and checks it: against the key, or else as a hash."""
     found = _read(folder, SIGNATURE, sizes.pop(SIGNATURE))
+    if found.startswith(b"sha256 "):
+        if key is not None:
+            raise BundleError("it is not signed, and a key is configured; valid: bundles signed with that key")
+        if found != signature_of(manifest, None):
+            raise BundleError(f"{MANIFEST}: is not what {SIGNATURE} says (sha256 differs)")
+        return False
+    if not re.fullmatch(rb"hmac-sha256 [0-9a-f]{64}\n", found):
+        raise BundleError(f"{SIGNATURE}: is no signature of a kind that is known here")
     if key is None:
         return None
-    if not hmac.compare_digest(found.strip(), signature_of(manifest, key)):
+    if not hmac.compare_digest(found, signature_of(manifest, key)):
         raise BundleError("its signature is not that of the configured key")
     return True
 
@@ -289,7 +293,15 @@ def _typed(raw: bytes, kind: Any, name: str) -> Any:
         found = msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BundleError(f"{name}: not valid JSON: {error}") from None
-    return decode(found, kind, name)
+    return _converted(found, kind, name)
+
+
+def _converted(found: Any, kind: Any, name: str) -> Any:
+    """As `world.spec.decode`, without what it does to suggest a remedy: a bundle is not written by hand."""
+    try:
+        return msgspec.convert(found, kind)
+    except msgspec.ValidationError as error:
+        raise BundleError(f"{name}: {error}") from None
 
 
 def _manifest(raw: bytes) -> Manifest:
@@ -316,7 +328,7 @@ def _policy(contents: Mapping[str, bytes], manifest: Manifest) -> tuple[Policy, 
         if at.keys() != {"onnx"}:
             return {name: read(value, (*path, name)) for name, value in at.items()}
         name = at["onnx"]
-        if name not in contents or not _NETWORK_NAME.fullmatch(name) or name in networks:
+        if not isinstance(name, str) or name not in contents or name in (POLICY, SELFTEST, CARD, *networks):
             raise BundleError(
                 f"{POLICY}: {'.'.join(path)}: {name!r} is not a network of its own in this bundle"
             )
@@ -330,7 +342,7 @@ def _policy(contents: Mapping[str, bytes], manifest: Manifest) -> tuple[Policy, 
         del plain["model"]
         return plain
 
-    policy: Policy = decode(read(raw, ()), Scaling | Learned, POLICY)  # type: ignore[arg-type]
+    policy: Policy = _converted(read(raw, ()), Scaling | Learned, POLICY)
     spare = (contents.keys() | manifest.networks.keys()) - {POLICY, SELFTEST, CARD, *networks}
     if spare:
         raise BundleError(f"{min(spare)}: is not a network of the policy")
