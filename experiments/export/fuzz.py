@@ -25,7 +25,19 @@ ODD: tuple[Any, ...] = (
     "x" * 5000, "__import__('os').system('id')",
 )  # fmt: skip
 WORDS = ("", "kind", "onnx", "x", "../x", "__class__", "network", "é" * 100)
-RAW = (b"", b"\x00", b"\xff\xfe", b"{}", b"[]", b"null", b"[" * 3000, b'{"a":' * 3000, b"NaN", b"1e999", b"{" * 200_000)
+RAW = (
+    b"",
+    b"\x00",
+    b"\xff\xfe",
+    b"{}",
+    b"[]",
+    b"null",
+    b"[" * 3000,
+    b'{"a":' * 3000,
+    b"NaN",
+    b"1e999",
+    b"{" * 200_000,
+)
 NAMES = (
     "policy.pkl", "..", "x/../y", "policy.base.onnx", "policy.evil.onnx", ".hidden", "MANIFEST.JSON", "policy.onnx.data",
     "model.py", "selftest.json.bak", "é.json",
@@ -60,7 +72,9 @@ def value_changed(raw: bytes, rng: random.Random) -> bytes:
         return bytes_changed(raw, rng)
     at = value
     for _ in range(rng.randint(0, 8)):
-        inside = [v for v in (at.values() if isinstance(at, dict) else at) if isinstance(v, (dict, list)) and v]
+        inside = [
+            v for v in (at.values() if isinstance(at, dict) else at) if isinstance(v, (dict, list)) and v
+        ]
         if not inside:
             break
         at = rng.choice(inside)
@@ -155,7 +169,10 @@ class Fuzz:
         elif how == 1:
             files[self.rng.choice(("../outside", "/etc/passwd", *NAMES))] = files[name]
         elif how == 2:
-            files[name] = {"sha256": self.rng.choice(("", "0" * 64, 7)), "size": self.rng.choice((0, -1, 2**40))}
+            files[name] = {
+                "sha256": self.rng.choice(("", "0" * 64, 7)),
+                "size": self.rng.choice((0, -1, 2**40)),
+            }
         else:
             manifest["schema"] = self.rng.choice((0, 2, 999, "1", None, 1.5))
         self._put(MANIFEST, json.dumps(manifest).encode())
@@ -194,7 +211,8 @@ class Fuzz:
         """Whether the bundle is what it was, byte for byte."""
         names = sorted(os.listdir(self.folder))
         return names == sorted(self.files) and all(
-            not (self.folder / n).is_symlink() and (self.folder / n).read_bytes() == self.files[n] for n in names
+            not (self.folder / n).is_symlink() and (self.folder / n).read_bytes() == self.files[n]
+            for n in names
         )
 
     def once(self, forged: bool, key: bytes | None) -> tuple[str, str, str]:
@@ -236,7 +254,11 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
         return
     if event in _FORBIDDEN:
         raise ForbiddenError(f"{event} {arguments!r:.200}")
-    if event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+    if (
+        event == "open"
+        and isinstance(arguments[2], int)
+        and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    ):
         raise ForbiddenError(f"opens {arguments[0]!r:.200} to write")
 
 

@@ -255,7 +255,9 @@ def _signed(folder: int, sizes: dict[str, int], manifest: bytes, key: bytes | No
     found = _read(folder, SIGNATURE, sizes.pop(SIGNATURE))
     if found.startswith(b"sha256 "):
         if key is not None:
-            raise BundleError("it is not signed, and a key is configured; valid: bundles signed with that key")
+            raise BundleError(
+                "it is not signed, and a key is configured; valid: bundles signed with that key"
+            )
         if found != signature_of(manifest, None):
             raise BundleError(f"{MANIFEST}: is not what {SIGNATURE} says (sha256 differs)")
         return False
