@@ -39,8 +39,8 @@ RAW = (
     b"{" * 200_000,
 )
 NAMES = (
-    "policy.pkl", "..", "x/../y", "policy.base.onnx", "policy.evil.onnx", ".hidden", "MANIFEST.JSON", "policy.onnx.data",
-    "model.py", "selftest.json.bak", "é.json",
+    "policy.pkl", "..", "x/../y", "policy.base.onnx", "policy.evil.onnx", ".hidden", "MANIFEST.JSON",
+    "policy.onnx.data", "model.py", "selftest.json.bak", "é.json",
 )  # fmt: skip
 
 
@@ -209,7 +209,7 @@ class Fuzz:
     @property
     def same(self) -> bool:
         """Whether the bundle is what it was, byte for byte."""
-        names = sorted(os.listdir(self.folder))
+        names = sorted(path.name for path in self.folder.iterdir())
         return names == sorted(self.files) and all(
             not (self.folder / n).is_symlink() and (self.folder / n).read_bytes() == self.files[n]
             for n in names
@@ -244,8 +244,9 @@ class ForbiddenError(BaseException):
 _watching: list[Path] = []
 _FORBIDDEN = (
     "exec", "compile", "code.__new__", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.remove",
-    "os.rename", "os.mkdir", "os.rmdir", "os.chmod", "os.link", "os.symlink", "os.truncate", "os.putenv", "pickle.find_class",
-    "shutil.rmtree", "subprocess.Popen", "socket.connect", "socket.bind", "ctypes.dlopen", "marshal.loads", "sqlite3.connect",
+    "os.rename", "os.mkdir", "os.rmdir", "os.chmod", "os.link", "os.symlink", "os.truncate", "os.putenv",
+    "pickle.find_class", "shutil.rmtree", "subprocess.Popen", "socket.connect", "socket.bind", "ctypes.dlopen",
+    "marshal.loads", "sqlite3.connect",
 )  # fmt: skip
 
 

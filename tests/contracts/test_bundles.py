@@ -139,7 +139,7 @@ def test_an_export_repeats_itself_and_writes_over_nothing(tmp_path: Path) -> Non
     assert first.digest == second.digest
     with pytest.raises(SpecError, match="is there already"):
         export(Predictive(), tmp_path / "a", [SCENARIO], runs=1)
-    assert sorted(os.listdir(tmp_path)) == ["a", "b"]  # nothing half-written lies around
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]  # nothing half-written lies around
 
 
 def test_a_failed_export_leaves_nothing(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path) -> None:
     )
     with pytest.raises(SpecError, match="not finite"):
         export(Learned(base=Predictive(), network=wide), tmp_path / "a", [SCENARIO], runs=1)
-    assert not os.listdir(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_manifest_and_the_card_say_what_is_in_it(bundles: dict[str, Path]) -> None:
@@ -257,7 +257,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda mine: seal(mine, observation=[{"name": "gpu_temperature", "unit": "K"}]), "cannot be measured here",
     ),
     "another kind of policy": (lambda mine: seal(mine, kind="hpa"), "is 'foresight'; the manifest says 'hpa'"),
-    "a guard that makes no sense": (lambda mine: seal(mine, guard={"max_order": 0}), "manifest.json: Expected `int` >= 1"),
+    "a guard that makes no sense": (
+        lambda mine: seal(mine, guard={"max_order": 0}), "manifest.json: Expected `int` >= 1",
+    ),
     "not JSON": (replaced(POLICY, b"\xff{"), "policy.json: not valid JSON"),
     "not UTF-8": (replaced(CARD, b"\xff\xfe"), "card.md: is not text in UTF-8"),
     "deep JSON": (replaced(POLICY, b'{"a":' * 5000 + b"1" + b"}" * 5000), "nested deeper than 24 levels"),
@@ -271,7 +273,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a network that is elsewhere": (
         edited(POLICY, lambda p: p.update(network={"onnx": "../policy.onnx"})), "is not a network of its own",
     ),
-    "a parameter out of bounds": (edited(POLICY, lambda p: p.update(scale=99.0)), "policy.json: Expected `float` <= 1.6"),
+    "a parameter out of bounds": (
+        edited(POLICY, lambda p: p.update(scale=99.0)), "policy.json: Expected `float` <= 1.6",
+    ),
     "another decision": (
         edited(SELFTEST, lambda s: s["cases"][0]["decisions"][3].update(order=7)), "case 0: at tick 3 it decides",
     ),
@@ -348,7 +352,7 @@ def test_with_a_key_only_what_is_signed_with_it_is_opened(
 @pytest.mark.parametrize("path", ["nowhere", "file"])
 def test_what_is_no_folder_is_refused(path: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(BundleError, match="bundle .*(No such file|Not a directory)"):
+    with pytest.raises(BundleError, match=r"bundle .*(No such file|Not a directory)"):
         open_bundle(tmp_path / path)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,7 +21,7 @@ pytest.importorskip("onnxruntime")
 def networks(draw: st.DrawFn) -> Network:
     sizes = draw(st.lists(st.integers(1, 6), min_size=2, max_size=4))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    pairs = list(zip(sizes, sizes[1:], strict=False))
+    pairs = list(pairwise(sizes))
     return Network(
         mean=tuple(rng.normal(0, 3, sizes[0]).tolist()),
         scale=tuple(rng.uniform(0.01, 3, sizes[0]).tolist()),

@@ -2,11 +2,11 @@
 
 A bundle is a folder: `manifest.json`, `policy.json`, `policy.onnx` for every network of the policy, `selftest.json`,
 `card.md`, and `manifest.sig`, which holds the SHA-256 of the manifest or, if it is signed, its HMAC-SHA256. The
-manifest has the hash and size of all others, so that this covers everything. Nothing in a bundle is ever run as code: JSON is
-decoded into frozen specifications, networks are read by `control.onnx_network`, and whatever is not exactly what an
-export writes is refused with `BundleError`. Cheap checks come first: names, kinds and sizes of files before a byte is
-read, the signature before anything is parsed, hashes before contents are looked at, the self-test last. Every file is
-read once, and what was hashed is what is used.
+manifest has the hash and size of all others, so that this covers everything. Nothing in a bundle is ever run as code:
+JSON is decoded into frozen specifications, networks are read by `control.onnx_network`, and whatever is not exactly
+what an export writes is refused with `BundleError`. Cheap checks come first: names, kinds and sizes of files before a
+byte is read, the signature before anything is parsed, hashes before contents are looked at, the self-test last. Every
+file is read once, and what was hashed is what is used.
 """
 
 from __future__ import annotations
