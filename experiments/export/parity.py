@@ -73,7 +73,7 @@ def visited(one: Trained, count: int) -> tuple[np.ndarray, int]:
         found, expected = (way.decide(said, values) for way, said in zip(ways, (ours, theirs), strict=True))
         differ += int(np.any([a != b for a, b in zip(found, expected, strict=True)], axis=0).sum())
         seen.append(observations)
-        observations, _, _, ended, info = cluster_env.step(theirs)
+        observations, _, _, ended, _ = cluster_env.step(theirs)
         if ended.any():  # all worlds end together; what was measured last is in the views of the next run
             ways = [Residual(situations, Predictive(), Guard()) for _ in range(2)]
             continue

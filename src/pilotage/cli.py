@@ -64,6 +64,10 @@ def main() -> NoReturn:
         fail(f"{error.filename or 'output'}: {error.strerror or error}", 2)
     except ModuleNotFoundError as error:
         extra = {
+            "gymnasium": "sim",
+            "numba": "sim",
+            "pandas": "sim",
+            "platformdirs": "sim",
             "cmaes": "learn",
             "optuna": "learn",
             "stable_baselines3": "learn",
@@ -71,6 +75,10 @@ def main() -> NoReturn:
             "matplotlib": "report",
             "jinja2": "report",
             "mlflow": "live",
+            "onnxruntime": "live",
+            "fairlearn": "explain",
+            "shap": "explain",
+            "sklearn": "explain",
         }
         name = (error.name or "").split(".")[0]
         fail(f"{name} is not installed; pip install 'pilotage[{extra.get(name, 'all')}]'", 2)

@@ -106,7 +106,7 @@ def test_what_is_beyond_the_seen_range_is_used_clipped_or_refused_as_the_table_s
         for one in (used, clipped, refused, at_the_edge):
             one.decide([seen(tick)])
     more = used.decide([seen(4, **crowd)])[0]
-    assert "arrival_rate 500 is beyond the seen 5 to 50" in more.reason
+    assert more.reason.endswith("; beyond what was seen: arrival_rate 500 (5 to 50)")
     less = clipped.decide([seen(4, **crowd)])[0]
     edge = at_the_edge.decide([seen(4, arrival_rate=50.0)])[0]
     assert (less.order, less.release) == (edge.order, edge.release)

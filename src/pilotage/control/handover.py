@@ -58,11 +58,10 @@ class Handed:
         return sum((check.interventions for check in self._checks), self._intake.counts)
 
     def decide(self, seen: Sequence[Observation]) -> list[Decision]:
-        given = np.stack([one.values for one in seen])
-        values, notes, held = self._intake(given)
-        if notes:
+        values, notes, changed, held = self._intake(np.stack([one.values for one in seen]))
+        if changed:
             seen = list(seen)
-            for row in notes:
+            for row in changed:
                 seen[row] = replace(seen[row], values=values[row])
         if self._together is not None:
             decisions = list(self._together.decide(seen))
@@ -71,9 +70,10 @@ class Handed:
         for row in self._doubtful(decisions, values):
             decisions[row] = self._checks[row](seen[row], decisions[row])
         for row, what in notes.items():
-            decision = Decision() if row in held else decisions[row]
-            reason = "; ".join([f"held: {what[0]}" if row in held else decision.reason, *what[row in held :]])
-            decisions[row] = replace(decision, reason=reason)
+            if row in held:
+                decisions[row] = Decision(reason=f"held: {'; '.join(what)}")
+            else:
+                decisions[row] = replace(decisions[row], reason="; ".join([decisions[row].reason, *what]))
         return decisions
 
     def _doubtful(self, decisions: Sequence[Decision], values: np.ndarray) -> list[int]:

@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, NamedTuple
 
 import numpy as np
 from msgspec import Meta
@@ -73,62 +73,79 @@ def table(seen: dict[str, tuple[float, float]] | None = None) -> tuple[Measured,
     )
 
 
+class Taken(NamedTuple):
+    """Values as the policy may see them, of shape (services, len(FEATURES)); by service, what is to be said; the
+    services of which a value was changed; and those that must be left as they are now."""
+
+    values: np.ndarray
+    notes: dict[int, list[str]]
+    changed: set[int]
+    held: set[int]
+
+
 class Intake:
     """The measurements of some services on their way to a policy; `counts` says how often what was done to which."""
 
     def __init__(self, rows: Sequence[Measured], services: int) -> None:
         self.counts: Counter[str] = Counter()
         self._rows = {INDEX[row.name]: row for row in rows}
-        self._low, self._high = np.full(len(FEATURES), -np.inf), np.full(len(FEATURES), np.inf)
-        self._may_miss = np.ones(
-            len(FEATURES), bool
-        )  # what the table does not name, the policy does not know
+        n = len(FEATURES)
+        self._low, self._high = np.full(n, -np.inf), np.full(n, np.inf)  # what is possible
+        self._seen_low, self._seen_high = self._low.copy(), self._high.copy()
+        self._may_miss, self._may_be_new = (
+            np.ones(n, bool),
+            np.ones(n, bool),
+        )  # also what the table does not name
         for k, row in self._rows.items():
-            high = np.finfo(float).max if row.high is None else row.high
-            self._low[k], self._high[k] = row.seen or (row.low, high)
-            self._may_miss[k] = row.missing == "accept"
-        self._last = np.full((services, len(FEATURES)), np.nan)
+            self._low[k], self._high[k] = row.low, np.finfo(float).max if row.high is None else row.high
+            self._seen_low[k], self._seen_high[k] = row.seen or (self._low[k], self._high[k])
+            self._may_miss[k], self._may_be_new[k] = row.missing == "accept", row.beyond == "accept"
+        self._last = np.full((services, n), np.nan)
 
-    def __call__(self, values: np.ndarray) -> tuple[np.ndarray, dict[int, list[str]], set[int]]:
-        """Values of shape (services, len(FEATURES)) as the policy may see them; by service, what was done about which;
-        and the services that must not be changed now."""
+    def __call__(self, values: np.ndarray) -> Taken:
         known = values == values
-        fine = ((values >= self._low) & (values <= self._high)) | (self._may_miss & ~known)
+        bad = ~((values >= self._seen_low) & (values <= self._seen_high) | self._may_miss & ~known)
         notes: dict[int, list[str]] = {}
+        changed: set[int] = set()
         held: set[int] = set()
-        if not fine.all():
+        if bad.any():
+            new = bad & self._may_be_new & (values >= self._low) & (values <= self._high)
+            for service in np.flatnonzero(new.any(axis=1)).tolist():
+                notes[service] = [self._new(values[service], np.flatnonzero(new[service]).tolist())]
             values = values.copy()
-            for service, k in np.argwhere(~fine).tolist():
+            for service, k in np.argwhere(bad & ~new).tolist():
                 value, note, hold = self._treat(service, k, float(values[service, k]))
                 values[service, k] = value
+                changed.add(service)
                 notes.setdefault(service, []).append(note)
                 if hold:
                     held.add(service)
             known = values == values
         np.copyto(self._last, values, where=known)
-        return values, notes, held
+        return Taken(values, notes, changed, held)
+
+    def _new(self, values: np.ndarray, which: list[int]) -> str:
+        """The words for values that were never seen, and are used as they are."""
+        self.counts.update(f"{self._rows[k].name} beyond: accept" for k in which)
+        found = (
+            f"{self._rows[k].name} {values[k]:.4g} ({self._seen_low[k]:.4g} to {self._seen_high[k]:.4g})"
+            for k in which
+        )
+        return f"beyond what was seen: {', '.join(found)}"
 
     def _treat(self, service: int, k: int, value: float) -> tuple[float, str, bool]:
         """What to use in place of a value, the words for it, and whether no decision may be taken."""
         row = self._rows[k]
-        high = math.inf if row.high is None else row.high
-        if math.isfinite(value) and row.low <= value <= high:
-            assert row.seen is not None
-            low, high = row.seen
+        if self._low[k] <= value <= self._high[k]:
+            low, high = float(self._seen_low[k]), float(self._seen_high[k])
             what = f"{row.name} {value:.4g} is beyond the seen {low:.4g} to {high:.4g}"
             self.counts[f"{row.name} beyond: {row.beyond}"] += 1
             if row.beyond == "clip":
                 return min(max(value, low), high), f"{what}: clipped", False
-            return value, what if row.beyond == "accept" else f"{what}: no decision", row.beyond == "hold"
-        kind = (
-            "missing"
-            if math.isnan(value)
-            else "infinite"
-            if math.isinf(value)
-            else f"impossible ({value:.4g})"
-        )
-        what = f"{row.name} is {kind}"
-        self.counts[f"{what.partition(' (')[0]}: {row.missing}"] += 1
+            return value, f"{what}: no decision", True
+        kind = "missing" if math.isnan(value) else "infinite" if math.isinf(value) else "impossible"
+        self.counts[f"{row.name} is {kind}: {row.missing}"] += 1
+        what = f"{row.name} is {kind}" + (f" ({value:.4g})" if kind == "impossible" else "")
         last = float(self._last[service, k])
         if row.missing == "hold":
             return last, f"{what}: no decision", True

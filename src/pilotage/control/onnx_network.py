@@ -49,31 +49,34 @@ class OnnxForward:
     def __init__(self, network: OnnxNetwork) -> None:
         self._network = network
         self._mean, self._scale = np.array(network.mean), np.array(network.scale)
-        self._clip, self._squashed = network.clip, network.squashed
+        self._clip = network.clip
+        last = len(network.biases) - 1
         self._layers = [
-            (np.array(weight, np.float32).T.copy(), np.array(bias, np.float32))
-            for weight, bias in zip(network.weights, network.biases, strict=True)
+            (np.array(weight, np.float32).T.copy(), np.array(bias, np.float32), k < last or network.squashed)
+            for k, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True))
         ]
         self._session: Any = None
         self._asked = False
 
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
         """What the network says, float32 of shape (rows, outputs)."""
+        if len(inputs) == 1:
+            return self.by_numpy(inputs[0])[None]  # a vector is quicker than a matrix of one row
         if len(inputs) > FEW_ROWS and self.session is not None:
             found: np.ndarray = self._session.run(None, {"observation": np.asarray(inputs, np.float64)})[0]
             return found
         return self.by_numpy(inputs)
 
     def by_numpy(self, inputs: np.ndarray) -> np.ndarray:
+        """The same by NumPy, for inputs of shape (..., inputs)."""
         x = inputs - self._mean
         x /= self._scale
         np.minimum(np.maximum(x, -self._clip, out=x), self._clip, out=x)
         x = x.astype(np.float32)
-        last = len(self._layers) - 1
-        for k, (weight, bias) in enumerate(self._layers):
+        for weight, bias, bent in self._layers:
             x = x.dot(weight)
             x += bias
-            if k < last or self._squashed:
+            if bent:
                 np.tanh(x, out=x)
         return x
 

@@ -8,6 +8,7 @@ downloads the folder and opens it with `control.bundle.open_bundle`, which trust
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 import tempfile
 import uuid
@@ -98,7 +99,13 @@ def write_model(bundle: Bundle, folder: Path, run_id: str, model_id: str) -> Non
     outputs = [{"name": n, "type": t, "required": n != "max_batch"} for n, t in _DECISION.items()]
     outputs.append({"name": "reason", "type": "string", "required": True})
     model = {
-        "flavors": {"python_function": {"loader_module": __name__, "data": _FOLDER}},
+        "flavors": {
+            "python_function": {
+                "loader_module": __name__,
+                "data": _FOLDER,
+                "python_version": platform.python_version(),
+            }
+        },
         "metadata": {"bundle": bundle.digest, "schema": bundle.manifest.schema},
         "mlflow_version": mlflow.__version__,
         "model_id": model_id,
