@@ -64,14 +64,22 @@ print(json.dumps([int(peak.split()[1]) / 1024, sorted(heavy & {name.partition(".
 
 
 def median_us(what: Callable[[], object], times: int) -> dict[str, float]:
-    """Median time of a call in microseconds, with its 95 % interval over ten stretches."""
-    taken = np.zeros(times)
+    """Median CPU time of a call in microseconds (the machine is shared, and everything here runs on one thread), less
+    that of looking at the clock, and the lowest and highest median of ten stretches."""
+    taken, idle = np.zeros(times), np.zeros(times)
     for k in range(times):
-        before = time.perf_counter_ns()
+        before = time.process_time_ns()
         what()
-        taken[k] = time.perf_counter_ns() - before
-    stretches = [float(np.median(part)) / 1e3 for part in np.array_split(taken, 10)]
-    return {"mean": float(np.median(taken)) / 1e3, "low": min(stretches), "high": max(stretches)}
+        taken[k] = time.process_time_ns() - before
+        before = time.process_time_ns()
+        idle[k] = time.process_time_ns() - before
+    stretches = np.array([np.median(part) for part in np.array_split(taken, 10)]) - np.median(idle)
+    middle = np.median(taken) - np.median(idle)
+    return {
+        "mean": float(middle) / 1e3,
+        "low": float(stretches.min()) / 1e3,
+        "high": float(stretches.max()) / 1e3,
+    }
 
 
 def speeds(name: str, bundle: Bundle, scenario: Scenario, times: int) -> list[dict[str, Any]]:
@@ -163,6 +171,9 @@ def main() -> None:
         lasted[what] = round(time.perf_counter() - began - sum(lasted.values()), 1)
 
     scenario = load("quickstart").replace(horizon_h=0.5)
+    short = scenario.replace(
+        horizon_h=0.05, history_h=0.25
+    )  # a short self-test, which is opened 100,000 times
     with tempfile.TemporaryDirectory() as made:
         home = Path(made)
         parity, learned = [], {}
@@ -184,8 +195,8 @@ def main() -> None:
         )
         lap("parity")
         for name, policy in (("rule", Hpa()), ("network", policy_from("learned"))):
-            export(policy, home / name, [scenario], name=name, runs=1)
-            export(policy, home / f"{name}-signed", [scenario], name=name, runs=1, key=KEY)
+            export(policy, home / name, [short], name=name, runs=1)
+            export(policy, home / f"{name}-signed", [short], name=name, runs=1, key=KEY)
         times = 20 if options.quick else 1000
         speed = speeds("64x64, PPO on predictive", learned["ppo"].bundle, scenario, times)
         speed += speeds("learned, 128x128", open_bundle(home / "network"), scenario, times)
@@ -194,7 +205,7 @@ def main() -> None:
             if row["what"] in ("network as chosen", "whole decision, from measurements to orders"):
                 limit = 10.0 if one else 2000.0
                 line(
-                    f"median latency, {row['services']} service{'' if one else 's'}, {row['what']}, {row['bundle']}",
+                    f"median CPU time, {row['services']} service{'' if one else 's'}, {row['what']}, {row['bundle']}",
                     "<= 10 us" if one else "<= 2000 us", row["us_mean"], float(row["us_mean"]) <= limit,
                     row["us_low"], row["us_high"],
                 )  # fmt: skip

@@ -35,6 +35,7 @@ from pilotage.control.bundle import (
     Judged,
     Manifest,
     NetworkTable,
+    configured_key,
     open_bundle,
     signature_of,
     with_part,
@@ -86,14 +87,14 @@ def export(
 
     `scenarios` are what it was judged on: the ranges that measurements had there are noted, from `runs` runs each,
     and the first gives the self-test. `judged` are figures, `provenance` says where the policy comes from,
-    `explanation` is a summary in words for the card. With a key the bundle is signed. Raises SpecError if `out` is
+    `explanation` is a summary in words for the card. With a key (given, or configured) the bundle is signed. Raises SpecError if `out` is
     there already.
     """
     if os.path.lexists(out):
         raise SpecError(f"--out {out}: is there already; give a folder that does not exist yet")
     if isinstance(policy, Bundled):
         policy = policy.policy
-    guard = guard or Guard()
+    guard, key = guard or Guard(), configured_key() if key is None else key
     networks = {_file(path): (path, owner, network) for path, owner, network in _networks(policy)}
     contents = {file: encode(network) for file, (_, _, network) in networks.items()}
     runnable = policy
