@@ -14,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from pilotage import __version__, cli_versions
+from pilotage import __version__, cli_bundles, cli_versions
 from pilotage.console import AsJson, fail, print_json
 from pilotage.world.spec import SpecError
 
@@ -25,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cli_versions.app)
+app.add_typer(cli_bundles.app)
 _screen = Console(stderr=True)
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -54,14 +55,15 @@ Policies = Annotated[
 
 
 def main() -> NoReturn:
-    """Entry point: errors in what the user gave end with one line and exit code 2, Ctrl-C with 130."""
+    """Entry point: errors in what the user gave end with one line and exit code 2 (3: a bundle that is not sound),
+    Ctrl-C with 130."""
     try:
         code = app(standalone_mode=False)
         if code == _INTERRUPTED:  # typer turns Ctrl-C into this
             raise KeyboardInterrupt
         raise SystemExit(code if isinstance(code, int) else 0)
     except SpecError as error:
-        fail(str(error), 2)
+        fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         fail("interrupted; what was finished is kept, and the same command resumes it", _INTERRUPTED)
     except typer.Exit as exit_:
@@ -70,8 +72,13 @@ def main() -> NoReturn:
         fail(f"{error.filename or 'output'}: {error.strerror or error}", 2)
     except ModuleNotFoundError as error:
         extra = {
+            "gymnasium": "sim",
+            "numba": "sim",
+            "pandas": "sim",
+            "platformdirs": "sim",
             "cmaes": "learn",
             "distributed": "cluster",
+            "joblib": "sim",
             "ray": "cluster",
             "psycopg": "cluster",
             "optuna": "learn",
@@ -80,6 +87,10 @@ def main() -> NoReturn:
             "matplotlib": "report",
             "jinja2": "report",
             "mlflow": "live",
+            "onnxruntime": "live",
+            "fairlearn": "explain",
+            "shap": "explain",
+            "sklearn": "explain",
         }
         name = (error.name or "").split(".")[0]
         fail(f"{name} is not installed; pip install 'pilotage[{extra.get(name, 'all')}]'", 2)

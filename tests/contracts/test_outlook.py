@@ -44,6 +44,29 @@ def test_a_stretch_is_what_a_slice_of_the_past_says(
     assert history.deviation(*where)[0, 0] == pytest.approx(stretch.std(), abs=1e-4)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    past=st.lists(st.floats(0, 50), min_size=1, max_size=90),
+    new=st.lists(st.floats(0, 50), max_size=60),
+    lengths=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    ago=st.integers(0, 40),
+)
+def test_kept_stretches_are_what_is_looked_up(
+    past: list[float], new: list[float], lengths: tuple[int, int], ago: int
+) -> None:
+    stretch = np.array(lengths)
+    history = LoadHistory(2, 64, 16, stretch)
+    history.reset(0, np.array(past))
+    for value in new:
+        history.update(np.array([value, 1.0 + value]))
+    when = np.full((1, 2), ago)
+    peak, rise = history.stretches(when)
+    highest, before = history.highest(when, stretch[None]), history.mean(when + stretch, np.full((1, 2), 2))
+    rows = 1 + bool(new)  # without any value the second one has no past
+    assert np.array_equal(peak[:, :rows], highest[:, :rows])
+    assert np.array_equal(rise[:, :rows], np.maximum(highest - before, 0.0)[:, :rows])
+
+
 def test_history_and_updates_lead_to_the_same_outlook() -> None:
     rates = 40 + 20 * np.sin(np.arange(9000) / 30) + np.arange(9000) % 7
     at_once, bit_by_bit = Outlook([situation(rates)]), Outlook([situation(rates[:8500])])

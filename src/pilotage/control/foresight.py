@@ -17,7 +17,7 @@ import numpy as np
 from msgspec import Meta
 
 from pilotage.control.guard import Guard
-from pilotage.control.network import Forward, Network
+from pilotage.control.network import Network
 from pilotage.control.outlook import INPUTS, REFERENCES, Outlook
 from pilotage.control.policy import (
     INDEX,
@@ -130,7 +130,7 @@ class Foresight(Policy, frozen=True, kw_only=True, tag="foresight"):
 
     def reader(self) -> Read:
         """From references and inputs, of shape (rows, ...), to the levels."""
-        forward = None if self.network is None else Forward(self.network)
+        forward = None if self.network is None else self.network.forward()
 
         def read(references: np.ndarray, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             readout = np.zeros((len(inputs), READOUT)) if forward is None else forward(inputs)

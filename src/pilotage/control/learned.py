@@ -20,7 +20,7 @@ import numpy as np
 from pilotage.control.forecast import LoadTracker
 from pilotage.control.foresight import Anticipate, Foresight, Levels
 from pilotage.control.guard import Guard
-from pilotage.control.network import Forward, Network
+from pilotage.control.network import Network
 from pilotage.control.outlook import INPUTS
 from pilotage.control.policy import (
     INDEX,
@@ -315,7 +315,7 @@ class Learned(Policy, frozen=True, kw_only=True, tag="learned"):
 class _Learned:
     def __init__(self, policy: Learned, situations: Sequence[Situation]) -> None:
         self._rows = corrections(situations, policy.base, Guard())
-        self._network = Forward(policy.network)
+        self._network = policy.network.forward()
         self._first = True
 
     def decide(self, seen: Sequence[Observation]) -> list[Decision]:
@@ -345,9 +345,13 @@ def _read(path: Path) -> Learned | Foresight:
 
 
 def policy_from(text: str) -> Policy:
-    """The policy that a command-line argument names: a name, a name with parameters, a file, or a training."""
+    """The policy that a command-line argument names: a name, a name with parameters, a file, a bundle or a training."""
     if text == SHIPPED:
         return _read(Path(__file__).with_name(f"{SHIPPED}.json"))
+    from pilotage.control.bundle import is_bundle, open_bundle  # which can hold what is defined here
+
+    if is_bundle(text):
+        return open_bundle(text).policy
     if (Path(text) / "policy.json").is_file():
         return trained(Path(text))
     return parse(text)

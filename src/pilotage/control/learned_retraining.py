@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from pilotage.control.network import Forward, Network
+from pilotage.control.network import Network
 from pilotage.control.retraining import (
     NO_PAST,
     Past,
@@ -190,7 +190,7 @@ class LearnedRetraining(Retraining, frozen=True, kw_only=True, tag="learned-retr
 
 class _Learned:
     def __init__(self, policy: LearnedRetraining, stakes: Stakes, past: Past) -> None:
-        self._forward, self._stakes = Forward(policy.network), stakes
+        self._forward, self._stakes = policy.network.forward(), stakes
         n = len(past.errors)
         probe = past.probe if len(past.probe) else np.ones(n)
         self._summary = summary_of(np.asarray(past.errors), probe, stakes.batch_size, stakes.price)

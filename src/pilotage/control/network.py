@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from pilotage.world.spec import Spec, SpecError
+
+Function = Callable[[np.ndarray], np.ndarray]  # from (rows, inputs) to (rows, outputs)
 
 
 class Network(Spec, frozen=True, kw_only=True):
@@ -36,6 +40,10 @@ class Network(Spec, frozen=True, kw_only=True):
             raise SpecError(
                 f"the network maps {len(self.mean)} inputs to {last} outputs; valid: {inputs} to {outputs}"
             )
+
+    def forward(self) -> Function:
+        """What runs it, for inputs of shape (rows, inputs)."""
+        return Forward(self)
 
 
 class Forward:

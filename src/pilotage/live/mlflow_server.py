@@ -112,6 +112,10 @@ class MlflowServer(Spec, frozen=True, kw_only=True, tag_field="kind", tag="mlflo
     def tag(self, service: str, version: str, name: str, value: str) -> None:
         self._asked(lambda client: client.set_model_version_tag(service, version, name, value))
 
+    def ask(self, what: Callable[[Any], T]) -> T:
+        """The answer of a client of this server, for what the protocol of a registry does not know."""
+        return self._asked(what)
+
     def _asked(self, what: Callable[[Any], T]) -> T:
         """The answer of the server, asked again where there is none: every question here may be repeated."""
         client = _client(self.url)

@@ -15,8 +15,6 @@ from typing import Annotated, Union
 
 import numpy as np
 from msgspec import Meta
-from scipy.special import ndtr
-from scipy.stats import binom
 
 from pilotage.world.spec import NonNegative, Positive, PositiveCount, Probability, Spec, SpecError
 
@@ -145,6 +143,9 @@ class Decay(Spec, frozen=True, kw_only=True):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Wrong answers of versions and of a probe, int64, where `shares` says how many to expect: binomial each, and
         correlated (a Gaussian copula), because the same answers are hard for all."""
+        from scipy.special import ndtr  # large, and of no use to a process that only steers
+        from scipy.stats import binom
+
         n = len(share)
         chance = math.sqrt(self.common) * rng.standard_normal(n)
         own = math.sqrt(1 - self.common)

@@ -28,6 +28,8 @@ PositiveCount = Annotated[int, Meta(ge=1)]
 class SpecError(ValueError):
     """A specification that is well formed but makes no sense; the message says what would be valid."""
 
+    exit_code = 2  # of the command that it ends
+
 
 class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A frozen, hashable, comparable record. Unknown keys are refused while decoding."""
