@@ -36,7 +36,9 @@ _LOADS: Final = (
     "day_ahead", "day_scaled", "rise_typical", "rise_highest",
 )  # fmt: skip
 _AT: Final = np.array([REFERENCES.index(name) for name in _LOADS])
-_PLAIN: Final = ("utilization", "queue_length", "drop_rate", "replicas_starting", "replicas_draining")
+_PLAIN: Final = (
+    "utilization", "queue_length", "drop_rate", "batch_size", "replicas_starting", "replicas_draining",
+)  # fmt: skip
 _LONGEST_S: Final = 3600.0
 INPUTS: Final = (
     "replicas",  # ordered and not released
@@ -47,6 +49,7 @@ INPUTS: Final = (
     *(f"use_{name}" for name in _LOADS),  # the load over the replicas
     "since_order",  # s, an hour at most
     "since_release",
+    "hour",  # of the day
 )
 BASE_INPUTS: Final = (
     "short_of_need",  # what the base rule needs before rounding, less the replicas
@@ -170,6 +173,7 @@ class Questions:
             *(loads - replicas),
             *(loads / shared),
             *self._since,
+            np.array([one.now_s % 86400 / 3600 for one in seen]),
         ]
         if self._base is not None:
             need = self._base.need(self._tracker, self._capacity)  # type: ignore[arg-type]

@@ -2,8 +2,9 @@
 
 The tree steers, the teacher says what it would have done, and a CART tree is fitted to what both have seen so far,
 states drawn as often as the choice matters in them: by the gap between the best and the worst of the alternatives'
-expected dollars. The gap is measured by rollouts (`dollars.weigh`) in some states and carried over to the others by a
-regression forest. Of the trees of all rounds the one that costs least on validation worlds is kept.
+expected dollars, and a mean gap for good measure, as in most states it hardly matters what is done. The gap is measured
+by rollouts (`dollars.weigh`) in some states and carried over to the others by a regression forest. Of the trees of all
+rounds the one that costs least on validation worlds is kept.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pilotage.explain.dollars import weigh
 from pilotage.explain.sight import questions_of
 from pilotage.scenario import Scenario
 
-_LEAST: Final = 0.02  # of the mean gap: no state is left out
+_EVEN: Final = 1.0  # mean gaps that are added to every state's
 
 
 class Settings(NamedTuple):
@@ -101,7 +102,7 @@ def _lesson(
     gap_of: Callable[[np.ndarray], np.ndarray],
     says: Callable[[Recording], list[Decision]],
 ) -> Lesson:
-    asked = np.concatenate([questions_of(base, run) for run in runs])
+    asked = np.concatenate(questions_of(base, runs))
     decided = [(d.order - d.release, d.max_batch) for run in runs for d in says(run)]
     return Lesson(asked, decided, gap_of(asked))
 
@@ -119,18 +120,17 @@ def _gaps(
     rng, ahead = np.random.default_rng([settings.seed, 1]), round(600.0 / scenario.tick_s)
     each = -(-settings.gap_states // len(runs))
     asked, gaps = [], []
-    for run in runs:
+    for run, questions in zip(runs, questions_of(base, runs), strict=True):
         last = max(1, len(run.seen) - ahead)
         ticks = rng.choice(np.arange(last), min(each, last), replace=False).tolist()
-        questions = questions_of(base, run)
         for found in weigh(scenario, teacher, run.world, ticks, futures=settings.futures, seed=settings.seed):
             means = found.totals.mean(axis=1)
             asked.append(questions[found.tick])
             gaps.append(means.max() - means.min())
     forest = RandomForestRegressor(100, min_samples_leaf=5, random_state=settings.seed, n_jobs=1)
     forest.fit(np.array(asked), np.array(gaps))
-    least = _LEAST * float(np.mean(gaps))
-    return lambda asked: np.maximum(forest.predict(asked), least)
+    even = _EVEN * float(np.mean(gaps)) + 1e-12
+    return lambda asked: forest.predict(asked) + even
 
 
 def _fit(lesson: Lesson, leaves: int, base: Predictive | None, rng: np.random.Generator) -> Tree:
@@ -187,29 +187,26 @@ def judge(
 ) -> dict[str, Any]:
     """The tree beside its teacher on unseen worlds.
 
-    `agreement` is how often both decide alike (replicas and batch limit), in the states that the tree visits and in
-    those that the teacher visits; `agreement_acting` of these last only where the teacher changes the replicas.
+    `agreement` is how often both decide alike (replicas and batch limit) in the states that the tree visits,
+    `agreement_teachers_states` in those that the teacher visits, `agreement_replicas` on the replicas alone, and
+    `agreement_acting` on the replicas where the teacher changes them, which is in a share `share_acting` of states.
     `return_ratio` is how much of the teacher's saving over the reference policy the tree has, `cost_ratio` what the
     tree costs over what the teacher costs, each with the interval over worlds.
     """
     worlds = recorded(scenario, worlds)
-    own = record(tree, scenario, worlds, adviser=teacher)
-    theirs = record(teacher, scenario, worlds, adviser=tree)
+    visits = record(tree, scenario, worlds, adviser=teacher), record(teacher, scenario, worlds, adviser=tree)
     usd = {name: np.array([run.total_usd for run in _run(policy, scenario, worlds)])
            for name, policy in (("tree", tree), ("teacher", teacher), ("reference", reference))}  # fmt: skip
-    alike = np.array(
-        [_key(a) == _key(b) for run in theirs for a, b in zip(run.decided, run.advised, strict=True)]
-    )
-    acting = np.array([a.order - a.release != 0 for run in theirs for a in run.decided])
+    own = [(a, b) for run in visits[0] for a, b in zip(run.decided, run.advised, strict=True)]
+    theirs = [(b, a) for run in visits[1] for a, b in zip(run.decided, run.advised, strict=True)]
+    acting = np.array([_change(teachers) != 0 for _, teachers in theirs])
+    replicas = np.array([_change(trees) == _change(teachers) for trees, teachers in theirs])
     return {
         "leaves": tree.leaves,
-        "agreement": float(
-            np.mean(
-                [_key(a) == _key(b) for run in own for a, b in zip(run.decided, run.advised, strict=True)]
-            )
-        ),
-        "agreement_teachers_states": float(alike.mean()),
-        "agreement_acting": float(alike[acting].mean()) if acting.any() else 1.0,
+        "agreement": float(np.mean([_key(a) == _key(b) for a, b in own])),
+        "agreement_teachers_states": float(np.mean([_key(a) == _key(b) for a, b in theirs])),
+        "agreement_replicas": float(replicas.mean()),
+        "agreement_acting": float(replicas[acting].mean()) if acting.any() else 1.0,
         "share_acting": float(acting.mean()),
         "return_ratio": ratio_interval(usd["reference"] - usd["tree"], usd["reference"] - usd["teacher"]),
         "cost_ratio": ratio_interval(usd["tree"], usd["teacher"]),
@@ -217,5 +214,9 @@ def judge(
     }
 
 
+def _change(decision: Decision) -> int:
+    return decision.order - decision.release
+
+
 def _key(decision: Decision) -> tuple[int, int | None]:
-    return decision.order - decision.release, decision.max_batch
+    return _change(decision), decision.max_batch

@@ -7,7 +7,7 @@ again, so that a plot shows loads, and exchanging one does not change the others
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -26,7 +26,8 @@ from pilotage.control.outlook import INPUTS, REFERENCES, Outlook
 from pilotage.control.policy import Policy
 from pilotage.control.scaling import Predictive
 from pilotage.control.tree import Questions, Tree
-from pilotage.explain.choice import Choice, Replay, State, Vector
+from pilotage.explain.attribution import attribute
+from pilotage.explain.choice import Choice, Recording, Replay, State, Vector
 
 _LIMIT: Final = 8.0  # of the outlook's inputs
 Read = Callable[[np.ndarray], np.ndarray]
@@ -41,15 +42,15 @@ _IN_REPLICAS: Final = frozenset(
 class Sight:
     """How a policy's choice follows from a vector.
 
-    `vectors` gives that of every tick of a run, shape (ticks, columns); `read` the outcome, of shape (rows, columns) to
-    (rows,). `base` is the same of the policy without what was learned, and `fresh` with random weights from a seed
-    (None: nothing was learned). `label` makes decisions of outcomes.
+    `vectors` gives that of every tick of runs of one length, shape (runs, ticks, columns); `read` the outcome, of shape
+    (rows, columns) to (rows,). `base` is the same of the policy without what was learned, and `fresh` with random
+    weights from a seed (None: nothing was learned). `label` makes decisions of outcomes.
     """
 
     def __init__(
         self,
         names: Sequence[str],
-        vectors: Callable[[Any], np.ndarray],
+        vectors: Callable[[Sequence[Recording]], np.ndarray],
         read: Read,
         *,
         base: Read | None = None,
@@ -60,13 +61,16 @@ class Sight:
     ) -> None:
         self.names, self.read, self.base, self.fresh = tuple(names), read, base, fresh
         self._vectors, self._label, self._unit, self._tree = vectors, label, unit, tree
-        self._known: dict[int, tuple[Any, np.ndarray]] = {}
+        self._known: dict[int, tuple[Recording, np.ndarray]] = {}
 
     def of(self, states: Sequence[State]) -> np.ndarray:
         """The vectors of states, shape (states, columns)."""
-        for state in states:
-            if id(state.run.seen) not in self._known:
-                self._known[id(state.run.seen)] = (state.run.seen, self._vectors(state.run))
+        fresh = {id(s.run.seen): s.run for s in states if id(s.run.seen) not in self._known}
+        for length in {len(run.seen) for run in fresh.values()}:
+            runs = [run for run in fresh.values() if len(run.seen) == length]
+            self._known |= {
+                id(run.seen): (run, own) for run, own in zip(runs, self._vectors(runs), strict=True)
+            }
         return np.stack([self._known[id(state.run.seen)][1][state.tick] for state in states])
 
     def choice(self, states: Sequence[State], *, apart: bool = False, read: Read | None = None) -> Vector:
@@ -129,7 +133,7 @@ def _sight_of(policy: Policy) -> Sight | None:
     if isinstance(policy, Tree):
         return Sight(
             policy.inputs,
-            lambda run: questions_of(policy.base, run),
+            lambda runs: questions_of(policy.base, runs),
             lambda vectors: policy.changes(vectors).astype(float),
             unit="replicas more",
             tree=_for_shap(policy),
@@ -158,13 +162,15 @@ def _for_shap(tree: Tree) -> dict[str, np.ndarray]:
     }
 
 
-def questions_of(base: Predictive | None, run: Any) -> np.ndarray:
-    """What a tree with that base would have asked about at every tick of a run; shape (ticks, inputs)."""
-    questions, out = Questions([run.situation], base), []
-    for seen, decision in zip(run.seen, run.decided, strict=True):
-        out.append(questions.see([seen])[0])
-        questions.decided(np.array([decision.order]), np.array([decision.release]))
-    return np.array(out)
+def questions_of(base: Predictive | None, runs: Sequence[Recording]) -> np.ndarray:
+    """What a tree with that base would have asked about at every tick of runs of one length; shape (runs, ticks,
+    inputs)."""
+    questions, out = Questions([run.situation for run in runs], base), []
+    for tick in range(len(runs[0].seen)):
+        out.append(questions.see([run.seen[tick] for run in runs]))
+        decided = [run.decided[tick] for run in runs]
+        questions.decided(np.array([d.order for d in decided]), np.array([d.release for d in decided]))
+    return np.stack(out, axis=1)
 
 
 # --- relative to a scale, and back ---------------------------------------------------------------------------
@@ -190,17 +196,20 @@ def _levels(policy: Foresight | Anticipate) -> Sight:
     names = (*("present" if name == "scale" else name for name in INPUTS), "replicas")
     n = len(REFERENCES)
 
-    def vectors(run: Any) -> np.ndarray:
-        outlook, out = Outlook([run.situation]), []
-        for tick, seen in enumerate(run.seen):
+    def vectors(runs: Sequence[Recording]) -> np.ndarray:
+        outlook, out = Outlook([run.situation for run in runs]), []
+        for tick in range(len(runs[0].seen)):
+            seen = [run.seen[tick] for run in runs]
             if tick:
-                outlook.update(*(np.array([seen[name]]) for name in ("arrival_rate", "arrival_peak")))
+                outlook.update(
+                    *(np.array([one[name] for one in seen]) for name in ("arrival_rate", "arrival_peak"))
+                )
             references, inputs = outlook.view()
-            views = inputs[0].copy()
-            views[:n] = references[0]
-            views[n] = np.expm1(views[n])
-            out.append(np.append(views, seen.replicas))
-        return np.array(out)
+            views = inputs.copy()
+            views[:, :n] = references
+            views[:, n] = np.expm1(views[:, n])
+            out.append(np.column_stack([views, [one.replicas for one in seen]]))
+        return np.stack(out, axis=1)
 
     def reader(policy: Foresight | Anticipate) -> Read:
         read = policy.reader()
@@ -245,16 +254,17 @@ def _corrected(policy: Learned) -> Sight:
     names = LEVEL_OBSERVATIONS if two else OBSERVATIONS
     scale = "scale" if two else "need"
 
-    def vectors(run: Any) -> np.ndarray:
-        rows, forward, out = corrections([run.situation], policy.base, Guard()), Forward(policy.network), []
-        for tick, seen in enumerate(run.seen):
-            values = seen.values[None]
+    def vectors(runs: Sequence[Recording]) -> np.ndarray:
+        forward, out = Forward(policy.network), []
+        rows = corrections([run.situation for run in runs], policy.base, Guard())
+        for tick in range(len(runs[0].seen)):
+            values = np.stack([run.seen[tick].values for run in runs])
             if tick:
                 rows.update(values)
-            view = rows.view(np.array([seen.now_s]), values)
-            out.append(view[0])
+            view = rows.view(np.array([run.seen[tick].now_s for run in runs]), values)
+            out.append(_absolute(view, names, scale))
             rows.decide(forward(view), values)
-        return _absolute(np.array(out), names, scale)
+        return np.stack(out, axis=1)
 
     at = {name: k for k, name in enumerate(names)}
 
@@ -283,3 +293,32 @@ def _corrected(policy: Learned) -> Sight:
         fresh=lambda seed: reader(Forward(_shuffled(policy.network, seed))),
         label=_nearest if two else lambda wanted: np.ceil(wanted - 1e-9).astype(int),
     )
+
+
+def relearned(
+    sight: Sight, states: Sequence[State], background: Sequence[State]
+) -> Callable[[int], tuple[list[np.ndarray], list[np.ndarray]]] | None:
+    """For the check with random weights: contributions, by size, to what was learned (the outcome less that of the
+    policy without it), and to what random weights make of it; None if nothing was learned."""
+    base, fresh = sight.base, sight.fresh
+    if base is None or fresh is None:
+        return None
+
+    def sizes(read: Read) -> list[np.ndarray]:
+        return [
+            np.abs(
+                attribute(
+                    sight.choice([state, *background], read=lambda vectors: read(vectors) - base(vectors))
+                ).phi
+            )
+            for state in states
+        ]
+
+    learned: list[list[np.ndarray]] = []
+
+    def both(seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        if not learned:
+            learned.append(sizes(sight.read))
+        return learned[0], sizes(fresh(seed))
+
+    return both

@@ -80,7 +80,7 @@ def check(
     found = [
         _additivity(explained, outcomes - usual, spread),
         *_infidelity(explained, spread, seed),
-        *_deletion(explained, spread, seed),
+        *_deletion(explained, players, spread, seed),
         _planted(explained[: min(8, len(explained))], players, seed),
         *_stability(explained, players, seed),
     ]
@@ -135,19 +135,26 @@ def _infidelity(explained: Sequence[Attribution], spread: float, seed: int) -> l
     ]  # fmt: skip
 
 
-def _deletion(explained: Sequence[Attribution], spread: float, seed: int) -> list[Check]:
+def _deletion(
+    explained: Sequence[Attribution], players: Sequence[int], spread: float, seed: int
+) -> list[Check]:
+    """Of the players that matter: the others would only dilute the random orders."""
+    mine = np.asarray(players)
     rng = np.random.default_rng([seed, 2])
     ahead: dict[str, list[float]] = {"deletion": [], "insertion": []}
     for one in explained:
-        n = len(one.phi)
+        n = len(mine)
         sign = 1.0 if one.outcome >= one.usual else -1.0
         orders = np.stack(
-            [np.argsort(-sign * one.phi, kind="stable"), *(rng.permutation(n) for _ in range(ORDERS))]
+            [np.argsort(-sign * one.phi[mine], kind="stable"), *(rng.permutation(n) for _ in range(ORDERS))]
         )
         place = np.argsort(orders, axis=1)  # of each player in each order
         steps = np.arange(n + 1)
-        gone = place[:, None, :] < steps[None, :, None]  # (orders, steps, players)
-        for name, masks in (("deletion", gone), ("insertion", ~gone)):
+        gone = np.zeros((len(orders), n + 1, len(one.phi)), bool)
+        gone[..., mine] = place[:, None, :] < steps[None, :, None]
+        kept = np.zeros_like(gone)
+        kept[..., mine] = ~gone[..., mine]
+        for name, masks in (("deletion", gone), ("insertion", kept)):
             area = sign * (_without(one.choice, masks) - one.usual).mean(axis=1) / spread
             less = area[0] - area[1:].mean()
             ahead[name].append(-less if name == "deletion" else less)

@@ -256,6 +256,7 @@ def _continued(batch: Batch, errors: np.ndarray, now: bool) -> tuple[float, int]
 class Heard(NamedTuple):
     """A canary's evidence, interval by interval until it was over, and what became of it."""
 
+    candidate: Candidate
     evidence: list[Evidence]
     outcome: Outcome
 
@@ -294,7 +295,9 @@ def canaries(
         outcomes = rehearse(
             scenario, scaling, candidate, _Listening(rule=rule, kept=kept), worlds, trial=trial
         )
-        found += [Heard(evidence, outcome) for evidence, outcome in zip(kept, outcomes, strict=True)]
+        found += [
+            Heard(candidate, evidence, outcome) for evidence, outcome in zip(kept, outcomes, strict=True)
+        ]
     return [one for one in found if one.evidence]
 
 
