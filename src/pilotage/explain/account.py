@@ -124,8 +124,8 @@ class Scaling:
             background, states = min(background, 16), min(states, 40)
         self.background = visited(self.runs, background, max(first, self.ticks), seed + 1)
         self.states = visited(self.runs, states, max(first, self.ticks), seed + 2)
-        some = [self.choice(state) for state in self.states[:: max(1, len(self.states) // 6)]]
-        self.players = relevant(some, seed)
+        some = [self.choice(state) for state in self.states[:: max(1, len(self.states) // 4)]]
+        self.players = relevant(some, seed, 12 if self.replays else 24)
 
     def choice(self, state: State) -> Choice:
         """The choice in a state, before the background of this study."""
