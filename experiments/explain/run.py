@@ -29,6 +29,7 @@ from pilotage.explain import distil, drawings
 from pilotage.explain.account import Scaling, Study, retraining, rollout
 from pilotage.explain.attribution import attribute
 from pilotage.explain.dollars import Weighed, weigh
+from pilotage.metrics import ITEMS
 from pilotage.results import as_csv, provenance, write_whole
 from pilotage.scenario import Scenario, load
 
@@ -45,7 +46,7 @@ class Sizes(NamedTuple):
     weighed: int = 500  # states in which alternatives are weighed, over all policies
     futures: int = 8
     brute: int = 24
-    horizon_s: float = 240.0
+    horizon_s: float = 180.0
     leaves: tuple[int, ...] = (4, 8, 15, 31)
     rounds: int = 3
     worlds: int = 10
@@ -70,6 +71,7 @@ def trust(scenario: Scenario, sizes: Sizes, seed: int, out: Path) -> list[dict]:
                 "passed": one.passed, "note": one.note,
             })  # fmt: skip
             print(rows[-1], flush=True)
+        write_whole(out / "trust.csv", as_csv(rows))
 
     for policy in SCALERS:
         of = Scaling(policy_from(policy), scenario, runs=4, background=24, states=sizes.states, seed=seed)
@@ -139,7 +141,7 @@ def write_figures(out: Path, study: Study, title: str) -> None:
 def dollars(scenario: Scenario, sizes: Sizes, seed: int, out: Path) -> list[dict]:
     """A split from `futures` rollouts, beside brute force from `brute` others, in states spread over runs."""
     rows = []
-    policies = (*("predictive",) * 2, QUICKSTART, *("predictive",) * 2, "hpa", QUICKSTART, "predictive")
+    policies = ("predictive", QUICKSTART, "hpa", "predictive", QUICKSTART)[: 2 if sizes == QUICK else 5]
     each = -(-sizes.weighed // len(policies))
     ahead = round(sizes.horizon_s / scenario.tick_s)
     for number, policy in enumerate(policies):
@@ -150,7 +152,7 @@ def dollars(scenario: Scenario, sizes: Sizes, seed: int, out: Path) -> list[dict
         ):  # fmt: skip
             rows.append({"policy": short(policy), "run": number, "tick": found.tick} | compared(found, sizes))
         print(rows[-1], flush=True)
-    write_whole(out / "dollars.csv", as_csv(rows))
+        write_whole(out / "dollars.csv", as_csv(rows))
     sums = np.array([row["within"] for row in rows], float)
     telling = [row for row in rows if row["significant"] > 0]
     alike = interval(np.array([row["alike"] for row in telling], float))
@@ -178,8 +180,8 @@ def compared(found: Weighed, sizes: Sizes) -> dict:
             significant += 1
             alike += bool((few[option].sum(axis=1) - total).mean() * less["mean"] > 0)
     return {
-        "nodes": parts[0], "late": parts[1], "dropped": parts[2], "errors": parts[3], "retraining": parts[4],
-        "sum": parts.sum(), "value": value.mean(), "error": error,
+        **{f"{item}_usd": f"{usd:.6g}" for item, usd in zip(ITEMS, parts, strict=True)},
+        "sum_usd": f"{parts.sum():.6g}", "value_usd": f"{value.mean():.6g}", "error_usd": f"{error:.3g}",
         "within": bool(abs(parts.sum() - value.mean()) <= t_quantile * error + 1e-12),
         "significant": significant, "alike": bool(alike == significant),
     }  # fmt: skip
@@ -248,9 +250,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/explain"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--part", choices=[*PARTS, "all"], default="all")
+    parser.add_argument("--weighed", type=int, help="states in which alternatives are weighed (default: 500)")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     sizes = QUICK if options.quick else Sizes()
+    if options.weighed is not None:
+        sizes = sizes._replace(weighed=options.weighed)
     scenario = load("quickstart").replace(horizon_h=sizes.hours)
     options.out.mkdir(parents=True, exist_ok=True)
     for part in PARTS if options.part == "all" else [options.part]:
