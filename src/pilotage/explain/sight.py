@@ -298,27 +298,23 @@ def _corrected(policy: Learned) -> Sight:
 def relearned(
     sight: Sight, states: Sequence[State], background: Sequence[State]
 ) -> Callable[[int], tuple[list[np.ndarray], list[np.ndarray]]] | None:
-    """For the check with random weights: contributions, by size, to what was learned (the outcome less that of the
-    policy without it), and to what random weights make of it; None if nothing was learned."""
+    """For the check with random weights: contributions to what was learned (the outcome less that of the policy without
+    it), and to what random weights make of it; None if nothing was learned."""
     base, fresh = sight.base, sight.fresh
     if base is None or fresh is None:
         return None
 
-    def sizes(read: Read) -> list[np.ndarray]:
-        return [
-            np.abs(
-                attribute(
-                    sight.choice([state, *background], read=lambda vectors: read(vectors) - base(vectors))
-                ).phi
-            )
-            for state in states
-        ]
+    def contributions(read: Read) -> list[np.ndarray]:
+        def learned(vectors: np.ndarray) -> np.ndarray:
+            return read(vectors) - base(vectors)
 
-    learned: list[list[np.ndarray]] = []
+        return [attribute(sight.choice([state, *background], read=learned)).phi for state in states]
+
+    own: list[list[np.ndarray]] = []
 
     def both(seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        if not learned:
-            learned.append(sizes(sight.read))
-        return learned[0], sizes(fresh(seed))
+        if not own:
+            own.append(contributions(sight.read))
+        return own[0], contributions(fresh(seed))
 
     return both
