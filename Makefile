@@ -56,6 +56,7 @@ reproduce: $(STAMP) bench
 	$(BIN)/python experiments/canary/run.py
 	$(BIN)/python experiments/rollback/run.py
 	$(BIN)/python experiments/bias_gate/run.py --data $(DATA)
+	$(BIN)/python experiments/explain/run.py
 	$(BIN)/python experiments/traffic_fit.py --data $(DATA)
 	$(BIN)/python experiments/fidelity/ray_serve/run.py --data $(DATA)
 

@@ -149,6 +149,10 @@ def compare(
             print(f"{part + ' ' if part else ''}{row.metric}: {one} -> {other}, {change}, {row.verdict}")
     for gap in result.gaps:
         print(f"gap of {gap.metric} by {gap.feature}: {gap.a:.4g} -> {gap.b:.4g}, {gap.verdict}")
+    if result.attention is not None:
+        print(f"what they look at: {100 * result.attention.moved:.1f} % of all contributions have moved")
+        for name, (share_a, share_b) in list(result.attention.inputs.items())[:5]:
+            print(f"  {name}: {100 * share_a:.1f} % -> {100 * share_b:.1f} %")
     for what, (one, other) in result.lineage.items():
         print(f"{what}: {one or '-'} -> {other or '-'}")
     words = {"a": f"keep {result.a}", "b": f"prefer {result.b}", "undecided": "undecided: keep what runs"}

@@ -33,6 +33,7 @@ from pilotage.control.policy import (
     Together,
 )
 from pilotage.control.scaling import Predictive, parse
+from pilotage.control.tree import Tree
 from pilotage.world.spec import decode, read_json
 
 # what the three outputs do to `predictive`, each in [-1, 1]:
@@ -333,14 +334,14 @@ SHIPPED: Final = (
 )
 
 
-def trained(folder: Path) -> Learned | Foresight:
-    """The policy that a training left in a folder: a correction, or what was learned from hindsight."""
+def trained(folder: Path) -> Learned | Foresight | Tree:
+    """The policy that a training left in a folder: a correction, what was learned from hindsight, or a tree."""
     return _read(folder / "policy.json")
 
 
-def _read(path: Path) -> Learned | Foresight:
+def _read(path: Path) -> Learned | Foresight | Tree:
     raw = read_json(path, "the folder of a training")
-    found: Learned | Foresight = decode(raw, Learned | Foresight, str(path))  # type: ignore[arg-type]
+    found: Learned | Foresight | Tree = decode(raw, Learned | Foresight | Tree, str(path))  # type: ignore[arg-type]
     return found
 
 
@@ -354,4 +355,6 @@ def policy_from(text: str) -> Policy:
         return open_bundle(text).policy
     if (Path(text) / "policy.json").is_file():
         return trained(Path(text))
+    if text.endswith(".json"):
+        return _read(Path(text))
     return parse(text)

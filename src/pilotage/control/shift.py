@@ -18,6 +18,7 @@ from scipy.stats import chi2_contingency, ks_2samp
 from pilotage.world.spec import Spec
 
 Table = Mapping[str, np.ndarray]  # columns of one length: numbers, or anything else as categories
+ATTRIBUTION: Final = "attribution/"  # so begin a version's metrics that say how much it looks at an input
 _FEWEST: Final = 20  # rows with a value, on either side, for a test
 
 

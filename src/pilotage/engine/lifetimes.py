@@ -205,7 +205,7 @@ def visit(errors, probe, probed, price, batch_size, delay, summary, net, begin, 
 @dataclass(frozen=True, slots=True)
 class Stream:
     """One deployment: errors [version, batch], the probe's (1 per batch if none runs), what is at stake, what its
-    past says, and the state it begins in."""
+    past says, the state it begins in, and the past itself, with ones for a probe if none ran."""
 
     errors: np.ndarray
     probe: np.ndarray
@@ -214,6 +214,7 @@ class Stream:
     summary: np.ndarray
     begin: np.ndarray
     oracle_usd: float
+    past: Past
 
     @classmethod
     def of(
@@ -230,10 +231,10 @@ class Stream:
         stakes = Stakes(price=price, batch_size=batch_size, batches=len(own), label_delay=label_delay)
         probes = probe.astype(float) if len(probe) else np.ones(len(errors))
         summary = control.summary_of(errors[:begin, :begin], probes[:begin], batch_size, price)
-        level = level_of(Past(errors[:begin, :begin], probes[:begin]))
-        state = np.array([0.0, *level, 1.0, 0.0, math.nan, 0.0])
+        past = Past(errors[:begin, :begin], probes[:begin])
+        state = np.array([0.0, *level_of(past), 1.0, 0.0, math.nan, 0.0])
         return cls(
-            own, probes[begin:], bool(len(probe)), stakes, summary, state, float(oracle(own, price)[0])
+            own, probes[begin:], bool(len(probe)), stakes, summary, state, float(oracle(own, price)[0]), past
         )
 
     @property

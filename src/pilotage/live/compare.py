@@ -15,6 +15,7 @@ from typing import Annotated, Final, Literal
 
 from msgspec import Meta
 
+from pilotage.control.shift import ATTRIBUTION
 from pilotage.live.registries import Measure, Version
 from pilotage.world.spec import Spec
 
@@ -62,6 +63,14 @@ class Gap(Spec, frozen=True, kw_only=True):
     verdict: Literal["wider", "not wider"]
 
 
+class Attention(Spec, frozen=True, kw_only=True):
+    """What two versions look at: the share that each input has of all contributions, in both, largest change first, and
+    how much of the whole has moved (total variation distance: 0 nothing, 1 everything)."""
+
+    inputs: dict[str, tuple[float, float]]
+    moved: float
+
+
 class Comparison(Spec, frozen=True, kw_only=True):
     """Version B against version A."""
 
@@ -73,6 +82,7 @@ class Comparison(Spec, frozen=True, kw_only=True):
     lineage: dict[str, tuple[str, str]]
     recommendation: Literal["b", "a", "undecided"]
     reasons: tuple[str, ...]
+    attention: Attention | None = None
 
 
 def compare(a: Version, b: Version, gap_limit: Annotated[float, Meta(ge=0)] = 0.01) -> Comparison:
@@ -80,7 +90,9 @@ def compare(a: Version, b: Version, gap_limit: Annotated[float, Meta(ge=0)] = 0.
     worse: overall, in a group, or a gap between groups that grew by more than `gap_limit`. Where both cannot be
     compared, or no difference is clear, it is undecided: then what runs should go on running.
     """
-    metrics = _differences(a.metrics, b.metrics)
+    metrics = _differences(
+        *({k: m for k, m in v.metrics.items() if not k.startswith(ATTRIBUTION)} for v in (a, b))
+    )
     slices = {
         group: _differences(a.slices.get(group, {}), b.slices.get(group, {}))
         for group in sorted({*a.slices, *b.slices})
@@ -123,7 +135,29 @@ def compare(a: Version, b: Version, gap_limit: Annotated[float, Meta(ge=0)] = 0.
         a=f"{a.service}:{a.version}", b=f"{b.service}:{b.version}", metrics=metrics, slices=slices, gaps=gaps,
         lineage=lineage, reasons=tuple(reasons),
         recommendation="a" if worse else "b" if better and not doubtful else "undecided",
+        attention=attention(a, b),
     )  # fmt: skip
+
+
+def attention(a: Version, b: Version) -> Attention | None:
+    """How what they look at differs; None unless both have recorded it (`explain.models`)."""
+    sizes = [
+        {
+            name.removeprefix(ATTRIBUTION): measure.value
+            for name, measure in version.metrics.items()
+            if name.startswith(ATTRIBUTION)
+        }
+        for version in (a, b)
+    ]
+    whole = [sum(own.values()) for own in sizes]
+    if min(whole) <= 0:
+        return None
+    names = list(dict.fromkeys([*sizes[0], *sizes[1]]))
+    shares = {
+        name: (sizes[0].get(name, 0.0) / whole[0], sizes[1].get(name, 0.0) / whole[1]) for name in names
+    }
+    ordered = sorted(shares.items(), key=lambda one: -abs(one[1][1] - one[1][0]))
+    return Attention(inputs=dict(ordered), moved=sum(abs(y - x) for x, y in shares.values()) / 2)
 
 
 def direction(metric: str) -> Direction:

@@ -1,0 +1,198 @@
+"""What holds for every explanation, and explanations that the checks must refuse."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pilotage.control.foresight import READOUT, Foresight
+from pilotage.control.hpa import Hpa
+from pilotage.control.learned import policy_from
+from pilotage.control.network import Network
+from pilotage.control.outlook import INPUTS
+from pilotage.control.policy import FEATURES, INDEX, Decision, Observation
+from pilotage.control.scaling import Predictive
+from pilotage.control.tree import Node, Tree
+from pilotage.engine.cluster import Cluster, World, recorded
+from pilotage.explain.attribution import attribute
+from pilotage.explain.choice import Replay, State, Vector, memory_of, record, visited
+from pilotage.explain.dollars import weigh
+from pilotage.explain.sight import sight_of
+from pilotage.explain.trust import check
+from pilotage.scenario import load
+from pilotage.world.spec import SpecError, decode
+
+
+def explained(read, players=4, states=16, background=24, seed=0):
+    rng = np.random.default_rng(seed)
+    base = rng.normal(size=(background, players))
+    choices = [
+        Vector(
+            read,
+            np.concatenate([rng.normal(size=(1, players)), base]),
+            {f"x{k}": [k] for k in range(players)},
+            "replicas",
+            {},
+        )
+        for _ in range(states)
+    ]
+    return [attribute(choice) for choice in choices]
+
+
+def network(seed):
+    rng = np.random.default_rng(seed)
+    first, second = rng.normal(size=(4, 8)), 0.3 * rng.normal(size=8)
+    return lambda x: np.tanh(x @ first) @ second + x @ np.array([4.0, 2.0, 1.0, 0.0])
+
+
+@given(st.integers(0, 10_000), st.booleans())
+@settings(max_examples=8, deadline=None)
+def test_contributions_of_any_policy_sum_to_the_choice_less_the_usual_one(seed, whole):
+    plain = network(seed)
+    read = (lambda x: np.round(plain(x))) if whole else plain
+    for one in explained(read, states=2, seed=seed):
+        assert one.phi.sum() == pytest.approx(one.outcome - one.usual, abs=1e-9)
+
+
+def failed(checks):
+    return {one.name for one in checks if not one.passed}
+
+
+def test_explanations_of_a_network_pass():
+    assert not failed(check(explained(network(1)), range(4)))
+
+
+def test_a_policy_that_rolls_dice_is_refused():
+    rng = np.random.default_rng(5)
+    some = explained(lambda x: x[:, 0] + rng.normal(size=len(x)))
+    assert "additivity" in failed(check(some, range(4)))
+
+
+def test_an_explanation_of_something_else_is_refused():
+    """The right sums, given to the wrong inputs."""
+    wrong = [one._replace(phi=np.roll(one.phi, 1)) for one in explained(lambda x: 3 * x[:, 0] + x[:, 1])]
+    assert {"infidelity", "deletion", "insertion"} <= failed(check(wrong, range(4)))
+
+
+def test_an_input_that_was_taken_not_to_matter_and_does_is_noticed():
+    some = explained(lambda x: x[:, 0] + 2 * x[:, 1])
+    blind = [one._replace(phi=one.phi * [1, 0, 1, 1]) for one in some]
+    assert "additivity" in failed(check(blind, [0, 2, 3]))
+
+
+def test_what_random_weights_explain_as_well_is_refused():
+    some = explained(network(1))
+    own = [one.phi for one in some]
+    assert "random weights" in failed(check(some, range(4), relearned=lambda seed: (own, own)))
+
+
+def test_a_policy_that_always_does_the_same_has_nothing_to_explain():
+    (only,) = check(explained(lambda x: np.full(len(x), 4.0)), range(4))
+    assert only.passed
+    assert "nothing to explain" in only.note
+
+
+# --- choices are the policies' own decisions ------------------------------------------------------------------
+SCENARIO = load("quickstart").replace(horizon_h=0.35)
+
+
+def random_foresight(seed=0):
+    rng = np.random.default_rng(seed)
+    n = len(INPUTS)
+    return Foresight(
+        network=Network(
+            mean=(0.0,) * n, scale=(1.0,) * n, clip=5.0,
+            weights=(tuple(map(tuple, (0.1 * rng.normal(size=(READOUT, n))).tolist())),),
+            biases=(tuple((0.1 * rng.normal(size=READOUT)).tolist()),),
+        )
+    )  # fmt: skip
+
+
+def test_what_a_network_wants_is_what_its_policy_decides():
+    policy = random_foresight()
+    runs = record(policy, SCENARIO, [World(1), World(2)])
+    sight = sight_of(policy)
+    states = [State(run, tick) for run in runs for tick in range(0, len(run.seen), 3)]
+    wanted = np.ceil(sight.read(sight.of(states)) - 0.5)
+    for state, count in zip(states, wanted.tolist(), strict=True):
+        low, high = state.run.situation.service.min_replicas, state.run.situation.service.max_replicas
+        assert np.clip(count, low, high) == state.seen.replicas + state.change
+
+
+@pytest.mark.parametrize("policy", [Hpa(), Predictive()], ids=["hpa", "predictive"])
+def test_a_replay_repeats_the_decision_and_swaps_whole_states(policy):
+    runs = record(policy, SCENARIO, [World(3), World(4)])
+    states = visited(runs, 6, 30)
+    ticks, repeated = memory_of(policy, states)
+    assert repeated >= 0.95
+    replay = Replay(policy, states[0], states[1:], ticks)
+    whole = replay.outcome(np.repeat(np.arange(len(states))[:, None], len(replay.names), axis=1))
+    alone = [
+        Replay(policy, state, [], ticks).outcome(np.zeros((1, len(replay.names)), int))[0] for state in states
+    ]
+    np.testing.assert_array_equal(whole, alone)
+    with pytest.raises(SpecError, match="needs as many before it"):
+        Replay(policy, State(runs[0], 3), [], ticks)
+
+
+# --- dollars --------------------------------------------------------------------------------------------------
+def test_the_split_sums_to_the_total_and_what_was_decided_is_the_first():
+    (found,) = weigh(SCENARIO, Predictive(), World(5), [40], futures=6, horizon_s=120.0)
+    np.testing.assert_allclose(found.usd.sum(axis=-1), found.totals)
+    parts = found.split()
+    items = [name for name in parts if name != "total"]
+    assert sum(parts[name]["mean"] for name in items) == pytest.approx(parts["total"]["mean"])
+    assert found.more(0)["total"]["mean"] == 0
+    assert [d.order - d.release - (found.options[0].order - found.options[0].release) for d in found.options] == [
+        0, -1, 1,
+    ]  # fmt: skip
+
+
+def test_one_replica_more_costs_its_node():
+    """Of a policy that never changes anything, in a scenario without load to speak of: the price, from the order on."""
+    static = policy_from("static:replicas=4")
+    (found,) = weigh(SCENARIO, static, World(6), [40], futures=4, horizon_s=150.0)
+    more = found.more(2)["nodes"]
+    # the policy releases it again at the next tick: one tick of 15 s at 1.2 $/h
+    assert more["mean"] == pytest.approx(15 * 1.2 / 3600, rel=1e-6)
+
+
+# --- trees ----------------------------------------------------------------------------------------------------
+def test_a_tree_asks_and_answers():
+    tree = Tree(
+        nodes=(
+            Node(input="utilization", at_most=0.5, then=1, otherwise=2),
+            Node(change=-2),
+            Node(change=1, max_batch=4),
+        )
+    )
+    assert decode({"kind": "tree", "nodes": [{"change": 1}]}, Tree, "here").leaves == 1
+    assert tree.leaves == 2
+    cluster = Cluster(SCENARIO, recorded(SCENARIO, [World(0)]))
+    values = np.zeros(len(FEATURES))
+    values[INDEX["replicas_ready"]] = 1
+    low = Observation(0.0, values, np.zeros(len(FEATURES)))
+    high = Observation(
+        0.0, np.where(np.arange(len(FEATURES)) == INDEX["utilization"], 0.9, values), low.age_s
+    )
+    controller = tree.begin(cluster.situation(0, 0))
+    assert controller.decide(low) == Decision(release=1, reason="leaf 1")  # no more than there are
+    assert controller.decide(high) == Decision(order=1, max_batch=4, reason="leaf 2")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "says"),
+    [
+        ([{"input": "weather", "then": 1, "otherwise": 2}, {}, {}], "does not exist"),
+        ([{"input": "hour", "then": 0, "otherwise": 1}, {}], "a later node"),
+        ([{"input": "hour", "then": 1, "otherwise": 7}, {}], "a later node"),
+        ([{"input": "hour", "at_most": float("nan"), "then": 1, "otherwise": 2}, {}, {}], "finite"),
+        ([{"input": "use_need", "then": 1, "otherwise": 2}, {}, {}], "does not exist"),
+        ([], "length"),
+    ],
+)
+def test_a_tree_that_makes_no_sense_is_refused(nodes, says):
+    with pytest.raises(SpecError, match=says):
+        decode({"kind": "tree", "nodes": nodes}, Tree, "here")
