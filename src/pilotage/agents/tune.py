@@ -76,6 +76,7 @@ def tune(
     seed: int = 0,
     objectives: Sequence[str] = ("usd",),
     sampler: str = "tpe",
+    starts: Sequence[Policy | optuna.Study] = (),
     storage: str | None = None,
     study_name: str | None = None,
     progress: Callable[[int, float], None] | None = None,
@@ -84,7 +85,8 @@ def tune(
 
     The `sampler` is a tree-structured Parzen estimator (`tpe`: Bergstra et al. 2011) or a Gaussian process (`gp`);
     with two objectives both look for the Pareto front, which is the study's `best_trials`. The first trial is the
-    policy as given. `groups` are windows of traffic by kind; the objective `usd` is
+    policy as given; then come `starts`: policies of the same kind, and the best trials of earlier studies of it,
+    whatever they were tuned on. `groups` are windows of traffic by kind; the objective `usd` is
     `typical_usd` over them, `attainment` is pooled. With a `storage` URL the study is resumed if it exists.
     Returns the Optuna study.
     """
@@ -104,8 +106,8 @@ def tune(
     )
     done = len([t for t in study.trials if t.state.is_finished()])
     if done == 0:
-        start = {name: getattr(policy, name) for name in distributions}
-        study.enqueue_trial({k: v for k, v in start.items() if v is not None})
+        for parameters in [_parameters(policy), *(p for start in starts for p in _started(policy, start))]:
+            study.enqueue_trial({k: v for k, v in parameters.items() if v is not None}, skip_if_exists=True)
     for number in range(done, trials):
         trial = study.ask(distributions)
         runs = run_groups(scenario, groups, candidate_of(policy, trial.params))
@@ -113,6 +115,27 @@ def tune(
         if progress is not None:
             progress(number + 1, study.best_value if len(objectives) == 1 else float("nan"))
     return study
+
+
+def _parameters(policy: Policy) -> dict[str, Any]:
+    return {name: getattr(policy, name) for name in space(policy)}
+
+
+def _started(policy: Policy, start: Policy | optuna.Study) -> list[dict[str, Any]]:
+    """The parameters with which a search of a policy's space may begin."""
+    if isinstance(start, Policy):
+        if type(start) is not type(policy):
+            raise SpecError(
+                f"start {describe(start)!r} is no {policy.__struct_config__.tag}; a search starts from its own kind"
+            )
+        return [_parameters(start)]
+    found = [dict(trial.params) for trial in start.best_trials]
+    for name in (name for parameters in found for name in parameters if name not in space(policy)):
+        raise SpecError(
+            f"study {start.study_name!r} has tuned {name!r}, which {describe(policy)!r} does not have; "
+            f"valid: {', '.join(space(policy))}"
+        )
+    return found
 
 
 def candidate_of(policy: Policy, parameters: dict[str, Any]) -> Policy:
