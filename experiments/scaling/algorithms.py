@@ -29,7 +29,7 @@ from pilotage.metrics import attainment
 from pilotage.results import as_csv, provenance, write_whole
 from pilotage.scenario import load
 
-STEPS, HOURS, TESTS = 40_960, 1.0, 12
+STEPS, HOURS, TESTS = 16_384, 1.0, 12
 TRAIN_SEED, VALIDATION_SEED, TEST_SEED = 700_000, 710_000, 720_000
 
 

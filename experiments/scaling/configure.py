@@ -39,7 +39,7 @@ from pilotage.engine.run import bill, simulate
 from pilotage.evaluate import interval
 from pilotage.results import as_csv, provenance, write_whole
 
-TEST, TEST_H, WARM_UP_H = 40, 2.25, 0.25
+TEST, TEST_H, WARM_UP_H = 30, 1.75, 0.25
 TRAIN_SEED, TEST_SEED = 3_000, 800_000
 QUICK = Settings(services=16, validation=8, candidates=6, hours=0.5, epochs=60)
 

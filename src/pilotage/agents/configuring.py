@@ -45,9 +45,9 @@ _WORST = 2.0  # no candidate counts for more than so much, as a logarithm of cos
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How to train; the defaults are those of the shipped network."""
 
-    services: int = 160
-    validation: int = 40
-    candidates: int = 14  # of a service that are priced, the deployed one among them
+    services: int = 120
+    validation: int = 30
+    candidates: int = 12  # of a service that are priced, the deployed one among them
     hours: float = 1.0
     hidden: tuple[int, ...] = (48, 48)
     epochs: int = 400
@@ -169,28 +169,29 @@ def priced(
     Each scenario has one service; all have the same length. The replicas that the load needs are there at the start;
     what the first `warm_up_h` cost does not count.
     """
-    asked: list[tuple[Scenario, Situation, World, list[Configuration]]] = []
+    asked: list[tuple[Scenario, Situation, World, list[Configuration], np.ndarray]] = []
     for k, scenario in enumerate(scenarios):
         rng = np.random.default_rng([seed, k])
         world = recorded(scenario, [World(int(rng.integers(2**31)))])[0]
         situation = Cluster(scenario, [world]).situation(0, 0)
         options = candidates(situation)
+        seen = features(situation, options)  # relative to all of them
         if most is not None and len(options) > most:
             others = rng.choice(np.arange(1, len(options)), most - 1, replace=False)
-            options = [options[0], *(options[j] for j in sorted(others.tolist()))]
-        asked.append((scenario, situation, world, options))
+            picked = [0, *sorted(others.tolist())]
+            options, seen = [options[j] for j in picked], seen[picked]
+        asked.append((scenario, situation, world, options, seen))
     found: list[float] = []
-    rows = [(k, option) for k, (*_, options) in enumerate(asked) for option in options]
+    rows = [(k, option) for k, one in enumerate(asked) for option in one[3]]
     for lo in range(0, len(rows), ROWS):
         found += _run([(asked[k][1], asked[k][2], option) for k, option in rows[lo : lo + ROWS]],
                       scenarios[0], policy, warm_up_h)  # fmt: skip
         progress(min(lo + ROWS, len(rows)))
     usd = iter(found)
     return [
-        Priced(scenario, situation, world, tuple(options), features(situation, options),
-               np.array([next(usd) for _ in options]))
-        for scenario, situation, world, options in asked
-    ]  # fmt: skip
+        Priced(scenario, situation, world, tuple(options), seen, np.array([next(usd) for _ in options]))
+        for scenario, situation, world, options, seen in asked
+    ]
 
 
 def _run(

@@ -201,8 +201,12 @@ class Configured(Policy, frozen=True, kw_only=True, tag="configured"):
             raise SpecError("the network of a configuration has a memory; valid: one without")
 
     def choose(self, situation: Situation, options: Sequence[Configuration]) -> Configuration:
-        """The candidate with the least score, the first among equals."""
-        return options[int(np.argmin(Forward(self.network)(features(situation, options))[:, 0]))]
+        """The one of some candidates with the least score, the first among equals."""
+        known = candidates(situation)  # features are relative to all of them
+        scores = dict(
+            zip(known, Forward(self.network)(features(situation, known))[:, 0].tolist(), strict=True)
+        )
+        return min(options, key=scores.__getitem__)
 
     def begin(self, situation: Situation) -> Controller:
         return _Configured(self, situation)
