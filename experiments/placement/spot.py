@@ -106,7 +106,7 @@ def main() -> None:
                 flush=True,
             )
         lasted[scaler] = round(time.perf_counter() - began - sum(lasted.values()), 1)
-    write_whole(options.out / "spot.csv", as_csv(rows))
+        write_whole(options.out / "spot.csv", as_csv(rows))
     record = provenance("placement/spot", sys.argv, started, lasted) | {
         "seed": options.seed,
         "seeds": runs_each,

@@ -132,7 +132,7 @@ def test_the_exported_policy_acts_as_the_sb3_model(algo: str, tmp_path: Path) ->
     model.learn(512)
     env.training = False
     policy = algorithms.exported(model, env, WASTEFUL)
-    forward, options = Forward(policy.network), np.array(policy.choices)
+    forward = Forward(policy.network)
     observations, state, starts, varied = env.reset(), None, np.ones(4, bool), set()
     for _ in range(6):
         masks = {"action_masks": plain.action_masks()} if algo == "maskable-ppo" else {}
@@ -143,7 +143,7 @@ def test_the_exported_policy_acts_as_the_sb3_model(algo: str, tmp_path: Path) ->
         if policy.choices:
             chosen = (np.where(masks["action_masks"], found, -np.inf) if masks else found).argmax(axis=1)
             np.testing.assert_array_equal(chosen, expected)
-            assert options[chosen].shape == (4, len(ACTIONS))
+            assert np.array(policy.choices.options)[chosen].shape == (4, len(ACTIONS))
         else:
             np.testing.assert_allclose(np.clip(found, -1, 1), expected, atol=1e-5)
             assert np.abs(expected).max() > 1e-3

@@ -23,7 +23,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
-from pilotage.control.learned import Base, Learned, contract
+from pilotage.control.learned import Base, Choices, Learned, contract
 from pilotage.control.network import Memory, Network
 
 ALGORITHMS: Final[dict[str, Any]] = {
@@ -221,10 +221,6 @@ def _rows(values: torch.Tensor) -> tuple[tuple[float, ...], ...]:
 
 def exported(model: BaseAlgorithm, env: VecNormalize, base: Base) -> Learned:
     """What a model would do, as the policy that ships."""
-    discrete = isinstance(model, QRDQN | MaskablePPO)
-    return Learned(
-        base=base,
-        network=network(model, env),
-        choices=choices(base) if discrete else (),
-        masked=isinstance(model, MaskablePPO),
-    )
+    discrete, masked = isinstance(model, QRDQN | MaskablePPO), isinstance(model, MaskablePPO)
+    among = Choices(options=choices(base), masked=masked) if discrete else None
+    return Learned(base=base, network=network(model, env), choices=among)

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 
 from pilotage.control.configuring import Configured
 from pilotage.control.forecast import LoadTracker
@@ -34,7 +35,7 @@ from pilotage.control.policy import (
     Together,
 )
 from pilotage.control.scaling import Predictive, parse
-from pilotage.world.spec import SpecError, decode, read_json
+from pilotage.world.spec import Spec, SpecError, decode, read_json
 
 # what the three outputs do to `predictive`, each in [-1, 1]:
 #   headroom  scales the rule's need by 1 +- HEADROOM and shifts it by +- 1 replica
@@ -275,8 +276,7 @@ class LevelCorrection:
         return order, release, batch_limit(batch, self._max_batch)
 
     def allowed(self, choices: np.ndarray) -> np.ndarray:
-        """Which of some actions, shape (count, len(LEVEL_ACTIONS)), have both levels where the guard lets the service
-        have replicas; shape (rows, count). The first is always one of them."""
+        """The same as `Residual.allowed`, for both levels."""
         up, down = choices[:, 0], choices[:, 1]
         order_to, keep_to, _ = self._now
         order = order_to[:, None] * (1 + LEVEL_HEADROOM * up) + 0.5 * up
@@ -313,25 +313,30 @@ def contract(base: Base) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return kind.observations, kind.actions
 
 
-class Learned(Policy, frozen=True, kw_only=True, tag="learned"):
-    """A network's correction of another policy. A training folder holds it as `policy.json`.
+class Choices(Spec, frozen=True, kw_only=True):
+    """Actions of which the one with the highest score is taken, the first among equals; if `masked`, of those that the
+    guard's limits leave."""
 
-    The network says the actions, or, with `choices` of them, a score for each, of which the highest is taken; if
-    `masked`, of those that the guard's limits leave.
-    """
+    options: Annotated[tuple[tuple[float, ...], ...], Meta(min_length=1)]
+    masked: bool = False
+
+
+class Learned(Policy, frozen=True, kw_only=True, tag="learned"):
+    """A network's correction of another policy; a training folder holds it as `policy.json`. The network says the
+    actions, or, with `choices` of them, a score for each."""
 
     base: Base
     network: Network
-    choices: tuple[tuple[float, ...], ...] = ()
-    masked: bool = False
+    choices: Choices | None = None
 
     def __post_init__(self) -> None:
         observations, actions = contract(self.base)
-        self.network.must_map(len(observations), len(self.choices) or len(actions))
-        for choice in self.choices:
-            if len(choice) != len(actions):
+        options = () if self.choices is None else self.choices.options
+        self.network.must_map(len(observations), len(options) or len(actions))
+        for option in options:
+            if len(option) != len(actions):
                 raise SpecError(
-                    f"a choice of {len(choice)} numbers; valid: {len(actions)}, for {', '.join(actions)}"
+                    f"a choice of {len(option)} numbers; valid: {len(actions)}, for {', '.join(actions)}"
                 )
 
     def begin(self, situation: Situation) -> Controller:
@@ -352,7 +357,7 @@ class _Learned:
     def __init__(self, policy: Learned, situations: Sequence[Situation]) -> None:
         self._rows = corrections(situations, policy.base, Guard())
         self._network = Forward(policy.network)
-        self._choices, self._masked = np.array(policy.choices), policy.masked
+        self._choices = policy.choices
         self._first = True
 
     def decide(self, seen: Sequence[Observation]) -> list[Decision]:
@@ -361,11 +366,11 @@ class _Learned:
             self._rows.update(values)
         self._first = False
         actions = self._network(self._rows.view(np.array([one.now_s for one in seen]), values))
-        if len(self._choices):
-            scores = (
-                np.where(self._rows.allowed(self._choices), actions, -np.inf) if self._masked else actions
-            )
-            actions = self._choices[scores.argmax(axis=1)]
+        if self._choices is not None:
+            options = np.array(self._choices.options)
+            if self._choices.masked:
+                actions = np.where(self._rows.allowed(options), actions, -np.inf)
+            actions = options[actions.argmax(axis=1)]
         rows = zip(*(column.tolist() for column in self._rows.decide(actions, values)), strict=True)
         return [Decision(order=o, release=r, max_batch=limit, reason="learned") for o, r, limit in rows]
 
