@@ -87,7 +87,7 @@ def main() -> None:
     def say(what: str) -> Callable[[int], None]:
         return lambda n: print(f"{what}: {n} candidates, {time.perf_counter() - began:.0f} s", flush=True)
 
-    replicas = policy_from(SHIPPED)
+    work, replicas = options.out / "work", policy_from(SHIPPED)
     assert isinstance(replicas, Foresight)
     if options.policy:
         policy = msgspec.json.decode(options.policy.read_bytes(), type=Configured)
@@ -96,7 +96,7 @@ def main() -> None:
         seed = TRAIN_SEED + 10 * options.seed
         learn, judged = (
             priced(drawn(seed + k, count, settings.hours, 30.0), replicas, seed + k, most=settings.candidates,
-                   progress=say(what))
+                   kept=work / f"configure-{what}-{options.seed}-{count}.json", progress=say(what))
             for k, count, what in ((1, settings.services, "training"), (2, settings.validation, "validation"))
         )  # fmt: skip
         lap("pricing")
@@ -111,7 +111,7 @@ def main() -> None:
     count, hours = (6, 1.0) if options.quick else (TEST, TEST_H)
     tests = priced(
         drawn(TEST_SEED + options.seed, count, hours, 54.0), replicas, TEST_SEED + options.seed,
-        warm_up_h=WARM_UP_H, progress=say("test"),
+        warm_up_h=WARM_UP_H, kept=work / f"configure-test-{options.seed}-{count}.json", progress=say("test"),
     )  # fmt: skip
     lap("test")
     rows = []

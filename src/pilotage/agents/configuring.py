@@ -10,10 +10,12 @@ with the softmax in place of their surrogate).
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -162,12 +164,14 @@ def priced(
     *,
     most: int | None = None,
     warm_up_h: float = 0.0,
+    kept: Path | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[Priced]:
     """What candidates cost under one policy of replicas, on the same requests: as deployed, and `most` - 1 others.
 
     Each scenario has one service; all have the same length. The replicas that the load needs are there at the start;
-    what the first `warm_up_h` cost does not count.
+    what the first `warm_up_h` cost does not count. With a file `kept`, dollars are written there as they are found, and an
+    interrupted run goes on; it holds for the same arguments only.
     """
     asked: list[tuple[Scenario, Situation, World, list[Configuration], np.ndarray]] = []
     for k, scenario in enumerate(scenarios):
@@ -181,12 +185,17 @@ def priced(
             picked = [0, *sorted(others.tolist())]
             options, seen = [options[j] for j in picked], seen[picked]
         asked.append((scenario, situation, world, options, seen))
-    found: list[float] = []
+    found: list[float] = json.loads(kept.read_text()) if kept and kept.is_file() else []
     rows = [(k, option) for k, one in enumerate(asked) for option in one[3]]
-    for lo in range(0, len(rows), ROWS):
+    for lo in range(len(found), len(rows), ROWS):
         found += _run([(asked[k][1], asked[k][2], option) for k, option in rows[lo : lo + ROWS]],
                       scenarios[0], policy, warm_up_h)  # fmt: skip
-        progress(min(lo + ROWS, len(rows)))
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            part = kept.with_suffix(".part")
+            part.write_text(json.dumps(found))
+            part.replace(kept)
+        progress(len(found))
     usd = iter(found)
     return [
         Priced(scenario, situation, world, tuple(options), seen, np.array([next(usd) for _ in options]))
