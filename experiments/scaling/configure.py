@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -38,17 +41,18 @@ from pilotage.control.learned import SHIPPED, policy_from
 from pilotage.engine.run import bill, simulate
 from pilotage.evaluate import interval
 from pilotage.results import as_csv, provenance, write_whole
+from pilotage.scenario import Scenario
 
-TEST, TEST_H, WARM_UP_H = 30, 1.75, 0.25
+TEST, TEST_H, WARM_UP_H, AT_ONCE = 24, 1.75, 0.25, 4
 TRAIN_SEED, TEST_SEED = 3_000, 800_000
 QUICK = Settings(services=16, validation=8, candidates=6, hours=0.5, epochs=60)
 
 
-def drawn(seed: int, count: int, hours: float, start_h: float) -> list:
+def drawn(seed: int, numbers: range, hours: float, start_h: float) -> list[Scenario]:
     """Deployments at random, each of a generator of its own."""
     return [
         deployment_at_random(np.random.default_rng([seed, k]), hours).replace(start_h=start_h)
-        for k in range(count)
+        for k in numbers
     ]
 
 
@@ -61,6 +65,36 @@ def live_usd(policy: Configured, one: Priced) -> float:
     run = simulate(scenario, [policy], [one.world], guard=Guard(), keep_timeline=True)[0]
     assert run.timeline is not None
     return float(bill(run.timeline[round(WARM_UP_H * 3600 / scenario.tick_s) :], scenario).sum())
+
+
+def judge(
+    policy: Configured, replicas: Foresight, seed: int, count: int, hours: float, work: Path, first: int
+) -> list[dict]:
+    """What is compared, in dollars, on a few of the test's deployments."""
+    numbers = range(first, min(first + AT_ONCE, count))
+    tests = priced(
+        drawn(TEST_SEED + seed, numbers, hours, 54.0), replicas, TEST_SEED + seed + first,
+        warm_up_h=WARM_UP_H, kept=work / f"configure-test-{seed}-{hours:g}-{first}.json",
+    )  # fmt: skip
+    rows = []
+    for k, one in zip(numbers, tests, strict=True):
+        at = {option: float(usd) for option, usd in zip(one.options, one.usd, strict=True)}
+        chosen = policy.choose(one.situation, one.options)
+        best = min(at, key=lambda option, at=at: at[option])
+        paid = {
+            "deployed": at[one.options[0]],
+            "rule_of_thumb": at[rule_of_thumb(one.situation, one.options)],
+            "chosen_once": at[chosen],
+            "configured": live_usd(policy, one),
+            "best_fixed": at[best],
+        }
+        rows.append(
+            {"deployment": k, "candidates": len(at)}
+            | {f"{name}_usd": f"{value:.5g}" for name, value in paid.items()}
+            | {f"{name}_is": f"{o.variant} on {o.pool}; {o.max_batch} within {1e3 * o.batch_wait_s:.0f} ms"
+               for name, o in (("deployed", one.options[0]), ("chosen", chosen), ("best", best))}
+        )  # fmt: skip
+    return rows
 
 
 def saved(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
@@ -95,7 +129,7 @@ def main() -> None:
         settings = QUICK if options.quick else Settings(seed=options.seed)
         seed = TRAIN_SEED + 10 * options.seed
         learn, judged = (
-            priced(drawn(seed + k, count, settings.hours, 30.0), replicas, seed + k, most=settings.candidates,
+            priced(drawn(seed + k, range(count), settings.hours, 30.0), replicas, seed + k, most=settings.candidates,
                    kept=work / f"configure-{what}-{options.seed}-{count}.json", progress=say(what))
             for k, count, what in ((1, settings.services, "training"), (2, settings.validation, "validation"))
         )  # fmt: skip
@@ -108,32 +142,14 @@ def main() -> None:
         write_whole(options.out / "configured.json", msgspec.json.encode(policy).decode() + "\n")
         lap("training")
 
-    count, hours = (6, 1.0) if options.quick else (TEST, TEST_H)
-    tests = priced(
-        drawn(TEST_SEED + options.seed, count, hours, 54.0), replicas, TEST_SEED + options.seed,
-        warm_up_h=WARM_UP_H, kept=work / f"configure-test-{options.seed}-{count}.json", progress=say("test"),
-    )  # fmt: skip
-    lap("test")
+    count, hours = (4, 1.0) if options.quick else (TEST, TEST_H)
+    one_part = partial(judge, policy, replicas, options.seed, count, hours, work)
     rows = []
-    for k, one in enumerate(tests):
-        at = {option: float(usd) for option, usd in zip(one.options, one.usd, strict=True)}
-        chosen = policy.choose(one.situation, one.options)
-        best = min(at, key=lambda option, at=at: at[option])
-        paid = {
-            "deployed": at[one.options[0]],
-            "rule_of_thumb": at[rule_of_thumb(one.situation, one.options)],
-            "chosen_once": at[chosen],
-            "configured": live_usd(policy, one),
-            "best_fixed": at[best],
-        }
-        rows.append(
-            {"deployment": k, "candidates": len(at)}
-            | {f"{name}_usd": f"{value:.5g}" for name, value in paid.items()}
-            | {f"{name}_is": f"{o.variant} on {o.pool}; {o.max_batch} within {1e3 * o.batch_wait_s:.0f} ms"
-               for name, o in (("deployed", one.options[0]), ("chosen", chosen), ("best", best))}
-        )  # fmt: skip
-        print(rows[-1], flush=True)
-    lap("policy")
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for part in pool.map(one_part, range(0, count, AT_ONCE)):
+            rows += part
+            print(f"test: {len(rows)} deployments, {time.perf_counter() - began:.0f} s", flush=True)
+    lap("test")
     usd = {name: np.array([float(str(row[f"{name}_usd"])) for row in rows])
            for name in ("deployed", "rule_of_thumb", "chosen_once", "configured", "best_fixed")}  # fmt: skip
     acceptance = []

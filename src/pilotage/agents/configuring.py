@@ -170,8 +170,8 @@ def priced(
     """What candidates cost under one policy of replicas, on the same requests: as deployed, and `most` - 1 others.
 
     Each scenario has one service; all have the same length. The replicas that the load needs are there at the start;
-    what the first `warm_up_h` cost does not count. With a file `kept`, dollars are written there as they are found, and an
-    interrupted run goes on; it holds for the same arguments only.
+    what the first `warm_up_h` cost does not count. With a file `kept`, dollars are written there as they are found, and
+    an interrupted run goes on; it holds for the same arguments only.
     """
     asked: list[tuple[Scenario, Situation, World, list[Configuration], np.ndarray]] = []
     for k, scenario in enumerate(scenarios):
