@@ -296,7 +296,8 @@ def env_steps(steps: int) -> float:
 
 def training(steps: int) -> float:
     """PPO environment steps per wall second with 64 worlds, learning included, evaluation excluded."""
-    from pilotage.agents.train import Settings, train
+    from pilotage.agents.algorithms import Settings
+    from pilotage.agents.train import train
     from pilotage.control.scaling import Predictive
 
     times: list[tuple[int, float]] = []

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from pilotage.engine.cluster import Cluster, World
-from pilotage.engine.layout import ORDER
+from pilotage.engine.layout import ORDER, SAME_WAIT
 from pilotage.engine.placement import WEIGHTS
 from pilotage.scenario import Interference, Placement, Scenario
 from pilotage.world.arrivals import Poisson
@@ -316,7 +316,7 @@ def times(draw, horizon_s, ties=True) -> list[float]:
 
 @st.composite
 def orders(draw, the_scenario: Scenario, worlds=1) -> np.ndarray:
-    """Orders [tick, world, service]: mostly nothing; sometimes any of order, release, batch limit, pool."""
+    """Orders [tick, world, service]: mostly nothing; sometimes any of order, release, batch limit and wait, pool."""
     shape = (the_scenario.ticks, worlds, len(the_scenario.services))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     busy = draw(one_of(0.0, 0.2, 0.6))
@@ -330,6 +330,8 @@ def orders(draw, the_scenario: Scenario, worlds=1) -> np.ndarray:
     ):
         acts = rng.random(shape) < (busy if field == "release" else busy / 2)
         out[field] = np.where(acts, rng.integers(low, high, shape), nothing)
+    waits = rng.random(shape) < busy / 2
+    out["batch_wait_s"] = np.where(waits, rng.choice([0.0, 0.125, 0.25, 0.4], shape), SAME_WAIT)
     names = [pool.name for pool in the_scenario.pools]
     for s, one in enumerate(the_scenario.services):  # a decision names a pool in which the service may run
         mine = np.array([names.index(pool) for pool in one.pools])

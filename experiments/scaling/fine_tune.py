@@ -16,7 +16,8 @@ import msgspec
 import protocol
 import tune
 
-from pilotage.agents.train import Settings, train
+from pilotage.agents.algorithms import Settings
+from pilotage.agents.train import train
 from pilotage.control.foresight import Foresight
 from pilotage.control.scaling import Predictive
 from pilotage.results import as_csv, write_whole

@@ -327,6 +327,10 @@ def tune(
         list[str] | None, typer.Option(help="usd, attainment; repeatable: best compromises")
     ] = None,
     sampler: Annotated[str, typer.Option(help="tpe or gp")] = "tpe",
+    start: Annotated[
+        list[str] | None,
+        typer.Option(help="parameters to try first, as a policy of the same kind; repeatable"),
+    ] = None,
     hours: Hours = None,
     data: Data = None,
     cluster: Cluster = None,
@@ -352,6 +356,7 @@ def tune(
             seed=seed,
             objectives=objective or ["usd"],
             sampler=sampler,
+            starts=[policy_from(one) for one in start or ()],
             storage=storage,
             progress=lambda n, best: step(f"trial {n}/{trials}, best {best:,.2f} $"),
             workers=workers,
@@ -374,7 +379,7 @@ def tune(
 @app.command()
 def train(
     env: Env,
-    algo: Annotated[str, typer.Option(help="ppo, sac or tqc")] = "ppo",
+    algo: Annotated[str, typer.Option(help="ppo, sac, tqc, recurrent-ppo, qr-dqn or maskable-ppo")] = "ppo",
     steps: Annotated[int, typer.Option(min=1)] = 400_000,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     base: Annotated[
@@ -390,7 +395,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Learn a policy with stable-baselines3."""
-    from pilotage.agents.train import Settings
+    from pilotage.agents.algorithms import Settings
     from pilotage.agents.train import train as learn
     from pilotage.control.learned import Base, policy_from
     from pilotage.engine.cluster import World

@@ -129,6 +129,10 @@ class ServingVecEnv(VectorEnv):
         self._values = measure(cluster.ticks).reshape(self.num_envs, -1)
         return self._rows.view(np.repeat(cluster.now_s, len(self.scenario.services)), self._values)
 
+    def allowed(self, choices: np.ndarray) -> np.ndarray:
+        """Which of some actions, one per row, the guard's limits leave now; bool of shape (num_envs, count)."""
+        return self._rows.allowed(np.asarray(choices, np.float64))
+
     def step(
         self, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:

@@ -20,8 +20,9 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from pilotage.agents.algorithms import Settings
 from pilotage.agents.bound import bound
-from pilotage.agents.train import Settings, train
+from pilotage.agents.train import train
 from pilotage.agents.tune import choose, tune
 from pilotage.control.guard import Guard
 from pilotage.control.learned import Learned, policy_from, trained

@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pilotage.engine.cluster import Cluster, World
-from pilotage.engine.layout import ANY_POOL, COUNTS, DRAINING, GONE, ORDER, READY, SAME_VARIANT, STARTING
+from pilotage.engine.layout import (
+    ANY_POOL,
+    COUNTS,
+    DRAINING,
+    GONE,
+    ORDER,
+    READY,
+    SAME_VARIANT,
+    SAME_WAIT,
+    STARTING,
+)
 from pilotage.engine.router import ANSWERS
 from pilotage.metrics import BUCKET_MIDPOINTS_S, ITEMS, attainment, dollars
 from pilotage.world.arrivals import Poisson
@@ -504,7 +514,7 @@ def test_storage_grows_without_a_trace() -> None:
     here = scenario(services, [pool], 1.0, 20)
     no_orders = np.zeros((20, 2, 2), ORDER)
     no_orders["pool"] = ANY_POOL
-    no_orders["variant"] = SAME_VARIANT
+    no_orders["variant"], no_orders["batch_wait_s"] = SAME_VARIANT, SAME_WAIT
     case = Case(here, [[surge, calm], [calm, calm]], no_orders, [4, 4])
     steps = [case.cluster(read_ahead_s=ahead) for ahead in (0.0, 2.5, 600.0)]
     assert len({run(cluster, no_orders) for cluster in steps}) == 1

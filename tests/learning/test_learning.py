@@ -9,18 +9,20 @@ import numpy as np
 import pytest
 
 from pilotage.agents.tune import candidate_of, choose, run_groups, space, tune, typical_usd
-from pilotage.control.learned import ACTIONS, Learned
+from pilotage.control.learned import ACTIONS
 from pilotage.control.network import Forward
 from pilotage.control.scaling import Predictive, Static
 from pilotage.engine.cluster import World
 from pilotage.env import ServingVecEnv
 from pilotage.scenario import load
 from pilotage.world.arrivals import Poisson
+from pilotage.world.spec import SpecError
 
 torch = pytest.importorskip("torch")
 VecNormalize = pytest.importorskip("stable_baselines3.common.vec_env").VecNormalize
 train_module = pytest.importorskip("pilotage.agents.train")
-Settings, train, network = train_module.Settings, train_module.train, train_module.network
+algorithms = pytest.importorskip("pilotage.agents.algorithms")
+Settings, train = algorithms.Settings, train_module.train
 
 STEADY = load("steady")
 # constant traffic without history effects: three replicas are the best static size by far
@@ -68,6 +70,25 @@ def test_tuning_has_several_objectives(sampler: str) -> None:
     assert all(0 <= t.values[1] <= 1 for t in study.trials)
 
 
+def test_a_search_starts_from_what_is_known() -> None:
+    groups = [windows(1, 1)]
+    earlier = tune(
+        Static(replicas=20), FIXED, [windows(7, 1)], trials=12, seed=2, objectives=("usd", "attainment")
+    )
+    known = {t.params["replicas"] for t in earlier.best_trials}
+    study = tune(
+        Static(replicas=20), FIXED, groups, trials=3 + len(known), starts=[Static(replicas=4), earlier]
+    )
+    first = [t.params["replicas"] for t in study.trials[: 2 + len(known - {4, 20})]]
+    assert first[:2] == [20, 4]
+    assert set(first) == known | {20, 4}
+    assert study.best_value <= min(typical_usd(run_groups(FIXED, groups, Static(replicas=n))) for n in first)
+    with pytest.raises(SpecError, match=r"predictive.* is no static"):
+        tune(Static(), FIXED, groups, trials=1, starts=[Predictive()])
+    with pytest.raises(SpecError, match="has tuned 'replicas', which 'predictive' does not have"):
+        tune(Predictive(), FIXED, groups, trials=1, starts=[earlier])
+
+
 def test_the_search_space_is_what_the_fields_declare() -> None:
     found = space(Predictive())
     assert found["scale_down_delay_s"].log
@@ -99,32 +120,73 @@ def test_training_repeats_itself_and_its_network_is_the_actor(tmp_path: Path) ->
     ).read_text()
 
 
-@pytest.mark.parametrize("algo", train_module.ALGORITHMS)
-def test_the_exported_network_acts_as_the_sb3_policy(algo: str, tmp_path: Path) -> None:
-    env = VecNormalize(train_module.SB3VecEnv(ServingVecEnv(FIXED, 4)))
+@pytest.mark.parametrize("algo", algorithms.ALGORITHMS)
+def test_the_exported_policy_acts_as_the_sb3_model(algo: str, tmp_path: Path) -> None:
+    """Masks and memory included: the same orders, tick by tick, as the model gives from its own state."""
+    plain = train_module.SB3VecEnv(ServingVecEnv(FIXED, 4, base=WASTEFUL))
+    if algo in algorithms.DISCRETE:
+        plain = algorithms.Chosen(plain, algorithms.choices(WASTEFUL))
+    env = VecNormalize(plain)
     settings = Settings(algo=algo, steps=1024, rollout_ticks=32, minibatches=2, learning_rate=1e-2)
-    model = train_module._model(settings, env, tmp_path)
+    model = algorithms.fresh(settings, env, tmp_path)
     model.learn(512)
-    observations = env.get_original_obs()
-    expected, _ = model.predict(env.normalize_obs(observations), deterministic=True)
-    found = Forward(Learned(base=Predictive(), network=network(model, env)).network)(observations)
-    np.testing.assert_allclose(np.clip(found, -1, 1), expected, atol=1e-5)
-    assert np.abs(expected).max() > 1e-3
-    assert expected.shape == (4, len(ACTIONS))
+    env.training = False
+    policy = algorithms.exported(model, env, WASTEFUL)
+    forward = Forward(policy.network)
+    observations, state, starts, varied = env.reset(), None, np.ones(4, bool), set()
+    for _ in range(6):
+        masks = {"action_masks": plain.action_masks()} if algo == "maskable-ppo" else {}
+        expected, state = model.predict(
+            observations, state, starts if policy.network.memory else None, deterministic=True, **masks
+        )
+        found = forward(env.get_original_obs())
+        if policy.choices:
+            chosen = (np.where(masks["action_masks"], found, -np.inf) if masks else found).argmax(axis=1)
+            np.testing.assert_array_equal(chosen, expected)
+            assert np.array(policy.choices.options)[chosen].shape == (4, len(ACTIONS))
+        else:
+            np.testing.assert_allclose(np.clip(found, -1, 1), expected, atol=1e-5)
+            assert np.abs(expected).max() > 1e-3
+        varied.add(np.round(expected, 4).tobytes())
+        observations, _, starts, _ = env.step(expected)
+    assert len(varied) > 1 or policy.choices
 
 
-def test_off_policy_learning_undoes_a_wasteful_rule(tmp_path: Path) -> None:
+def test_choices_begin_with_the_base_and_masks_leave_what_the_guard_allows() -> None:
+    choices = np.array(algorithms.choices(Predictive()))
+    assert not choices[0].any()
+    assert len({tuple(row) for row in choices.tolist()}) == len(choices)
+    tight = FIXED.replace(services=(FIXED.services[0].replace(min_replicas=3, max_replicas=3),))
+    env = ServingVecEnv(tight, 2)
+    env.reset(seed=0)
+    masks = env.allowed(choices)
+    assert masks.shape == (2, len(choices))
+    assert masks[:, 0].all()
+    assert not masks.all()
+    wide = ServingVecEnv(FIXED.replace(services=(FIXED.services[0].replace(min_replicas=0),)), 2)
+    wide.reset(seed=0)
+    assert wide.allowed(choices).all()
+
+
+@pytest.mark.parametrize(
+    ("algo", "steps", "rate"),
+    [
+        ("sac", 12_288, 1e-3),
+        ("tqc", 12_288, 1e-3),
+        ("qr-dqn", 24_576, 1e-3),
+        ("maskable-ppo", 40_960, 2e-3),
+        ("recurrent-ppo", 40_960, 2e-3),
+    ],
+)
+def test_every_algorithm_learns_to_undo_a_wasteful_rule(
+    algo: str, steps: int, rate: float, tmp_path: Path
+) -> None:
     groups = [windows(900, 3)]
     before = typical_usd(run_groups(FIXED, groups, WASTEFUL))
     settings = Settings(
-        algo="sac",
-        steps=12_288,
-        worlds=16,
-        rollout_ticks=32,
-        evaluations=6,
-        learning_rate=1e-3,
-        gradient_steps=2,
-    )
+        algo=algo, steps=steps, worlds=16, rollout_ticks=32, minibatches=4, evaluations=6, learning_rate=rate,
+        gradient_steps=2, memory=16,
+    )  # fmt: skip
     learned = train(FIXED, WASTEFUL, windows(0, 1), [windows(500, 3)], settings, tmp_path)
     assert typical_usd(run_groups(FIXED, groups, learned)) < 0.95 * before
 

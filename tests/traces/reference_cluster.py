@@ -80,7 +80,7 @@ def serving_or_starting(run: ServiceRun) -> list[Replica]:
 
 
 class Reference:
-    """One world: services that share pools. Orders are (order, release, max_batch, pool index, variant), as ORDER.
+    """One world: services that share pools. Orders are the fields of ORDER.
 
     `rule` maps a CANDIDATE record to a score; `outages` is the generator of random outages.
     """
@@ -222,7 +222,14 @@ class Reference:
 
     # --- decisions -------------------------------------------------------------------------------------------
     def decide(
-        self, run: ServiceRun, order: int, release: int, max_batch: int, pool: int, variant: int
+        self,
+        run: ServiceRun,
+        order: int,
+        release: int,
+        max_batch: int,
+        pool: int,
+        variant: int,
+        wait_s: float,
     ) -> None:
         if pool >= 0 and self.pools[pool].name in run.service.pools:
             run.pool = self.pools[pool]
@@ -230,6 +237,8 @@ class Reference:
             run.variant = variant
         if max_batch > 0:
             run.max_batch = min(max_batch, run.server.max_batch)
+        if wait_s >= 0:
+            run.wait_s = wait_s
         taken = min(release, run.pending)
         run.pending -= taken
         for state in ("starting", "ready"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pilotage.engine.cluster import Cluster, World
-from pilotage.engine.layout import ANY_POOL, ORDER
+from pilotage.engine.layout import ANY_POOL, ORDER, SAME_WAIT
 from pilotage.world.pools import Pool
 from pilotage.world.servers import Affine, BatchServer
 from tests.strategies import Case, Times, scenario, service
@@ -27,7 +27,7 @@ class Run:
         ticks = round(seconds / tick_s)
         self.tick_s = tick_s
         self.orders = np.zeros((ticks, 1, len(services)), ORDER)
-        self.orders["pool"] = ANY_POOL
+        self.orders["pool"], self.orders["batch_wait_s"] = ANY_POOL, SAME_WAIT
         for (at, s), fields in (orders or {}).items():
             for field, value in fields.items():
                 self.orders[field][round(at / tick_s), 0, s] = value
@@ -137,6 +137,19 @@ def test_a_new_batch_limit_closes_what_is_due() -> None:
         "served": {3 / 4: 2, 5 / 4: 2},
     }
     assert run.course("max_batch") == {0: 4, 1 / 4: 2}
+
+
+@pytest.mark.parametrize("former", ["closed", "late-binding"])
+def test_a_new_batch_wait_holds_for_what_waits_already(former: str) -> None:
+    # Limit 4, wait 1 s, a batch takes 1/2 s. 0 and 1/16 wait when the wait becomes 1/8 s at 1/4: it is over, they run
+    # to 3/4. 1 comes, and would run at 9/8; but the wait becomes 1/2 s at 17/16, and so 9/8 goes with it, at 3/2.
+    one = batches(500.0, 0.0, former=former, max_batch=4, batch_wait_ms=1000.0)
+    orders = {(1 / 4, 0): {"batch_wait_s": 1 / 8}, (17 / 16, 0): {"batch_wait_s": 1 / 2}}
+    run = Run([one], [[0, 1 / 16, 1, 9 / 8]], 9 / 4, orders=orders)
+    assert run.log(0, "batched", "served") == {
+        "batched": {1 / 4: 2, 3 / 2: 2},
+        "served": {3 / 4: 2, 2: 2},
+    }
 
 
 def test_a_released_replica_drains() -> None:

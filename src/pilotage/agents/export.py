@@ -87,8 +87,8 @@ def export(
 
     `scenarios` are what it was judged on: the ranges that measurements had there are noted, from `runs` runs each,
     and the first gives the self-test. `judged` are figures, `provenance` says where the policy comes from,
-    `explanation` is a summary in words for the card. With a key (given, or configured) the bundle is signed. Raises SpecError if `out` is
-    there already.
+    `explanation` is a summary in words for the card. With a key (given, or configured) the bundle is signed.
+    Raises SpecError if `out` is there already.
     """
     if os.path.lexists(out):
         raise SpecError(f"--out {out}: is there already; give a folder that does not exist yet")
@@ -165,11 +165,13 @@ Place = tuple[tuple[str, ...], Spec, Network]
 
 
 def _networks(spec: Spec, path: tuple[str, ...] = ()) -> list[Place]:
-    """Every network in a policy: where it stands, in what, and itself."""
+    """Every network in a policy: where it stands, in what, and itself. One with a memory stays in `policy.json`."""
     found: list[Place] = []
     for field in spec.__struct_fields__:
         value = getattr(spec, field)
         if isinstance(value, Network):
+            if value.memory is not None:
+                continue
             found.append(((*path, field), spec, value))
         elif isinstance(value, Spec):
             found += _networks(value, (*path, field))

@@ -1,10 +1,10 @@
 """Learning a policy with stable-baselines3.
 
-PPO (Schulman et al. 2017), SAC (Haarnoja et al. 2018) or TQC (Kuznetsov et al. 2020) on `ServingVecEnv`: the network
-corrects a base (see `control.learned`), its last layer starts at zero, so that training starts from the base and the
-untrained policy is already in the running. Every so often the policy is judged on validation traffic, noise off, and
-the best one is kept: what comes out is never worse there than the base it started from. With a `foresight` policy as
-base, this is the fine-tuning in the engine itself, queues and noise included, of what was learned from hindsight.
+One of `agents.algorithms` on `ServingVecEnv`: the network corrects a base (see `control.learned`) and starts as the
+base itself, so that the untrained policy is already in the running. Every so often the policy is judged on validation
+traffic, noise off, and the best one is kept: what comes out is never worse there than the base it started from. With a
+`foresight` policy as base, this is the fine-tuning in the engine itself, queues and noise included, of what was learned
+from hindsight.
 """
 
 from __future__ import annotations
@@ -13,28 +13,23 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
-from sb3_contrib import TQC
-from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
+from pilotage.agents.algorithms import ALGORITHMS, DISCRETE, Chosen, Settings, choices, exported, fresh
 from pilotage.agents.tune import run_groups, typical_usd
 from pilotage.control.learned import Base, Learned, trained
-from pilotage.control.network import Network
 from pilotage.engine.cluster import World
 from pilotage.env import ServingVecEnv
 from pilotage.scenario import Scenario
 from pilotage.world.spec import SpecError
-
-ALGORITHMS: Final[dict[str, Any]] = {"ppo": PPO, "sac": SAC, "tqc": TQC}
 
 
 class SB3VecEnv(VecEnv):
@@ -86,27 +81,6 @@ class SB3VecEnv(VecEnv):
         return [False] * len(list(self._get_indices(indices)))
 
 
-class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How to train. The defaults are those of every experiment here unless its file says otherwise."""
-
-    algo: str = "ppo"
-    steps: int = 400_000
-    worlds: int = 64
-    rollout_ticks: int = 128
-    epochs: int = 8
-    minibatches: int = 8
-    gradient_steps: int = 4  # of SAC and TQC, after every step of all worlds
-    learning_rate: float = 1e-3  # falls linearly to zero
-    discount: float = 0.98  # at ticks of 15 s, what is 9 minutes away counts for half
-    gae_lambda: float = 0.9
-    entropy: float = 0.0
-    clip: float = 0.2
-    log_std: float = -1.7  # exploration starts small: one missed spike costs hundreds of ordinary ticks
-    hidden: tuple[int, ...] = (64, 64)
-    evaluations: int = 10
-    seed: int = 0
-
-
 def train(
     scenario: Scenario,
     base: Base,
@@ -121,8 +95,8 @@ def train(
     """Trains on `windows`, keeps the best policy on `validation` (windows by group), writes into `folder`.
 
     `folder` receives `policy.json` (the best policy, see `control.learned`), `learning_curve.csv`,
-    `checkpoint.zip` with `normaliser.json` (the latest, for `resume`; SAC and TQC then begin with an empty replay
-    buffer) and tensorboard events. `progress(steps,
+    `checkpoint.zip` with `normaliser.json` (the latest, for `resume`; SAC, TQC and QR-DQN then begin with an empty
+    replay buffer) and tensorboard events. `progress(steps,
     validation_usd)` is called after each evaluation. Returns the best policy.
     """
     if settings.algo not in ALGORITHMS:
@@ -133,8 +107,11 @@ def train(
     inner = ServingVecEnv(
         scenario, settings.worlds * services, windows=windows, base=base, threads=os.cpu_count() or 1
     )
-    env = VecNormalize(SB3VecEnv(inner), gamma=settings.discount, clip_obs=10.0, clip_reward=50.0)
-    model = _model(settings, env, folder / "tensorboard")
+    plain: VecEnv = SB3VecEnv(inner)
+    if settings.algo in DISCRETE:
+        plain = Chosen(plain, choices(base))
+    env = VecNormalize(plain, gamma=settings.discount, clip_obs=10.0, clip_reward=50.0)
+    model = fresh(settings, env, folder / "tensorboard")
     curve: list[tuple[int, float, float]] = []
     checkpoint = folder / "checkpoint.zip"
     if resume and checkpoint.is_file():
@@ -148,76 +125,6 @@ def train(
     learned = trained(folder)
     assert isinstance(learned, Learned)
     return learned
-
-
-def _model(settings: Settings, env: VecNormalize, log: Path) -> BaseAlgorithm:
-    """A fresh model whose mean action is zero: the base itself."""
-    common: dict[str, Any] = {
-        "learning_rate": lambda left: settings.learning_rate * left,
-        "gamma": settings.discount,
-        "seed": settings.seed,
-        "device": "cpu",
-        "tensorboard_log": str(log),
-    }
-    shape: dict[str, Any] = {"activation_fn": torch.nn.Tanh}
-    model: BaseAlgorithm
-    if settings.algo == "ppo":
-        batch = settings.rollout_ticks * env.num_envs
-        shape |= {"net_arch": {"pi": list(settings.hidden), "vf": list(settings.hidden)}}
-        shape |= {"log_std_init": settings.log_std}
-        model = PPO(
-            "MlpPolicy",
-            env,
-            n_steps=settings.rollout_ticks,
-            batch_size=max(1, batch // settings.minibatches),
-            n_epochs=settings.epochs,
-            gae_lambda=settings.gae_lambda,
-            clip_range=settings.clip,
-            ent_coef=settings.entropy,
-            policy_kwargs=shape,
-            **common,
-        )
-        last = [model.policy.action_net]
-    else:
-        shape |= {"net_arch": {"pi": list(settings.hidden), "qf": list(settings.hidden)}}
-        model = ALGORITHMS[settings.algo](
-            "MlpPolicy",
-            env,
-            buffer_size=min(settings.steps, 500_000),
-            learning_starts=settings.rollout_ticks * env.num_envs,
-            batch_size=512,
-            gradient_steps=settings.gradient_steps,
-            # no reward for noise: exploration is as small as it begins, for one missed spike costs hundreds of ticks
-            ent_coef=settings.entropy,
-            policy_kwargs=shape,
-            **common,
-        )
-        actor = model.policy.actor
-        last = [actor.mu, actor.log_std]
-    with torch.no_grad():
-        for layer in last:
-            layer.weight.zero_()
-            layer.bias.zero_()
-        if settings.algo != "ppo":
-            last[1].bias.fill_(settings.log_std)
-    return model
-
-
-def network(model: BaseAlgorithm, env: VecNormalize) -> Network:
-    """The deterministic policy of an SB3 actor as plain arrays, its input normalisation included."""
-    if isinstance(model, PPO):
-        hidden, last = model.policy.mlp_extractor.policy_net, model.policy.action_net
-    else:
-        hidden, last = model.policy.actor.latent_pi, model.policy.actor.mu
-    layers = [*(m for m in hidden if isinstance(m, torch.nn.Linear)), last]
-    return Network(
-        mean=tuple(env.obs_rms.mean.tolist()),
-        scale=tuple(np.sqrt(env.obs_rms.var + env.epsilon).tolist()),
-        clip=env.clip_obs,
-        weights=tuple(tuple(map(tuple, m.weight.detach().numpy().astype(float).tolist())) for m in layers),
-        biases=tuple(tuple(m.bias.detach().numpy().astype(float).tolist()) for m in layers),
-        squashed=not isinstance(model, PPO),
-    )
 
 
 class _Judge(BaseCallback):
@@ -249,7 +156,7 @@ class _Judge(BaseCallback):
     def evaluate(self) -> None:
         env = self.model.get_env()
         assert isinstance(env, VecNormalize)
-        policy = Learned(base=self.base, network=network(self.model, env))
+        policy = exported(self.model, env, self.base)
         usd = typical_usd(run_groups(self.scenario, self.validation, policy))
         if not self.curve:
             self.base_usd = typical_usd(run_groups(self.scenario, self.validation, self.base))

@@ -104,6 +104,7 @@ def tune(
     seed: int = 0,
     objectives: Sequence[str] = ("usd",),
     sampler: str = "tpe",
+    starts: Sequence[Policy | optuna.Study] = (),
     storage: str | None = None,
     study_name: str | None = None,
     progress: Callable[[int, float], None] | None = None,
@@ -113,7 +114,8 @@ def tune(
 
     The `sampler` is a tree-structured Parzen estimator (`tpe`: Bergstra et al. 2011) or a Gaussian process (`gp`);
     with two objectives both look for the Pareto front, which is the study's `best_trials`. The first trial is the
-    policy as given. `groups` are windows of traffic by kind; the objective `usd` is
+    policy as given; then come `starts`: policies of the same kind, and the best trials of earlier studies of it,
+    whatever they were tuned on. `groups` are windows of traffic by kind; the objective `usd` is
     `typical_usd` over them, `attainment` is pooled. With a `storage` (see `storage_of`) the study is resumed or joined
     if it exists; its trials are those of all who search it. The windows of a trial are run by the `workers`.
     Returns the Optuna study. Raises SpecError where the storage cannot be opened.
@@ -143,8 +145,8 @@ def tune(
     )
     study.sampler = SAMPLERS[sampler](drawn, min(10, trials // 3 + 1))
     if not study.trials:
-        start = {name: getattr(policy, name) for name in distributions}
-        study.enqueue_trial({k: v for k, v in start.items() if v is not None})
+        for parameters in [_parameters(policy), *(p for start in starts for p in _started(policy, start))]:
+            study.enqueue_trial({k: v for k, v in parameters.items() if v is not None}, skip_if_exists=True)
     while (done := sum(t.state.is_finished() for t in study.get_trials(deepcopy=False))) < trials:
         trial = study.ask(distributions)
         runs = run_groups(scenario, groups, candidate_of(policy, trial.params), workers)
@@ -156,6 +158,27 @@ def tune(
 
 def _without_password(url: str | None) -> str:
     return re.sub(r"(?<=://)([^:/@]*):[^@/]*(?=@)", r"\1:***", url or "")
+
+
+def _parameters(policy: Policy) -> dict[str, Any]:
+    return {name: getattr(policy, name) for name in space(policy)}
+
+
+def _started(policy: Policy, start: Policy | optuna.Study) -> list[dict[str, Any]]:
+    """The parameters with which a search of a policy's space may begin."""
+    if isinstance(start, Policy):
+        if type(start) is not type(policy):
+            raise SpecError(
+                f"start {describe(start)!r} is no {policy.__struct_config__.tag}; a search starts from its own kind"
+            )
+        return [_parameters(start)]
+    found = [dict(trial.params) for trial in start.best_trials]
+    for name in (name for parameters in found for name in parameters if name not in space(policy)):
+        raise SpecError(
+            f"study {start.study_name!r} has tuned {name!r}, which {describe(policy)!r} does not have; "
+            f"valid: {', '.join(space(policy))}"
+        )
+    return found
 
 
 def candidate_of(policy: Policy, parameters: dict[str, Any]) -> Policy:

@@ -27,7 +27,7 @@ from msgspec import Meta
 from pilotage.control.guard import Guard
 from pilotage.control.handover import Bundled
 from pilotage.control.intake import Measured
-from pilotage.control.learned import Learned
+from pilotage.control.learned import Saved
 from pilotage.control.onnx_network import OnnxNetwork
 from pilotage.control.onnx_network import decode as network_from
 from pilotage.control.policy import Policy
@@ -344,7 +344,7 @@ def _policy(contents: Mapping[str, bytes], manifest: Manifest) -> tuple[Policy, 
         del plain["model"]
         return plain
 
-    policy: Policy = _converted(read(raw, ()), Scaling | Learned, POLICY)
+    policy: Policy = _converted(read(raw, ()), Scaling | Saved, POLICY)
     spare = (contents.keys() | manifest.networks.keys()) - {POLICY, SELFTEST, CARD, *networks}
     if spare:
         raise BundleError(f"{min(spare)}: is not a network of the policy")

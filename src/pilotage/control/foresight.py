@@ -29,6 +29,7 @@ from pilotage.control.policy import (
     Situation,
     Together,
 )
+from pilotage.world.spec import SpecError
 
 # what the network says, in this order: weights of the references for each level, then scales and margins
 LEVELS: Final = ("order", "keep")
@@ -127,6 +128,10 @@ class Foresight(Policy, frozen=True, kw_only=True, tag="foresight"):
     def __post_init__(self) -> None:
         if self.network is not None:
             self.network.must_map(len(INPUTS), READOUT)
+            if self.network.memory is not None:
+                raise SpecError(
+                    "foresight's network has a memory; valid: one without, which sees the outlook only"
+                )
 
     def reader(self) -> Read:
         """From references and inputs, of shape (rows, ...), to the levels."""

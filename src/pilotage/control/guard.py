@@ -87,6 +87,10 @@ class Check:
         self._limits = np.array([guard.limits(situation)])
         self._pools = situation.service.pools
         self._variants = [variant.name for variant in situation.service.variants]
+        server = (
+            situation.service.server
+        )  # a batch that waits beyond the objective makes its first request late
+        self._longest_s = max(situation.service.slo_s, server.batch_wait_ms / 1e3)
         self.interventions: Counter[str] = Counter()
 
     def failed(self, seen: Observation, error: Exception) -> Decision:
@@ -106,6 +110,9 @@ class Check:
         for what, count in (("order", wanted.order), ("release", wanted.release)):
             if not (isinstance(count, int | np.integer) and 0 <= count <= _ABSURD):
                 return self._hold(seen, f"{what} of {count!r} is not a sensible number")
+        wait_s = wanted.batch_wait_s
+        if wait_s is not None and not 0 <= wait_s <= self._longest_s:
+            return self._hold(seen, f"batch_wait_s of {wait_s!r} is not within 0 and {self._longest_s:g}")
         order, release = self._clamp(wanted.order, wanted.release, seen)
         if (order, release) == (wanted.order, wanted.release):
             return wanted

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 
+from pilotage.control.configuring import Configured
 from pilotage.control.forecast import LoadTracker
-from pilotage.control.foresight import Anticipate, Foresight, Levels
+from pilotage.control.foresight import Anticipate, Foresight, Levels, whole
 from pilotage.control.guard import Guard
 from pilotage.control.network import Network
 from pilotage.control.outlook import INPUTS
@@ -34,7 +36,7 @@ from pilotage.control.policy import (
 )
 from pilotage.control.scaling import Predictive, parse
 from pilotage.control.tree import Tree
-from pilotage.world.spec import decode, read_json
+from pilotage.world.spec import Spec, SpecError, decode, read_json
 
 # what the three outputs do to `predictive`, each in [-1, 1]:
 #   headroom  scales the rule's need by 1 +- HEADROOM and shifts it by +- 1 replica
@@ -178,6 +180,13 @@ class Residual:
         )
         return order.astype(np.int64), release.astype(np.int64), batch_limit(batch, self._max_batch)
 
+    def allowed(self, choices: np.ndarray) -> np.ndarray:
+        """Which of some actions, shape (count, len(ACTIONS)), ask for as many replicas as the guard lets the service
+        have; shape (rows, count). The first is always one of them."""
+        headroom = choices[:, 0]
+        wanted = np.ceil(np.maximum(self._need[:, None] * (1 + HEADROOM * headroom) + headroom, 0) - 1e-9)
+        return _within(wanted, wanted, self.limits)
+
 
 # what a correction of two levels sees besides their inputs, and what its outputs do: the levels are scaled by
 # 1 +- LEVEL_HEADROOM and shifted by +- half a replica, the batch limit is as above
@@ -267,6 +276,22 @@ class LevelCorrection:
         )
         return order, release, batch_limit(batch, self._max_batch)
 
+    def allowed(self, choices: np.ndarray) -> np.ndarray:
+        """The same as `Residual.allowed`, for both levels."""
+        up, down = choices[:, 0], choices[:, 1]
+        order_to, keep_to, _ = self._now
+        order = order_to[:, None] * (1 + LEVEL_HEADROOM * up) + 0.5 * up
+        keep = keep_to[:, None] * (1 + LEVEL_HEADROOM * down) + 0.5 * down
+        order, keep = whole(np.maximum(order, 0), np.maximum(keep, 0))
+        return _within(keep, order, self._levels.limits)
+
+
+def _within(least: np.ndarray, most: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """Where counts, shape (rows, count), are not below the least or above the most that rows may have."""
+    within: np.ndarray = (least >= limits[:, :1]) & (most <= limits[:, 1:])
+    within[:, 0] = True
+    return within
+
 
 def batch_limit(action: np.ndarray, max_batch: np.ndarray) -> np.ndarray:
     """Below 0 an action lowers the batch limit, down to an eighth of the largest batch; above 0 it keeps it."""
@@ -289,15 +314,31 @@ def contract(base: Base) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return kind.observations, kind.actions
 
 
+class Choices(Spec, frozen=True, kw_only=True):
+    """Actions of which the one with the highest score is taken, the first among equals; if `masked`, of those that the
+    guard's limits leave."""
+
+    options: Annotated[tuple[tuple[float, ...], ...], Meta(min_length=1)]
+    masked: bool = False
+
+
 class Learned(Policy, frozen=True, kw_only=True, tag="learned"):
-    """A network's correction of another policy. A training folder holds it as `policy.json`."""
+    """A network's correction of another policy; a training folder holds it as `policy.json`. The network says the
+    actions, or, with `choices` of them, a score for each."""
 
     base: Base
     network: Network
+    choices: Choices | None = None
 
     def __post_init__(self) -> None:
         observations, actions = contract(self.base)
-        self.network.must_map(len(observations), len(actions))
+        options = () if self.choices is None else self.choices.options
+        self.network.must_map(len(observations), len(options) or len(actions))
+        for option in options:
+            if len(option) != len(actions):
+                raise SpecError(
+                    f"a choice of {len(option)} numbers; valid: {len(actions)}, for {', '.join(actions)}"
+                )
 
     def begin(self, situation: Situation) -> Controller:
         return Alone(_Learned(self, [situation]))
@@ -317,6 +358,7 @@ class _Learned:
     def __init__(self, policy: Learned, situations: Sequence[Situation]) -> None:
         self._rows = corrections(situations, policy.base, Guard())
         self._network = policy.network.forward()
+        self._choices = policy.choices
         self._first = True
 
     def decide(self, seen: Sequence[Observation]) -> list[Decision]:
@@ -325,30 +367,35 @@ class _Learned:
             self._rows.update(values)
         self._first = False
         actions = self._network(self._rows.view(np.array([one.now_s for one in seen]), values))
+        if self._choices is not None:
+            options = np.array(self._choices.options)
+            if self._choices.masked:
+                actions = np.where(self._rows.allowed(options), actions, -np.inf)
+            actions = options[actions.argmax(axis=1)]
         rows = zip(*(column.tolist() for column in self._rows.decide(actions, values)), strict=True)
         return [Decision(order=o, release=r, max_batch=limit, reason="learned") for o, r, limit in rows]
 
 
-SHIPPED: Final = (
-    "learned"  # the policy that comes with the package; `experiments/scaling/learn.py` trained it
-)
+# what comes with the package: `experiments/scaling/learn.py` trained the one, `configure.py` the other
+SHIPPED, CONFIGURED = "learned", "configured"
+Saved = Learned | Foresight | Configured | Tree
 
 
-def trained(folder: Path) -> Learned | Foresight | Tree:
-    """The policy that a training left in a folder: a correction, what was learned from hindsight, or a tree."""
+def trained(folder: Path) -> Saved:
+    """The policy that a training left in a folder."""
     return _read(folder / "policy.json")
 
 
-def _read(path: Path) -> Learned | Foresight | Tree:
+def _read(path: Path) -> Saved:
     raw = read_json(path, "the folder of a training")
-    found: Learned | Foresight | Tree = decode(raw, Learned | Foresight | Tree, str(path))  # type: ignore[arg-type]
+    found: Saved = decode(raw, Saved, str(path))  # type: ignore[arg-type]
     return found
 
 
 def policy_from(text: str) -> Policy:
     """The policy that a command-line argument names: a name, a name with parameters, a file, a bundle or a training."""
-    if text == SHIPPED:
-        return _read(Path(__file__).with_name(f"{SHIPPED}.json"))
+    if text in (SHIPPED, CONFIGURED):
+        return _read(Path(__file__).with_name(f"{text}.json"))
     from pilotage.control.bundle import is_bundle, open_bundle  # which can hold what is defined here
 
     if is_bundle(text):

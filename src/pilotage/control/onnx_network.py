@@ -103,6 +103,8 @@ def _open(model: bytes) -> Any:
 # --- writing -----------------------------------------------------------------------------------------------------
 def encode(network: Network) -> bytes:
     """The ONNX file of a network; weights are rounded to single precision. Raises SpecError unless all is finite."""
+    if network.memory is not None:
+        raise SpecError("the network has a memory, which a file of one step cannot hold")
     if not network.biases or len(network.biases) > _LAYERS:
         raise SpecError(f"the network has {len(network.biases)} layers; valid: 1 to {_LAYERS}")
     tensors = [

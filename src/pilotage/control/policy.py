@@ -223,8 +223,9 @@ class Observation:
 @dataclass(frozen=True, slots=True)
 class Decision:
     """What a policy orders for one service: replicas to order (ready only after boot and load) and to release
-    (now). `max_batch`, `pool` and `variant` of None leave what is in force; `pool` names where new replicas go,
-    `variant` the build to which the service is rolled over.
+    (now). `max_batch`, `pool`, `variant` and `batch_wait_s` of None leave what is in force; `pool` names where new
+    replicas go, `variant` the build to which the service is rolled over, `batch_wait_s` how long a batch that is not
+    full waits.
     """
 
     order: int = 0
@@ -233,6 +234,7 @@ class Decision:
     pool: str | None = None
     variant: str | None = None
     reason: str = ""
+    batch_wait_s: float | None = None
 
     @staticmethod
     def towards(

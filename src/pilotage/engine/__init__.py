@@ -42,7 +42,8 @@ and the rest waits in the router.
 *Batches.* Late binding: a queue is due when `max_batch` wait or `batch_wait_ms` have passed since the request at
 its head arrived. When it is due and a slot is free, the dead at its head are swept; if it is still due, the slot
 takes up to `max_batch` living requests. Closed: a batch closes at `max_batch` requests or `batch_wait_ms` after
-its first entered the queue, and waits in line whole; of a closed batch the living are served. A central queue
+its first entered the queue, and waits in line whole; of a closed batch the living are served. Limit and wait are
+the service's until a decision sets others, which hold at once, also for what waits already. A central queue
 gives work to the slot that has been free for longest, the lowest number among equals; a replica uses the slot
 that has been free for longest, too. The time of a batch is the law's, times the noise of its first request,
 times the pace of its replica: the slowness of its node, and the interference of the replicas that were on the

@@ -116,7 +116,7 @@ def serve_stream(c, leaves, now, end, hi):
     """
     row, tick, tree, slots = c.row, c.tick, c.tree, c.slots
     arrivals, requests = c.arrivals, c.requests
-    limit, size, wait_s = c.param["queue_limit"], row["max_batch"], c.param["batch_wait_s"]
+    limit, size, wait_s = c.param["queue_limit"], row["max_batch"], row["batch_wait_s"]
     mortal = c.param["timeout_s"] < math.inf or c.param["abandoning"] > 0
     arrived = row["arrival_lo"]
     head = arrived - row["waiting"]

@@ -29,6 +29,7 @@ from pilotage.engine.layout import (
     ROUTER,
     ROW,
     SAME_VARIANT,
+    SAME_WAIT,
     SLOT,
     TICK,
     State,
@@ -297,6 +298,7 @@ class Cluster:
         orders = np.zeros(self.shape, ORDER)
         orders["pool"] = ANY_POOL
         orders["variant"] = SAME_VARIANT
+        orders["batch_wait_s"] = SAME_WAIT
         return orders
 
     def advance(self, orders: np.ndarray) -> np.ndarray:
@@ -413,6 +415,7 @@ class Cluster:
                     SAME_VARIANT
                     if decision.variant is None
                     else self._variant_index[k % self.shape[1]][decision.variant],
+                    SAME_WAIT if decision.batch_wait_s is None else decision.batch_wait_s,
                 )
                 for k, decision in enumerate(decisions)
             ],

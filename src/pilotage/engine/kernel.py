@@ -73,6 +73,7 @@ def begin(lo, hi, m, s, rule, weights, jointly):
             row["turn"], row["ready"], row["span"], row["pending"], row["replacing"] = 0, 0, 0, 0, 0
             row["arrival_lo"], row["arrival_hi"], row["first_number"] = 0, 0, 0
             row["pool"], row["variant"], row["max_batch"] = -1, param["variant_lo"], param["batch_limit"]
+            row["batch_wait_s"] = param["batch_wait_s"]
             row["ordinal"], row["rate_rps"] = 0, -1.0
             if param["router_hi"] > param["router_lo"]:
                 reset(m.routers[param["router_lo"]])

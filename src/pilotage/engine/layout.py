@@ -13,6 +13,7 @@ LATE_BINDING, CLOSED = 0, 1
 CENTRAL, ROUND_ROBIN, LEAST_OUTSTANDING, POWER_OF_TWO, RAY_SERVE = 0, 1, 2, 3, 4
 ANY_POOL: Final = -1
 SAME_VARIANT: Final = -1
+SAME_WAIT: Final = -1.0
 
 FORMERS: Final = {"late-binding": LATE_BINDING, "closed": CLOSED}
 ROUTINGS: Final = {
@@ -216,6 +217,7 @@ ROW: Final = np.dtype(
         ("pool", "i8"),  # where pending replicas may go
         ("variant", "i8"),  # the variant of new replicas
         ("max_batch", "i8"),
+        ("batch_wait_s", "f8"),
         ("ordinal", "i8"),  # number of the next replica
         ("rate_rps", "f8"),  # of arrivals, over about a minute; -1: none is known yet
         ("storage_lo", "i8"),  # its arrivals and requests are [storage_lo, storage_hi)
@@ -359,10 +361,15 @@ COUNTS: Final = (
     "replica_s",
 )
 
-# what a policy orders for one row; max_batch 0, pool ANY_POOL and variant SAME_VARIANT leave what is in force
+# what a policy orders for one row; max_batch 0, pool ANY_POOL, variant SAME_VARIANT and batch_wait_s SAME_WAIT leave
+# what is in force
 ORDER: Final = np.dtype(
-    [("order", "i8"), ("release", "i8"), ("max_batch", "i8"), ("pool", "i8"), ("variant", "i8")], align=True
-)
+    [
+        ("order", "i8"), ("release", "i8"), ("max_batch", "i8"), ("pool", "i8"), ("variant", "i8"),
+        ("batch_wait_s", "f8"),
+    ],
+    align=True,
+)  # fmt: skip
 
 
 # --- the arrays that the kernel's entry points take, each with its type and number of axes ------------------------

@@ -218,6 +218,8 @@ def decide(f, s, order, now, until):
         row["variant"] = param["variant_lo"] + order["variant"]
     if order["max_batch"] > 0:
         row["max_batch"] = min(order["max_batch"], param["batch_limit"])
+    if order["batch_wait_s"] >= 0:
+        row["batch_wait_s"] = order["batch_wait_s"]
     left = max(order["release"], 0)
     taken = min(left, row["pending"])
     row["pending"] -= taken

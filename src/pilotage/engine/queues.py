@@ -123,7 +123,7 @@ def admit(c, queue, i, now):
     """Puts request i into a queue from which batches are taken."""
     append(c, queue, i)
     if c.param["former"] == LATE_BINDING:
-        waited = c.arrivals[queue["head"]] + c.param["batch_wait_s"] <= now
+        waited = c.arrivals[queue["head"]] + c.row["batch_wait_s"] <= now
         if queue["waiting"] == c.row["max_batch"] or waited:
             queue["able_s"] = now
     else:
@@ -131,7 +131,7 @@ def admit(c, queue, i, now):
             queue["forming_head"] = i
             queue["forming_since_s"] = now
         queue["forming"] += 1
-        waited = queue["forming_since_s"] + c.param["batch_wait_s"] <= now
+        waited = queue["forming_since_s"] + c.row["batch_wait_s"] <= now
         if queue["forming"] >= c.row["max_batch"] or waited:
             close(c, queue, now)
 
@@ -150,14 +150,14 @@ def due(c, queue, free_s, now):
             return math.inf, False
         if queue["waiting"] >= c.row["max_batch"]:
             return max(able_s, queue["able_s"]), False
-        over_s = c.arrivals[queue["head"]] + c.param["batch_wait_s"]
+        over_s = c.arrivals[queue["head"]] + c.row["batch_wait_s"]
         if over_s < able_s:
             return able_s, False
         return over_s, over_s > max(free_s, queue["able_s"])
     start_s = max(able_s, queue["able_s"]) if queue["closed"] > 0 else math.inf
     if queue["forming"] > 0:
         full = queue["forming"] >= c.row["max_batch"]
-        over_s = now if full else queue["forming_since_s"] + c.param["batch_wait_s"]
+        over_s = now if full else queue["forming_since_s"] + c.row["batch_wait_s"]
         if over_s < start_s:
             return max(over_s, now), over_s >= now and not full
     return start_s, False
