@@ -12,7 +12,9 @@ from __future__ import annotations
 import math
 import re
 from statistics import NormalDist
-from typing import Final, Literal
+from typing import Any, Final, Literal
+
+import msgspec
 
 from pilotage.control.fairness import FairnessGate, GateVerdict
 from pilotage.live.registries import Measure, Version
@@ -120,6 +122,16 @@ def judged(gate: FairnessGate, champion: Version, candidate: Version) -> GateVer
     if candidate.paired is not None and candidate.paired.against == champion.version:
         return gate.judge_counts(candidate.paired.counts)
     return gate.judge_rates(_shares(champion), _shares(candidate))
+
+
+def written(gate: FairnessGate, verdict: GateVerdict) -> dict[str, Any]:
+    """A verdict as an entry of the ledger can hold it: what failed comes first, and is cut last."""
+    checks = sorted(verdict.checks, key=lambda check: check.passed)
+    return {
+        "gate": msgspec.to_builtins(gate), "outcome": verdict.outcome, "reason": verdict.reason[:1000],
+        "checks": msgspec.to_builtins(checks[:50]), "insufficient": list(verdict.insufficient[:50]),
+        "groups": list(verdict.groups[:100]),
+    }  # fmt: skip
 
 
 def _shares(version: Version) -> dict[str, dict[str, dict[str, tuple[float, int]]]]:

@@ -16,8 +16,8 @@ from typing import Any, Final
 
 import msgspec
 
-from pilotage.control.fairness import FairnessGate, GateVerdict
-from pilotage.live.compare import GATE, judged
+from pilotage.control.fairness import FairnessGate
+from pilotage.live.compare import GATE, judged, written
 from pilotage.live.entries import Actor, Entry, Record
 from pilotage.live.ledger import Ledger
 from pilotage.live.registries import (
@@ -64,29 +64,15 @@ class Live(Spec, frozen=True, kw_only=True):
     in_doubt: str | None = None
 
 
-def _written(gate: FairnessGate, verdict: GateVerdict) -> dict[str, Any]:
-    """A verdict as an entry can hold it: what failed comes first, and is cut last."""
-    checks = sorted(verdict.checks, key=lambda check: check.passed)
-    return {
-        "gate": msgspec.to_builtins(gate), "outcome": verdict.outcome, "reason": verdict.reason[:1000],
-        "checks": msgspec.to_builtins(checks[:50]), "insufficient": list(verdict.insufficient[:50]),
-        "groups": list(verdict.groups[:100]),
-    }  # fmt: skip
-
-
 class Versions:
     """The versions of services: a ledger, a registry, and the target that runs the champion (None: whoever serves
     follows the alias by itself). `wait_s` is how long a change waits for another writer before it is refused, `gate`
     what a new champion must pass (None: nothing)."""
 
     def __init__(
-        self,
-        ledger: Ledger,
-        registry: Registry,
-        target: Target | None = None,
-        wait_s: float = 10.0,
+        self, ledger: Ledger, registry: Registry, target: Target | None = None, wait_s: float = 10.0,
         gate: FairnessGate | None = GATE,
-    ):
+    ) -> None:  # fmt: skip
         self.ledger, self.registry, self.target, self._wait_s = ledger, registry, target, wait_s
         self.gate = gate
 
@@ -143,15 +129,8 @@ class Versions:
         return self._move(about, override)
 
     def rollback(
-        self,
-        service: str,
-        to: str | None = None,
-        *,
-        actor: Actor,
-        reason: str,
-        alias: str = CHAMPION,
-        **groups: Any,
-    ) -> Entry:
+        self, service: str, to: str | None = None, *, actor: Actor, reason: str, alias: str = CHAMPION, **groups: Any
+    ) -> Entry:  # fmt: skip
         """Goes back to the version before the present one, or to any earlier one, in registry and target.
 
         A second rollback goes further back, not forth again.
@@ -168,6 +147,16 @@ class Versions:
             kind="rollback", outcome="intent", service=service, actor=actor, reason=reason, alias=alias,
             expected_version=now, new_version=to or before[-1], reverts=last[0].seq if last else None,
             **groups,
+        )  # fmt: skip
+        return self._move(about)
+
+    def withdraw(self, service: str, alias: str, *, actor: Actor, reason: str, **groups: Any) -> Entry:
+        """Takes an alias away, that of the champion excepted: a service without one would serve nothing."""
+        if alias == CHAMPION:
+            raise SpecError(f"{service}@{alias}: is not withdrawn; promote another version, or roll back")
+        about = Record(
+            kind="withdraw", outcome="intent", service=service_name(service), actor=actor, reason=reason,
+            alias=alias_name(alias), expected_version=self._points_at(service, alias), **groups,
         )  # fmt: skip
         return self._move(about)
 
@@ -210,27 +199,22 @@ class Versions:
         return [e for e in self.ledger.entries(service, last=20) if e.seq > seen]
 
     def _move(self, about: Record, override: str | None = None) -> Entry:
-        service, alias, to = about.service, str(about.alias), str(about.new_version)
+        service, alias, to = about.service, str(about.alias), about.new_version
         with self._alone(about):
             self._settle_open(service)
             now, adopted = self._observed(service, alias)
             if now == to:
                 if alias == CHAMPION:
                     self._deploy(service, now)
-                return self.ledger.entries(service, moves_of=alias, last=1)[0]
+                for last in self.ledger.entries(service, moves_of=alias, last=1):
+                    return last
+                raise self._refuse(about, "there is no such alias")
             if adopted and about.expected_version is None:
                 about = msgspec.structs.replace(about, expected_version=now)
             if now != about.expected_version:
                 raise self._refuse(about, f"it is at version {now}, not {about.expected_version}")
-            try:
-                retired = self.registry.version(service, to).retired
-            except MissingError as error:
-                known = [v.version for v in self.registry.versions(service) if v.retired is None]
-                raise self._refuse(about, f"{error}; valid: {', '.join(known) or 'none'}") from None
-            if retired is not None:
-                raise self._refuse(about, f"version {to} is retired: {retired}")
-            if self.gate is not None and about.kind == "promote" and alias == CHAMPION and now is not None:
-                about = self._through(self.gate, about, now, to, override)
+            if to is not None:
+                about = self._allowed(about, now, to, override)
 
             def act(intent: Entry) -> dict[str, Any]:
                 self.registry.move(service, alias, now, to, fence=intent.fence, key=self._key(intent))
@@ -244,19 +228,27 @@ class Versions:
 
             return self._change(about, act)
 
-    def _through(
-        self, gate: FairnessGate, about: Record, now: str, to: str, override: str | None
-    ) -> Record:
-        """The promotion with the bias gate's verdict; RefusedError where it refuses and nobody overrides."""
+    def _allowed(self, about: Record, now: str | None, to: str, override: str | None) -> Record:
+        """The move to a version that exists, is not retired, and, where it replaces the champion, passes the bias gate,
+        whose verdict is added; RefusedError for others."""
+        service, gate = about.service, self.gate
         try:
-            champion = self.registry.version(about.service, now)
-        except MissingError as error:  # it was deleted: nothing is known that the new one could be worse than
-            return msgspec.structs.replace(about, fairness={"outcome": "insufficient", "reason": str(error)})
-        verdict = judged(gate, champion, self.registry.version(about.service, to))
-        fairness = _written(gate, verdict)
+            candidate = self.registry.version(service, to)
+        except MissingError as error:
+            known = [v.version for v in self.registry.versions(service) if v.retired is None]
+            raise self._refuse(about, f"{error}; valid: {', '.join(known) or 'none'}") from None
+        if candidate.retired is not None:
+            raise self._refuse(about, f"version {to} is retired: {candidate.retired}")
+        if gate is None or now is None or about.kind != "promote" or about.alias != CHAMPION:
+            return about
+        try:
+            verdict = judged(gate, self.registry.version(service, now), candidate)
+        except MissingError:  # the champion was deleted: nothing is known that the new one could be worse than
+            return about
+        fairness = about.fairness | written(gate, verdict)
         if override is not None:
             fairness["override"] = override
-        about = msgspec.structs.replace(about, fairness=about.fairness | fairness)
+        about = msgspec.structs.replace(about, fairness=fairness)
         if gate.refuses(verdict) and override is None:
             raise self._refuse(about, f"bias gate, {verdict.outcome}: {verdict.reason}")
         return about
