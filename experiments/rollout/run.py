@@ -1,10 +1,10 @@
 """What rules for a new version lose in dollars, the learned one among them, on rollouts that it has not seen.
 
-A fifth of the versions are bad: more errors, slower, or wrong more often, 1.5 to 8 times; of the others half are a little
-better in their answers. Labels come for a fifth of the answers, in most markets half an hour late. What is decided lasts
-for two hours from the beginning, so exposure and delay are both dollars, and so is never deciding. The loss is what is
-paid beside knowing the version at once. All rules judge the same rollouts; they are told the same prices as far as they
-ask for any. `learned-rollout` was trained on rollouts at random (`agents.rollouts`), with other seeds and ranges.
+A fifth of the versions are bad: more errors, slower, or wrong more often, 1.5 to 8 times; of the others half are a
+little better in their answers. Labels come for a fifth of the answers, in most markets half an hour late. What is
+decided lasts for two hours from the beginning, so exposure and delay are both dollars, and so is never deciding. The
+loss is what is paid beside knowing the version at once. All rules judge the same rollouts; they are told the same
+prices as far as they ask for any. `learned-rollout` was trained on rollouts at random (`agents.rollouts`), with other seeds and ranges.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ from pilotage.evaluate import interval, ratio_interval
 from pilotage.results import as_csv, provenance, write_whole
 
 LEARNED, LABELLED = "learned-rollout", 0.2
-PRICES = {"error_usd": 0.01, "slow_usd": 0.002, "wrong_usd": 0.002, "gain_usd": 2e-5, "prior_bad": 0.2, "horizon": 120}
+PRICES = {
+    "error_usd": 0.01,
+    "slow_usd": 0.002,
+    "wrong_usd": 0.002,
+    "gain_usd": 2e-5,
+    "prior_bad": 0.2,
+    "horizon": 120,
+}
 # requests a minute, what a minute on trial costs, how late labels come, whether the baseline is a fresh one
 MARKETS = {
     "20/min": (20, 0.0, 30, False),

@@ -1,4 +1,4 @@
-"""The commands of version control: history, compare, promote, rollback, track. They load neither simulator nor trainers."""
+"""The commands of version control, which load neither simulator nor trainers."""
 
 from __future__ import annotations
 

@@ -201,7 +201,9 @@ def test_a_group_that_suffers_stops_a_gain_and_small_groups_say_nothing() -> Non
     assert found.recommendation == "a"
     assert any("accuracy in sex=2 is worse" in reason for reason in found.reasons)
     assert found.gate.outcome == "block"
-    assert any("the bias gate blocks: sex: gap in accuracy went from 0.0000 to 0.0750" in r for r in found.reasons)
+    assert any(
+        "the bias gate blocks: sex: gap in accuracy went from 0.0000 to 0.0750" in r for r in found.reasons
+    )
     assert found.gate.insufficient == ("race 9 (accuracy of 20)",)
     small = sliced("3", 0.92, {"race=9": (0.3, 20)})  # a group in which nothing can be told, alone
     assert compare(old, small).gate.outcome == "insufficient"

@@ -16,7 +16,6 @@ from pilotage.control.sequential import CountEvidence, ExactSpending
 from pilotage.world.spec import SpecError
 
 
-
 def at_random(seed: int) -> LearnedRollout:
     """A policy whose network says anything, now and then to go out or back."""
     rng = np.random.default_rng(seed)
@@ -35,8 +34,9 @@ def at_random(seed: int) -> LearnedRollout:
 
 
 RULES = (
-    at_random(1), at_random(2), Flagger(threshold=3), Argo(failure_limit=2), Kayenta(every=4, lifetime=8), ZTest(at=5), ZTest(peek_from=2), Msprt(),
-    EProcess(), Sequential(deadline=6), Sequential(deadline=4, at_deadline="likelier", min_requests=20), Sequential(errors=1.0, slow=0.0, wrong=0.0, latency=0.0, min_requests=20),
+    Flagger(threshold=3), Argo(failure_limit=2), Kayenta(every=4, lifetime=8), ZTest(at=5), ZTest(peek_from=2), Msprt(),
+    EProcess(), Sequential(deadline=6), Sequential(errors=1.0, slow=0.0, wrong=0.0, latency=0.0, min_requests=20),
+    Sequential(deadline=4, at_deadline="likelier", min_requests=20), at_random(1), at_random(2),
 )  # fmt: skip
 
 
@@ -156,7 +156,10 @@ def test_our_rule_promotes_a_good_canary_aborts_a_bad_one_and_says_why() -> None
     assert last(Sequential(), 1000, 10, 10, 59).outcome == "continue"  # no label has come
     doubted = last(rule.replace(at_deadline="likelier", min_requests=20, deadline=9), 100, 4, 8, 9)
     assert (doubted.outcome, doubted.reason[:17]) == ("abort", "after 9 intervals")
-    assert last(rule.replace(at_deadline="likelier", min_requests=20, deadline=9), 100, 4, 4, 9).outcome == "promote"
+    assert (
+        last(rule.replace(at_deadline="likelier", min_requests=20, deadline=9), 100, 4, 4, 9).outcome
+        == "promote"
+    )
     dear = last(rule.replace(max_cost_ratio=1.2), 1000, 0, 0, 1, usd=1.0)
     assert (dear.outcome, dear.reason[:4]) == ("abort", "cost")
     late = last(Sequential(), 1000, 0, 0, 5, labelled=0, wrong=0, slow=100)

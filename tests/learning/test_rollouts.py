@@ -48,7 +48,10 @@ def test_counts_are_as_often_bad_as_their_rates_and_labels_come_late(cases) -> N
         seen, _ = simulation.step(share)
         seen.check()
         for k, arm in enumerate((seen.champion, seen.canary)):
-            of[k] += [arm.requests.sum(), (arm.requests * cases.rates[0] * (cases.ratios[0] if k else 1)).sum()]
+            of[k] += [
+                arm.requests.sum(),
+                (arm.requests * cases.rates[0] * (cases.ratios[0] if k else 1)).sum(),
+            ]
             bad[k] += [arm.errors.sum(), 0]
         labels.append(np.asarray(seen.canary.labelled) > 0)
         assert not labels[-1][cases.label_delay > t].any()
@@ -67,14 +70,29 @@ def test_the_shipped_policy_loses_less_than_rules_on_rollouts_it_has_not_seen(ca
 
 def test_a_short_training_beats_deciding_blindly_and_the_same_seed_learns_the_same(cases) -> None:
     small = rollouts.Settings(
-        imitated=60, epochs=6, steps=20_000, worlds=128, rollout_intervals=32, minibatch=1024, judged=200, evaluations=2
+        imitated=60,
+        epochs=6,
+        steps=20_000,
+        worlds=128,
+        rollout_intervals=32,
+        minibatch=1024,
+        judged=200,
+        evaluations=2,
     )
     learned = rollouts.train(small)
     reached = rollouts.loss_of(Forward(learned.network), cases)
     never, at_once = (np.maximum(sign * cases.worth, 0) * cases.requests * cases.horizon for sign in (1, -1))
     assert reached < 0.8 * min(np.mean(lost / cases.stakes_usd) for lost in (never, at_once))
     tiny = rollouts.Settings(
-        imitated=5, epochs=1, steps=2000, worlds=32, rollout_intervals=32, minibatch=512, judged=20, evaluations=1, hidden=4
+        imitated=5,
+        epochs=1,
+        steps=2000,
+        worlds=32,
+        rollout_intervals=32,
+        minibatch=512,
+        judged=20,
+        evaluations=1,
+        hidden=4,
     )
     assert rollouts.train(tiny) == rollouts.train(tiny)
 

@@ -1,4 +1,4 @@
-"""A rollout ends by itself in a promotion or a rollback, with the evidence in the ledger, and survives death anywhere."""
+"""A rollout ends by itself in a promotion or a rollback, with evidence in the ledger, and survives death anywhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from tests.live.test_versions import ANN, WHY, FileTarget, Member, agree, killed
 
 __all__ = ["member", "versions"]  # fixtures
 TERMS = Terms(
-    rule=Sequential(errors=1.0, slow=0.0, wrong=0.0, latency=0.0, min_requests=200), schedule=FixedSteps(hold=2)
+    rule=Sequential(errors=1.0, slow=0.0, wrong=0.0, latency=0.0, min_requests=200),
+    schedule=FixedSteps(hold=2),
 )
 
 
@@ -50,7 +51,12 @@ def measured(errors: float, seed: int = 0, intervals: int = 60) -> list[Evidence
     return [
         Evidence(
             Arm(requests=n, errors=int(rng.binomial(n, 0.005)), latency=np.array([n, 0])),
-            Arm(requests=n // 4, errors=int(rng.binomial(n // 4, errors)), latency=np.array([n // 4, 0]), usd=0.5),
+            Arm(
+                requests=n // 4,
+                errors=int(rng.binomial(n // 4, errors)),
+                latency=np.array([n // 4, 0]),
+                usd=0.5,
+            ),
         )
         for n, rng in arms
     ]
@@ -83,7 +89,9 @@ def test_a_good_version_is_promoted_and_a_bad_one_sent_back_with_the_evidence(
     assert (end.kind, end.actor.name) == ("withdraw", "sequential")
     assert end.reason.startswith("errors: the canary's")
     assert evidence["intervals"] == sent_back.intervals
-    assert evidence["totals"]["canary"]["errors"] == sum(e.canary.errors for e in measured(0.03)[: sent_back.intervals])
+    assert evidence["totals"]["canary"]["errors"] == sum(
+        e.canary.errors for e in measured(0.03)[: sent_back.intervals]
+    )
     rollout.begin("2", TERMS)  # once more: what was seen before does not count
     promoted = rollout.follow(measured(0.004))
     assert promoted is not None
@@ -121,7 +129,10 @@ def test_an_interval_counts_once_and_none_is_left_out(tmp_path: Path) -> None:
     versions = Versions(Ledger(tmp_path), member.registry, DryRun())
     service = two(versions, member)
     seen = measured(0.005)
-    rollout, other = Rollout(versions, service, DryRun()), Rollout(Versions(Ledger(tmp_path), member.registry), service)
+    rollout, other = (
+        Rollout(versions, service, DryRun()),
+        Rollout(Versions(Ledger(tmp_path), member.registry), service),
+    )
     rollout.begin("2", TERMS)
     for k in range(3):
         first = rollout.step(seen[k], k)
@@ -209,9 +220,7 @@ def test_death_at_every_step_of_the_end_of_a_rollout(
     bad = Evidence(Arm(requests=20_000, errors=100), Arm(requests=20_000, errors=int(20_000 * errors)))
     while True:
         Rollout(versions, service, traffic).begin("2", TERMS)
-        died = killed_at(
-            death, versions, lambda v: Rollout(v, service, traffic).step(bad, 0), inside=False
-        )
+        died = killed_at(death, versions, lambda v: Rollout(v, service, traffic).step(bad, 0), inside=False)
         if not died:
             break
         again = Rollout(Versions(Ledger(tmp_path), member.registry, versions.target), service, traffic)

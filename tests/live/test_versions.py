@@ -422,7 +422,9 @@ def test_death_at_every_step_of_other_changes(change: str, member: Member, versi
         kept = {v.version: v.retired for v in member.registry.versions(service)}
         entries = [e for e in versions.ledger.entries(service) if e.outcome == "applied"]
         challenger = versions.ledger.entries(service, moves_of="challenger", last=1)
-        assert member.registry.aliases(service).get("challenger") == (challenger and challenger[0].new_version or None)
+        assert member.registry.aliases(service).get("challenger") == (
+            challenger[0].new_version if challenger else None
+        )
         assert set(kept) == {e.new_version for e in entries if e.kind == "register"}
         assert {n for n, why in kept.items() if why} == {e.new_version for e in entries if e.kind == "retire"}
         step += 1

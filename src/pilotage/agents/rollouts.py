@@ -1,9 +1,10 @@
-"""Learning how a new version goes out, from rollouts at random: by imitation of a plan, then by PPO (stable-baselines3).
+"""Learning how a new version goes out, from rollouts at random: by imitation of a plan, then by PPO.
 
-The plan goes on while one more interval is expected to save more than it costs; a network learns to do the same, and PPO
-improves on it. The network that loses least on other rollouts is kept. A lane of the environment is one rollout (`engine.rollouts.cases_at_random`); what an agent sees is what the shipped
-policy sees (`control.learned_rollout.FEATURES`), an action is a share, to promote, or to abort. The reward is minus what is
-lost beside knowing the version, in tenths of the stakes of the rollout; what is lost after a decision comes with it.
+The plan goes on while one more interval is expected to save more than it costs; a network learns to do the same, and
+PPO (stable-baselines3) improves on it. The network that loses least on other rollouts is kept. A lane of the
+environment is one rollout (`engine.rollouts.cases_at_random`); what an agent sees is what the shipped policy sees
+(`control.learned_rollout.FEATURES`), an action is a share, to promote, or to abort. The reward is minus what is lost
+beside knowing the version, in tenths of the stakes of the rollout; what is lost after a decision comes with it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,15 @@ from stable_baselines3.common.callbacks import BaseCallback
 from pilotage.agents.retraining import Normalised
 from pilotage.agents.train import SB3VecEnv
 from pilotage.control.canary import ABORT, PROMOTE
-from pilotage.control.learned_rollout import ACTIONS, BEGINS, FEATURES, SHARES, Belief, Learned, LearnedRollout
+from pilotage.control.learned_rollout import (
+    ACTIONS,
+    BEGINS,
+    FEATURES,
+    SHARES,
+    Belief,
+    Learned,
+    LearnedRollout,
+)
 from pilotage.control.network import Forward, Network
 from pilotage.engine.rollouts import LATEST, Cases, Simulation, cases_at_random, followed
 
@@ -161,8 +170,8 @@ class _Priced:
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What PPO begins with: go on while that is expected to save more than it costs.
 
-    With the worth of a request normal as the belief has it, promoting now is expected to lose P and aborting A a request.
-    An interval at share w costs w P + (1 - w) A and the trial; what it tells is held to save a share
+    With the worth of a request normal as the belief has it, promoting now is expected to lose P and aborting A a
+    request. An interval at share w costs w P + (1 - w) A and the trial; what it tells is held to save a share
     `tells` 4 w (1 - w) / (age + `slow`) of what the better decision still risks.
     """
 
@@ -178,11 +187,12 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         w, age, left = np.array(SHARES), np.expm1(of["age"]), np.expm1(of["left"])
         saved = np.minimum(promote, abort) * left * self.tells * 4 * w * (1 - w) / (age + self.slow)
         more = saved - w * promote - (1 - w) * abort - np.exp(of["trial"])
-        return np.concatenate([more, np.where(promote < abort, 0.0, -np.inf), np.where(promote < abort, -np.inf, 0.0)], 1)
+        ends = np.concatenate([promote, abort], 1)
+        return np.concatenate([more, np.where(ends == ends.min(axis=1, keepdims=True), 0.0, -np.inf)], 1)
 
 
 def _imitated(env: RolloutVecEnv, plan: Plan, settings: Settings) -> Network:
-    """A network that does what a plan does, learned on the way of the plan; one action in ten is another share."""
+    """A network that does what a plan does, learned on its way; one action in ten is another share."""
     rng, seen = np.random.default_rng(settings.seed), env.reset()[0]
     rows, wanted = [], []
     for _ in range(settings.imitated):

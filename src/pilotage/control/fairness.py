@@ -8,9 +8,9 @@ the limit is exceeded, corrected by Holm over all that is tested of a feature. S
 does not pass unnoticed: below `min_rows` rows or `min_positives` positives it is reported as *insufficient*.
 
 What was recorded with versions is judged without their rows: `judge_counts` from counts of both models' answers to
-the same requests, which is the same test; `judge_rates` from shares that were measured apart. Apart, next to nothing can
-be shown at a usual number of rows, so what is shown neither way is *insufficient* there, and only what is shown to be
-beyond its limit blocks.
+the same requests, which is the same test; `judge_rates` from shares that were measured apart. Apart, next to nothing
+can be shown at a usual number of rows, so what is shown neither way is *insufficient* there, and only what is shown to
+be beyond its limit blocks.
 
 Figures per group are fairlearn's; the bootstrap draws the counts they are made of, which is the same and fast.
 """
@@ -114,7 +114,9 @@ class FairnessGate(Spec, frozen=True, kw_only=True, tag="fairness-gate", tag_fie
         for k, (feature, groups) in enumerate(counts.items()):
             seen = np.array(list(groups.values()), np.int64).reshape(len(groups), -1)
             if seen.shape[1:] != (CELLS,) or not seen.any() or (seen < 0).any():
-                raise ValueError(f"{feature}: counts are {groups}; valid: {CELLS} per group, not all of them 0")
+                raise ValueError(
+                    f"{feature}: counts are {groups}; valid: {CELLS} per group, not all of them 0"
+                )
             names = np.array(list(groups))
             found.groups += [
                 {"feature": feature, "model": model, "group": str(name)}
@@ -141,7 +143,9 @@ class FairnessGate(Spec, frozen=True, kw_only=True, tag="fairness-gate", tag_fie
                 ]
             both = [name for name in one if name in two]
             for metric in dict.fromkeys(metric for group in both for metric in one[group]):
-                pairs = {g: (one[g][metric], two[g][metric]) for g in both if metric in one[g] and metric in two[g]}
+                pairs = {
+                    g: (one[g][metric], two[g][metric]) for g in both if metric in one[g] and metric in two[g]
+                }
                 least = self.min_positives if metric.startswith(("true_", "false_")) else self.min_rows
                 small = [g for g, pair in pairs.items() if min(n for _, n in pair) < least]
                 found.small += [f"{feature} {g} ({metric} of {min(n for _, n in pairs[g])})" for g in small]
@@ -156,7 +160,9 @@ class FairnessGate(Spec, frozen=True, kw_only=True, tag="fairness-gate", tag_fie
 
     def refuses(self, verdict: GateVerdict) -> bool:
         """Whether a candidate with this verdict may not go out."""
-        return verdict.outcome == "block" or (verdict.outcome == "insufficient" and self.small_groups == "hold")
+        return verdict.outcome == "block" or (
+            verdict.outcome == "insufficient" and self.small_groups == "hold"
+        )
 
     def _verdict(self, found: _Found, apart: bool = False) -> GateVerdict:
         known = (tuple(found.checks), tuple(found.small), tuple(found.groups))
@@ -174,12 +180,14 @@ class FairnessGate(Spec, frozen=True, kw_only=True, tag="fairness-gate", tag_fie
             )
         if not found.checks or (found.small and self.small_groups == "hold"):
             small = ", ".join(found.small)
-            reason = f"too little data on {small}" if small else "nothing was measured in the same groups of both"
+            reason = (
+                f"too little data on {small}" if small else "nothing was measured in the same groups of both"
+            )
             return GateVerdict("insufficient", reason, *known)
         if failed:
             bound = f"(upper bound {failed[0].upper:.4f}; so {len(failed)} of {of} checks)"
-            reason = f"{_told(failed[0])} measured apart, neither a rise within {failed[0].limit:g} is shown nor one above"
-            return GateVerdict("insufficient", f"{reason} {bound}; let both answer the same requests", *known)
+            reason = f"{_told(failed[0])} apart, no rise is shown within {failed[0].limit:g}, nor above {bound}"
+            return GateVerdict("insufficient", f"{reason}; let both answer the same requests", *known)
         return GateVerdict("pass", f"all {of} checks are within limits", *known)
 
     def _tested(
@@ -253,8 +261,12 @@ def counts_of(
     """
     for name, values in (("champion", champion), ("candidate", candidate), ("groups", groups)):
         if np.shape(values) != np.shape(labels):
-            raise ValueError(f"{name} has shape {np.shape(values)}; valid: that of the labels, {np.shape(labels)}")
-    binary = [_binary(*pair) for pair in (("labels", labels), ("champion", champion), ("candidate", candidate))]
+            raise ValueError(
+                f"{name} has shape {np.shape(values)}; valid: that of the labels, {np.shape(labels)}"
+            )
+    binary = [
+        _binary(*pair) for pair in (("labels", labels), ("champion", champion), ("candidate", candidate))
+    ]
     names, _, counts = _cells(*binary, np.asarray(groups))
     return {str(name): tuple(map(int, row)) for name, row in zip(names, counts, strict=True)}
 

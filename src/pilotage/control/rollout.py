@@ -1,8 +1,8 @@
 """Whether a new version goes out or back, and how much traffic it gets until that is known.
 
-`Sequential` is our rule, `LearnedRollout` was learned; `AnyRule` are all of them, those of others from `control.canary`,
-where evidence and verdicts are defined, too. A schedule says the canary's share of the next interval; what was learned
-says that itself.
+`Sequential` is our rule, `LearnedRollout` was learned; `AnyRule` are all of them, those of others from
+`control.canary`, where evidence and verdicts are defined, too. A schedule says the canary's share of the next interval;
+what was learned says that itself.
 """
 
 from __future__ import annotations
@@ -34,8 +34,16 @@ from pilotage.control.canary import (
 )
 from pilotage.control.learned_rollout import LearnedRollout
 from pilotage.control.sequential import BETTER, RATIOS, CountEvidence, ExactSpending, slower
-from pilotage.world.spec import Positive, PositiveCount, Probability, Spec, SpecError, decode, named, read_json
-
+from pilotage.world.spec import (
+    Positive,
+    PositiveCount,
+    Probability,
+    Spec,
+    SpecError,
+    decode,
+    named,
+    read_json,
+)
 
 PRIOR_BAD: Final = 0.2  # how many canaries are bad, where that must be supposed
 
@@ -246,8 +254,8 @@ SHIPPED: Final = "learned-rollout"
 
 
 def begun(rule: Rule, schedule: AnySchedule | None) -> tuple[Judge, Any]:
-    """The controllers of one canary: what judges it, and what says its share (None: the rule itself if it does, else fixed
-    steps)."""
+    """The controllers of one canary: what judges it, and what says its share (None: the rule itself if it does, else
+    fixed steps)."""
     judge = rule.begin()
     if schedule is None and hasattr(judge, "weight"):
         return judge, judge
@@ -255,8 +263,8 @@ def begun(rule: Rule, schedule: AnySchedule | None) -> tuple[Judge, Any]:
 
 
 def rollout_from(text: str) -> Rule:
-    """The rule that a command-line argument names: a name, a name with parameters (`sequential:alpha=0.01`), what is shipped
-    (`learned-rollout`, which takes prices as parameters), or a `rollout.json`."""
+    """The rule that a command-line argument names: a name, a name with parameters (`sequential:alpha=0.01`), what is
+    shipped (`learned-rollout`, which takes prices as parameters), or a `rollout.json`."""
     name, colon, parameters = text.partition(":")
     if name == SHIPPED:
         learned = _read(Path(__file__).with_name("learned_rollout.json"))

@@ -154,7 +154,9 @@ def _slower(variant: Variant, slowdown: float) -> Variant:
 class _Arms:
     """Follows one candidate in one world."""
 
-    def __init__(self, candidate: Candidate, trial: Trial, rule: Rule, schedule: AnySchedule | None, seed: int) -> None:
+    def __init__(
+        self, candidate: Candidate, trial: Trial, rule: Rule, schedule: AnySchedule | None, seed: int
+    ) -> None:
         self._candidate, self._trial = candidate, trial
         self._error_share = np.array([candidate.old_errors, candidate.old_errors, candidate.new_errors])
         self._wrong_share = np.array([candidate.old_wrong, candidate.old_wrong, candidate.new_wrong])
@@ -274,10 +276,7 @@ def rehearse(
     ]
     cluster = Cluster(arms_scenario, fed, read_ahead_s=scenario.tick_s)
     situations = [cluster.situation(w, s) for w in range(len(worlds)) for s in range(3)]
-    arms = [
-        _Arms(candidate, trial, rule, schedule, world.seed) if rule else None
-        for world in worlds
-    ]
+    arms = [_Arms(candidate, trial, rule, schedule, world.seed) if rule else None for world in worlds]
     reached = np.zeros(len(worlds))
 
     def record(*_: Any) -> None:

@@ -23,9 +23,9 @@ LATEST = 60  # intervals that labels come late, at most
 class Cases(Prices):
     """One rollout per lane, arrays of shape (lanes,); `rates` and `ratios` have shape (3, lanes), by METRICS.
 
-    `requests` per interval swing by `swing` over `period` intervals; with a `fresh` baseline it is that which the canary
-    is compared to, with as much traffic, else all other traffic is. Prices as in `LearnedRollout`; `gain_usd` counts where
-    nothing is worse.
+    `requests` per interval swing by `swing` over `period` intervals; with a `fresh` baseline it is that which the
+    canary is compared to, with as much traffic, else all other traffic is. Prices as in `LearnedRollout`; `gain_usd`
+    counts where nothing is worse.
     """
 
     requests: np.ndarray
@@ -125,8 +125,8 @@ class Simulation:
         n = np.stack([load * np.where(cases.fresh, share, 1 - share), load * share])
         n = rng.poisson(n)
         common = 1 + 0.4 * np.sin(self.t / 10 + cases.phase)
-        rates = np.minimum(cases.rates * common, 1.0)[:, None] * np.stack([np.ones_like(cases.ratios), cases.ratios], 1)
-        rates = np.minimum(rates, 1.0)
+        ratios = np.stack([np.ones_like(cases.ratios), cases.ratios], axis=1)
+        rates = np.minimum((cases.rates * common)[:, None] * ratios, 1.0)
         labelled = rng.binomial(n, cases.labelled)
         bad = rng.binomial(np.stack([n, n, labelled]), rates)
         slot, lanes = self.t % len(self._late), np.arange(len(cases))
@@ -146,7 +146,9 @@ class Simulation:
         cases = self._cases
         left = np.maximum(cases.horizon - self.t, 0) * cases.requests
         wrong = np.select(
-            [outcome == PROMOTE, outcome == ABORT], [np.maximum(-self._worth, 0), np.maximum(self._worth, 0)], 0.0
+            [outcome == PROMOTE, outcome == ABORT],
+            [np.maximum(-self._worth, 0), np.maximum(self._worth, 0)],
+            0.0,
         )
         return np.asarray(left * wrong)
 
@@ -154,8 +156,8 @@ class Simulation:
 def followed(
     cases: Cases, rule: Rule, schedule: AnySchedule | None, seed: int, most: float = 0.5
 ) -> dict[str, np.ndarray]:
-    """What rollouts under a rule lose beside knowing the version: `usd`, `outcome` (index of OUTCOMES; continue: none until
-    the horizon) and `minutes` until then, by lane."""
+    """What rollouts under a rule lose beside knowing the version: `usd`, `outcome` (index of OUTCOMES; continue: none
+    until the horizon) and `minutes` until then, by lane."""
     simulation = Simulation(cases.at(np.arange(len(cases))), seed)
     judge, weights = begun(rule, schedule)
     usd, outcome = np.zeros(len(cases)), np.zeros(len(cases), int)

@@ -88,8 +88,8 @@ class Version(Spec, frozen=True, kw_only=True, omit_defaults=True):
     """A generation of a service's model and where it comes from.
 
     `version` is what the registry numbers it, empty in a draft; `parents` are versions that it was made from or is to
-    replace; `metrics` are overall, `slices` per group (as "sex=1"), `paired` beside the champion; `artifact` says where the model is. Metric names
-    that end in `_ms`, `_s` or `_usd` have these units.
+    replace; `metrics` are overall, `slices` per group (as "sex=1"), `paired` beside the champion; `artifact` says where
+    the model is. Metric names that end in `_ms`, `_s` or `_usd` have these units.
     """
 
     service: str

@@ -1,9 +1,10 @@
 """A rollout: a challenger beside the champion, judged interval by interval, until it goes out or back by itself.
 
 The ledger is its memory. The alias `challenger` says that a rollout is under way, and the entry that moved it by which
-terms; every interval's counts are an entry with the verdict on them; the end is a promotion or rollback with all of it as
-evidence, after which the alias is withdrawn. A process that dies in between leaves nothing half done for long: `step` and
-`resume` first read what is there, and every change may be repeated. One that comes in beside another is refused.
+terms; every interval's counts are an entry with the verdict on them; the end is a promotion or rollback with all of it
+as evidence, after which the alias is withdrawn. A process that dies in between leaves nothing half done for long:
+`step` and `resume` first read what is there, and every change may be repeated. One that comes in beside another is
+refused.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ class Rollout:
         with self._alone():
             begin = self._begin()
             if begin is not None and begin.new_version != version:
-                raise RefusedError(f"{self._service}: version {begin.new_version} is on trial; end that first")
+                raise RefusedError(
+                    f"{self._service}: version {begin.new_version} is on trial; end that first"
+                )
             if begin is None:
                 if CHALLENGER in self._versions.registry.aliases(self._service):
                     self._withdraw(self._who(terms), "was set without terms to judge it by", {})
@@ -84,11 +87,15 @@ class Rollout:
         with self._alone():
             begin, steps = self._known()
             if interval is not None and interval > len(steps):
-                raise SpecError(f"{self._service}: interval {interval} came before {len(steps)}, the next one")
+                raise SpecError(
+                    f"{self._service}: interval {interval} came before {len(steps)}, the next one"
+                )
             if not _decided(steps) and interval in (None, len(steps)):
                 judge, weights, _ = self._replayed(begin, steps)
                 verdict = judge.judge(seen)
-                self._record(begin, verdict.outcome, verdict.reason, float(weights.weight(seen)), _plain(seen))
+                self._record(
+                    begin, verdict.outcome, verdict.reason, float(weights.weight(seen)), _plain(seen)
+                )
             return self._go_on()
 
     def decide(self, outcome: Literal["promote", "abort"], actor: Actor, reason: str) -> Progress:
@@ -152,7 +159,9 @@ class Rollout:
             return champion
         before = self._versions.earlier(self._service)
         if not before:
-            raise SpecError(f"{self._service}: version {version} serves, and there is none before it to judge it by")
+            raise SpecError(
+                f"{self._service}: version {version} serves, and there is none before it to judge it by"
+            )
         return before[-1]
 
     def _who(self, terms: Terms) -> Actor:
@@ -160,7 +169,13 @@ class Rollout:
 
     # --- what is done ------------------------------------------------------------------------------------------
     def _record(
-        self, begin: Entry, outcome: str, reason: str, share: float, evidence: dict[str, Any], by: Actor | None = None
+        self,
+        begin: Entry,
+        outcome: str,
+        reason: str,
+        share: float,
+        evidence: dict[str, Any],
+        by: Actor | None = None,
     ) -> None:
         self._versions.ledger.append(
             Record(

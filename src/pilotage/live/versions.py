@@ -243,7 +243,9 @@ class Versions:
             return about
         try:
             verdict = judged(gate, self.registry.version(service, now), candidate)
-        except MissingError:  # the champion was deleted: nothing is known that the new one could be worse than
+        except (
+            MissingError
+        ):  # the champion was deleted: nothing is known that the new one could be worse than
             return about
         fairness = about.fairness | written(gate, verdict)
         if override is not None:
