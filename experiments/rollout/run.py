@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from pilotage.control.canary import ABORT, PROMOTE, Argo, EProcess, Flagger, Kayenta, Rule
-from pilotage.control.rollout import AnySchedule, ExpectedDollars, FixedSteps, Sequential, rollout_from
+from pilotage.control.rollout import AnySchedule, ExpectedDollars, FixedSteps, Sequential, begun, rollout_from
 from pilotage.engine.rollouts import Cases, followed
 from pilotage.evaluate import interval, ratio_interval
 from pilotage.results import as_csv, provenance, write_whole
@@ -85,7 +85,7 @@ def dollars(seed: int, runs: int) -> tuple[list[dict], dict[str, np.ndarray]]:
         cases = market(np.random.default_rng([seed, 88, k]), runs, *facts)
         bad = cases.worth < 0
         for rule, (spec, schedule) in contenders(facts[1]).items():
-            ends = followed(cases, spec, schedule, seed + k)
+            ends = followed(cases, *begun(spec, schedule), seed + k)
             found, usd = interval(ends["usd"]), ends["usd"]
             lost.setdefault(rule, []).append(usd / cases.stakes_usd)
             rows.append(

@@ -197,11 +197,12 @@ def test_the_belief_is_bayes_rule_by_hand() -> None:
     shares = np.array(GRID) * 100 / (np.array(GRID) * 100 + 1900)
     likelihood = shares**3 * (1 - shares) ** 10
     worse = np.array(GRID) > 1
-    prior = np.where(worse, policy.prior_bad / worse.sum(), (1 - policy.prior_bad) / 6)
-    prior[GRID.index(1.0)] = (1 - policy.prior_bad) / 2
+    good = (1 - policy.prior_bad) ** (1 / 3)
+    prior = np.where(worse, (1 - good) / worse.sum(), good / 6)
+    prior[GRID.index(1.0)] = good / 2
     bad = (prior * likelihood)[worse].sum() / (prior * likelihood).sum()
     assert of["errors_odds"] == pytest.approx(np.log(bad / (1 - bad)), abs=1e-4)
-    assert of["slow_odds"] == pytest.approx(np.log(policy.prior_bad / (1 - policy.prior_bad)), abs=1e-3)
+    assert of["slow_odds"] == pytest.approx(np.log((1 - good) / good), abs=1e-3)
     assert of["errors_tells"] == pytest.approx(np.log(2000 * 10.5 / 1901), abs=1e-3)  # 100 requests are 5 %
     assert of["labels"] == 0
     assert of["left"] == pytest.approx(np.log1p(239))

@@ -8,7 +8,7 @@ import pytest
 from pilotage.control.canary import ABORT, PROMOTE, EProcess, Flagger
 from pilotage.control.learned_rollout import ACTIONS, FEATURES
 from pilotage.control.network import Forward
-from pilotage.control.rollout import ExpectedDollars, FixedSteps, rollout_from
+from pilotage.control.rollout import ExpectedDollars, FixedSteps, begun, rollout_from
 from pilotage.engine.rollouts import Simulation, cases_at_random, followed
 
 rollouts = pytest.importorskip("pilotage.agents.rollouts")
@@ -20,11 +20,12 @@ def cases():
 
 
 def over_stakes(cases, rule, schedule=None) -> float:
-    return float(np.mean(followed(cases, rule, schedule, 1)["usd"] / cases.stakes_usd))
+    return float(np.mean(followed(cases, *begun(rule, schedule), 1)["usd"] / cases.stakes_usd))
 
 
 def test_a_decision_costs_what_it_costs_until_the_horizon(cases) -> None:
-    at_once = followed(cases, Flagger(threshold=1000, min_success=0.0, passes=1), FixedSteps(steps=(0.1,)), 1)
+    blindly = Flagger(threshold=1000, min_success=0.0, passes=1)
+    at_once = followed(cases, *begun(blindly, FixedSteps(steps=(0.1,))), 1)
     quiet = at_once["minutes"] > 1  # no request of the canary in the first minute
     assert np.mean(quiet) < 0.2
     worth, load = cases.worth[~quiet], (cases.requests * (1 + cases.swing * np.sin(cases.phase)))[~quiet]
@@ -32,7 +33,7 @@ def test_a_decision_costs_what_it_costs_until_the_horizon(cases) -> None:
     rest = (cases.horizon - 1)[~quiet] * cases.requests[~quiet] * np.maximum(-worth, 0)
     np.testing.assert_allclose(at_once["usd"][~quiet], first + rest)
     assert set(at_once["outcome"][~quiet]) == {PROMOTE}
-    never = followed(cases, EProcess(alpha=1e-300), FixedSteps(steps=(0.1,)), 1)
+    never = followed(cases, *begun(EProcess(alpha=1e-300), FixedSteps(steps=(0.1,))), 1)
     trial = never["usd"] - cases.trial_usd * cases.horizon
     mean = cases.requests * cases.horizon * np.where(cases.worth < 0, -0.1 * cases.worth, 0.9 * cases.worth)
     even = cases.swing < 0.2

@@ -154,17 +154,8 @@ def train(settings: Settings, progress: Progress = lambda steps, lost: None) -> 
 
 def loss_of(scores: Callable[[np.ndarray], np.ndarray], cases: Cases, seed: int = 0) -> float:
     """Mean loss over the stakes of what scores actions by FEATURES and knows every rollout's own prices."""
-    return float(np.mean(followed(cases, _Priced(scores, cases), None, seed)["usd"] / cases.stakes_usd))
-
-
-class _Priced:
-    """A policy as a rule, every lane with prices of its own."""
-
-    def __init__(self, scores: Callable[[np.ndarray], np.ndarray], cases: Cases) -> None:
-        self._scores, self._cases = scores, cases
-
-    def begin(self) -> Learned:
-        return Learned(self._scores, self._cases)
+    policy = Learned(scores, cases)
+    return float(np.mean(followed(cases, policy, policy, seed)["usd"] / cases.stakes_usd))
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -176,7 +167,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     tells: float = 3.0
-    slow: float = 15.0
+    slow: float = 40.0
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         of = {name: rows[:, k : k + 1] for k, name in enumerate(FEATURES)}

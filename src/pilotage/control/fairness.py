@@ -264,10 +264,8 @@ def counts_of(
             raise ValueError(
                 f"{name} has shape {np.shape(values)}; valid: that of the labels, {np.shape(labels)}"
             )
-    binary = [
-        _binary(*pair) for pair in (("labels", labels), ("champion", champion), ("candidate", candidate))
-    ]
-    names, _, counts = _cells(*binary, np.asarray(groups))
+    answers = _binary("champion", champion), _binary("candidate", candidate)
+    names, _, counts = _cells(_binary("labels", labels), *answers, np.asarray(groups))
     return {str(name): tuple(map(int, row)) for name, row in zip(names, counts, strict=True)}
 
 

@@ -131,8 +131,9 @@ class _Sequential(Judge):
                 judged & dear, lambda: f"cost: above {rule.max_cost_ratio:g} times the champion's a request"
             )
         over, quiet = self._taken >= rule.deadline, (requests[0] == 0) | (requests[1] == 0)
-        fails = {"abort": True, "likelier": doubted}.get(rule.at_deadline, False)
-        passes = {"promote": True, "likelier": ~doubted}.get(rule.at_deadline, False)
+        likelier = rule.at_deadline == "likelier"
+        fails = doubted if likelier else np.asarray(rule.at_deadline == "abort")
+        passes = ~doubted if likelier else np.asarray(rule.at_deadline == "promote")
         out = outcomes_of(
             self._aborted | (over & fails & ~enough),
             (enough & ~quiet) | (over & passes & known),

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from pilotage.control.canary import ABORT, METRICS, PROMOTE, Arm, Evidence, Rule
+from pilotage.control.canary import ABORT, METRICS, PROMOTE, Arm, Evidence, Judge
 from pilotage.control.learned_rollout import Prices
-from pilotage.control.rollout import AnySchedule, begun
 
 LATEST = 60  # intervals that labels come late, at most
 
@@ -153,17 +152,15 @@ class Simulation:
         return np.asarray(left * wrong)
 
 
-def followed(
-    cases: Cases, rule: Rule, schedule: AnySchedule | None, seed: int, most: float = 0.5
-) -> dict[str, np.ndarray]:
-    """What rollouts under a rule lose beside knowing the version: `usd`, `outcome` (index of OUTCOMES; continue: none
-    until the horizon) and `minutes` until then, by lane."""
+def followed(cases: Cases, judge: Judge, weights: Any, seed: int) -> dict[str, np.ndarray]:
+    """What rollouts lose beside knowing the version, under what judges them and what says their share (see
+    `control.rollout.begun`): `usd`, `outcome` (index of OUTCOMES; continue: none until the horizon) and `minutes` until
+    then, by lane."""
     simulation = Simulation(cases.at(np.arange(len(cases))), seed)
-    judge, weights = begun(rule, schedule)
     usd, outcome = np.zeros(len(cases)), np.zeros(len(cases), int)
     minutes, seen = cases.horizon.astype(float), None
     for t in range(int(cases.horizon.max())):
-        share = np.minimum(np.broadcast_to(weights.weight(seen), len(cases)), most)
+        share = np.broadcast_to(weights.weight(seen), len(cases))
         going = (outcome == 0) & (t < cases.horizon)
         seen, lost = simulation.step(share)
         usd += np.where(going, lost, 0.0)

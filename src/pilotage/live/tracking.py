@@ -112,14 +112,15 @@ class Tracked:
         labels, answers = np.asarray(labels), np.asarray(answers)
         beside = answers if champion is None else np.asarray(champion)
         everybody = counts_of(labels, beside, answers, np.zeros(labels.shape, int))
-        for feature, group in {None: None, **groups}.items():
-            found = everybody if feature is None else counts_of(labels, beside, answers, np.asarray(group))
-            for name, counts in found.items():
-                for metric, (share, n) in rates_of(counts).items():
-                    shown = "error_rate" if metric == METRICS[0] else metric
-                    self.metric(shown, share, n=n, group=None if feature is None else f"{feature}={name}")
-            if feature is not None and champion is not None:
-                self._counts[feature] = found
+        by_feature = {name: counts_of(labels, beside, answers, np.asarray(of)) for name, of in groups.items()}
+        parts: list[tuple[str | None, tuple[int, ...]]] = [(None, counts) for counts in everybody.values()]
+        for feature, found in by_feature.items():
+            parts += [(f"{feature}={group}", counts) for group, counts in found.items()]
+        for where, counts in parts:
+            for metric, (share, n) in rates_of(counts).items():
+                self.metric("error_rate" if metric == METRICS[0] else metric, share, n=n, group=where)
+        if champion is not None:
+            self._counts |= by_feature
 
     def artifact(self, path: Path | str) -> None:
         """The file or folder of the trained model, of which the digest is kept."""
