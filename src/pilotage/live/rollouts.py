@@ -77,7 +77,7 @@ class Rollout:
                 self._versions.promote(
                     self._service, version, actor=self._who(terms), reason=reason, alias=CHALLENGER, decision=about
                 )  # fmt: skip
-            return self._go_on()
+            return self._go_on(*self._known())
 
     def step(self, seen: Evidence, interval: int | None = None) -> Progress:
         """Takes the counts of one more interval and acts on the verdict. `interval` is its number, from 0 (None: the
@@ -93,23 +93,23 @@ class Rollout:
             if not _decided(steps) and interval in (None, len(steps)):
                 judge, weights, _ = self._replayed(begin, steps)
                 verdict = judge.judge(seen)
-                self._record(
-                    begin, verdict.outcome, verdict.reason, float(weights.weight(seen)), _plain(seen)
-                )
-            return self._go_on()
+                share = float(weights.weight(seen))
+                steps.append(self._record(begin, verdict.outcome, verdict.reason, share, _plain(seen)))
+            return self._go_on(begin, steps)
 
     def decide(self, outcome: Literal["promote", "abort"], actor: Actor, reason: str) -> Progress:
         """Ends a rollout by somebody's decision; SpecError if none is under way."""
         with self._alone():
             begin, steps = self._known()
             if not _decided(steps):
-                self._record(begin, outcome, reason, 0.0, {}, actor)
-            return self._go_on()
+                steps.append(self._record(begin, outcome, reason, 0.0, {}, actor))
+            return self._go_on(begin, steps)
 
     def resume(self) -> Progress | None:
         """What a process does first that may have died here before; None if no rollout is under way."""
         with self._alone():
-            return None if self._begin() is None else self._go_on()
+            begin = self._begin()
+            return None if begin is None else self._go_on(begin, self._steps(begin))
 
     def follow(self, measured: Iterable[Evidence]) -> Progress | None:
         """Steps through measurements until the end of the rollout, or of these."""
@@ -136,8 +136,11 @@ class Rollout:
         begin = self._begin()
         if begin is None:
             raise SpecError(f"{self._service}: no rollout is under way; begin one")
+        return begin, self._steps(begin)
+
+    def _steps(self, begin: Entry) -> list[Entry]:
         later = self._versions.ledger.entries(self._service, since=begin.time)
-        return begin, [e for e in later if e.kind == STEP and e.subject.get("rollout") == begin.seq]
+        return [e for e in later if e.kind == STEP and e.subject.get("rollout") == begin.seq]
 
     @staticmethod
     def _replayed(begin: Entry, steps: list[Entry]) -> tuple[Any, Any, float]:
@@ -176,22 +179,22 @@ class Rollout:
         share: float,
         evidence: dict[str, Any],
         by: Actor | None = None,
-    ) -> None:
-        self._versions.ledger.append(
+    ) -> Entry:
+        return self._versions.ledger.append(
             Record(
                 kind=STEP, outcome="observed", service=self._service, actor=by or begin.actor, reason=reason,
                 expected_version=begin.decision["champion"], new_version=begin.new_version,
                 subject={"rollout": begin.seq}, decision={"outcome": outcome, "share": share}, evidence=evidence,
             )
-        )  # fmt: skip
+        )[0]  # fmt: skip
 
-    def _go_on(self) -> Progress:
+    def _go_on(self, begin: Entry, steps: list[Entry]) -> Progress:
         """Lets the world be as the ledger says it should."""
-        begin, steps = self._known()
         _, _, share = self._replayed(begin, steps)
         last = steps[-1] if steps else None
         progress = Progress(
-            challenger=str(begin.new_version), champion=begin.decision["champion"], intervals=len(steps),
+            challenger=str(begin.new_version), champion=begin.decision["champion"],
+            intervals=sum(bool(e.evidence) for e in steps),
             outcome=last.decision["outcome"] if last else "continue", share=share,
             reason=last.reason if last else "begun",
         )  # fmt: skip
