@@ -54,6 +54,7 @@ reproduce: $(STAMP) bench
 	$(BIN)/python experiments/retraining/run.py --data $(DATA)
 	$(BIN)/python experiments/fleet_lifecycle/run.py
 	$(BIN)/python experiments/canary/run.py
+	$(BIN)/python experiments/rollout/run.py
 	$(BIN)/python experiments/rollback/run.py
 	$(BIN)/python experiments/bias_gate/run.py --data $(DATA)
 	$(BIN)/python experiments/explain/run.py

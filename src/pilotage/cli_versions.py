@@ -1,4 +1,4 @@
-"""The commands of version control: history, compare, rollback, track. They load neither simulator nor trainers."""
+"""The commands of version control, which load neither simulator nor trainers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pilotage.console import AsJson, fail, print_json
 from pilotage.world.spec import SpecError
 
 if TYPE_CHECKING:
+    from pilotage.control.fairness import FairnessGate
     from pilotage.live.entries import Entry
     from pilotage.live.registries import Registry, Version
     from pilotage.live.versions import Versions
@@ -35,14 +36,28 @@ Where = Annotated[
         help="URL of an MLflow server, or a folder (default: --home)",
     ),
 ]
+Gate = Annotated[
+    str,
+    typer.Option(
+        "--gate", help="the bias gate and its limits, as fairness-gate:wider_gap=0.02,small_groups=hold"
+    ),
+]
 _HOME = Path(".pilotage")
+_GATE = "fairness-gate:small_groups=report"
 
 
-def _versions(home: Path, registry: str | None) -> Versions:
+def _versions(home: Path, registry: str | None, gate: str = _GATE) -> Versions:
     from pilotage.live.ledger import Ledger
     from pilotage.live.versions import Versions
 
-    return Versions(Ledger(home), _registry(home, registry))
+    return Versions(Ledger(home), _registry(home, registry), gate=_gate(gate))
+
+
+def _gate(text: str) -> FairnessGate:
+    from pilotage.control.fairness import FairnessGate
+    from pilotage.world.spec import named
+
+    return named(text, {"fairness-gate": FairnessGate}, "--gate", "nothing, for the default")
 
 
 def _registry(home: Path, registry: str | None) -> Registry:
@@ -126,6 +141,7 @@ def history(
 def compare(
     a: Annotated[str, typer.Argument(help="SERVICE:VERSION or SERVICE@ALIAS, as fraud:3 or fraud@champion")],
     b: Annotated[str, typer.Argument(help="the other one")],
+    gate: Gate = _GATE,
     home: Home = _HOME,
     registry: Where = None,
     as_json: AsJson = False,
@@ -137,7 +153,7 @@ def compare(
 
     with _reported():
         where = _registry(home, registry)
-        result = side_by_side(_named(where, a), _named(where, b))
+        result = side_by_side(_named(where, a), _named(where, b), _gate(gate))
     if as_json:
         print_json(msgspec.to_builtins(result))
         return
@@ -147,8 +163,9 @@ def compare(
             sure = f" [{row.low:.4g}, {row.high:.4g}]" if row.low is not None else ""
             change = f"{row.difference:+.4g}{sure}" if row.difference is not None else "-"
             print(f"{part + ' ' if part else ''}{row.metric}: {one} -> {other}, {change}, {row.verdict}")
-    for gap in result.gaps:
-        print(f"gap of {gap.metric} by {gap.feature}: {gap.a:.4g} -> {gap.b:.4g}, {gap.verdict}")
+    for check in result.gate.checks:
+        told = "within its limit" if check.passed else "not shown to be within its limit"
+        print(f"{check.feature}, {check.what}: {check.champion:.4g} -> {check.candidate:.4g}, {told}")
     if result.attention is not None:
         print(f"what they look at: {100 * result.attention.moved:.1f} % of all contributions have moved")
         for name, (share_a, share_b) in list(result.attention.inputs.items())[:5]:
@@ -157,6 +174,34 @@ def compare(
         print(f"{what}: {one or '-'} -> {other or '-'}")
     words = {"a": f"keep {result.a}", "b": f"prefer {result.b}", "undecided": "undecided: keep what runs"}
     print(f"recommendation: {words[result.recommendation]}; " + "; ".join(result.reasons))
+
+
+@app.command()
+def promote(
+    service: Service,
+    version: Annotated[str, typer.Argument(help="the version that is to serve")],
+    reason: Annotated[str, typer.Option(help="why; kept in the ledger")] = "promotion by hand",
+    override: Annotated[
+        str | None, typer.Option(help="why the bias gate should not stop it; kept in the ledger")
+    ] = None,
+    alias: Annotated[str, typer.Option()] = "champion",
+    gate: Gate = _GATE,
+    home: Home = _HOME,
+    registry: Where = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let a version serve in the champion's place, if the bias gate has nothing against it."""
+    from pilotage.live.tracking import whoever
+
+    with _reported():
+        versions = _versions(home, registry, gate)
+        done = versions.promote(
+            service, version, actor=whoever(), reason=reason, alias=alias, override=override
+        )
+    if as_json:
+        print_json(_row(done))
+    else:
+        _moved(service, alias, done)
 
 
 @app.command()
@@ -180,10 +225,7 @@ def rollback(
     if as_json:
         print_json(_row(done))
         return
-    print(
-        f"{service}@{alias}: version {done.expected_version} -> {done.new_version}, entry {done.seq} of the ledger; "
-        f"target: {done.response.get('target', 'follows the alias')}"
-    )
+    _moved(service, alias, done)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -215,6 +257,13 @@ def track(
         print_json({"service": service, "version": done.registered})
     else:
         print(f"registered {service}:{done.registered}")
+
+
+def _moved(service: str, alias: str, done: Entry) -> None:
+    print(
+        f"{service}@{alias}: version {done.expected_version} -> {done.new_version}, entry {done.seq} of the ledger; "
+        f"target: {done.response.get('target', 'follows the alias')}"
+    )
 
 
 def _named(registry: Registry, text: str) -> Version:

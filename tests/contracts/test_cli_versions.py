@@ -56,11 +56,15 @@ DIFFERENCE = {
 COMPARISON = {
     "type": "object",
     "additionalProperties": False,
-    "required": ["a", "b", "metrics", "slices", "gaps", "lineage", "recommendation", "reasons"],
+    "required": ["a", "b", "metrics", "slices", "gate", "lineage", "recommendation", "reasons"],
     "properties": {
         "a": TEXT, "b": TEXT, "metrics": {"type": "array", "items": DIFFERENCE},
         "slices": {"type": "object", "additionalProperties": {"type": "array", "items": DIFFERENCE}},
-        "gaps": {"type": "array"}, "lineage": {"type": "object"}, "recommendation": {"enum": ["a", "b", "undecided"]},
+        "gate": {
+            "type": "object", "required": ["outcome", "reason", "checks", "insufficient", "groups"],
+            "properties": {"outcome": {"enum": ["pass", "block", "insufficient"]}, "reason": TEXT},
+        },
+        "lineage": {"type": "object"}, "recommendation": {"enum": ["a", "b", "undecided"]},
         "reasons": {"type": "array", "items": TEXT, "minItems": 1},
     },
 }  # fmt: skip
@@ -134,6 +138,26 @@ def test_every_command_tells_people(home: Path) -> None:
     assert "version 2 -> 1" in pilotage("rollback", "fraud", cwd=home).stdout
 
 
+def test_the_bias_gate_stops_a_promotion_unless_somebody_says_why(home: Path) -> None:
+    versions = Versions(Ledger(home / ".pilotage"), Folder(path=str(home / ".pilotage")))
+    worse = {f"sex={k}": {"accuracy": Measure(value=0.9 - k / 10, n=2000)} for k in (0, 1)}
+    versions.add(
+        Version(service="fraud", slices=worse), actor=Actor(kind="human", name="ann"), reason="training"
+    )
+    compared = asked("compare", "fraud:2", "fraud:3", home=home, schema=COMPARISON)
+    assert (compared["gate"]["outcome"], compared["recommendation"]) == ("block", "a")
+    said = refused("promote", "fraud", "3", home=home, code=1)
+    assert "bias gate, block: sex: error of group 1 went from 0.1000 to 0.2000" in said
+    assert "wider_gap" in refused("promote", "fraud", "3", "--gate", "fairness-gate:wider_gap=x", home=home)
+    assert "fairness-gate" in refused("compare", "fraud:2", "fraud:3", "--gate", "fair", home=home)
+    loose = ("--gate", "fairness-gate:worse_error=0.2,wider_gap=0.2,small_groups=report")
+    assert "blocks" not in pilotage("compare", "fraud:2", "fraud:3", *loose, cwd=home).stdout
+    done = asked("promote", "fraud", "3", "--override", "law", home=home, schema=ENTRY)
+    assert (done["expected_version"], done["new_version"], done["outcome"]) == ("2", "3", "applied")
+    told = pilotage("promote", "fraud", "1", "--reason", "older", cwd=home)
+    assert "version 3 -> 1" in told.stdout, told.stderr
+
+
 def test_a_ledger_that_was_changed_ends_with_3(home: Path) -> None:
     path = home / ".pilotage" / "ledger.jsonl"
     whole = path.read_text()
@@ -192,7 +216,7 @@ def test_the_commands_load_neither_simulator_nor_trainers_nor_mlflow(home: Path)
     )
     for command in (
         ["history", "fraud", "--verify"], ["compare", "fraud:1", "fraud:2"], ["rollback", "fraud"],
-        ["track", "--service", "fraud", "--", "true"],
+        ["promote", "fraud", "2"], ["track", "--service", "fraud", "--", "true"],
     ):  # fmt: skip
         text = (
             f"import sys\nsys.argv = {['pilotage', *command]!r}\nfrom pilotage.cli import main\n"

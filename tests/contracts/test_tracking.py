@@ -13,13 +13,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from pilotage.control.fairness import FairnessGate
 from pilotage.live.compare import compare, direction, wilson
+from pilotage.live.entries import Actor
 from pilotage.live.ledger import Ledger
 from pilotage.live.registries import Code, Data, Folder, Measure, Parameter, Version
 from pilotage.live.tracking import code, describe, digest_of, run, track
-from pilotage.live.versions import Versions
+from pilotage.live.versions import RefusedError, Versions
 from pilotage.world.spec import SpecError
 
+ANN = Actor(kind="human", name="ann")
 TEST = (Data(name="test.csv", digest="ee", role="test"),)
 
 
@@ -197,7 +200,58 @@ def test_a_group_that_suffers_stops_a_gain_and_small_groups_say_nothing() -> Non
     found = compare(old, worse)
     assert found.recommendation == "a"
     assert any("accuracy in sex=2 is worse" in reason for reason in found.reasons)
-    assert [(g.feature, g.verdict, round(g.b, 3)) for g in found.gaps] == [("sex", "wider", 0.075)]
+    assert found.gate.outcome == "block"
+    assert any(
+        "the bias gate blocks: sex: gap in accuracy went from 0.0000 to 0.0750" in r for r in found.reasons
+    )
+    assert found.gate.insufficient == ("race 9 (accuracy of 20)",)
+    small = sliced("3", 0.92, {"race=9": (0.3, 20)})  # a group in which nothing can be told, alone
+    assert compare(old, small).gate.outcome == "insufficient"
+
+
+def test_answers_to_the_same_requests_are_judged_together(versions: Versions) -> None:
+    """What is recorded of a training decides its promotion: a group that suffers stops it, with figures and reasons in
+    the ledger, and a reason of somebody's own lets it through."""
+    rng = np.random.default_rng(0)
+    labels, sex = rng.integers(0, 2, 8000), rng.choice(["1", "2"], 8000)
+    old = labels ^ (rng.random(8000) < 0.15)
+    honest = np.where(rng.random(8000) < 0.002, 1 - old, old)
+    unfair = np.where((sex == "2") & (labels == 1) & (rng.random(8000) < 0.2), 0, old)
+    for answers, champion in ((old, None), (honest, old), (unfair, old)):
+        with track("fraud", versions) as tracked:
+            tracked.answers(labels, answers, {"sex": sex}, champion)
+        if champion is None:
+            versions.promote("fraud", tracked.registered, actor=ANN, reason="the first")
+    kept = [versions.registry.version("fraud", number) for number in ("1", "2", "3")]
+    assert kept[0].paired is None
+    assert kept[1].paired is not None
+    assert kept[1].paired.against == "1"
+    error = kept[2].slices["sex=2"]["error_rate"]
+    assert (error.value, error.n) == (np.mean((unfair != labels)[sex == "2"]), (sex == "2").sum())
+    assert kept[2].metrics["selection_rate"].value == unfair.mean()
+    with pytest.raises(RefusedError, match="bias gate, block: sex"):
+        versions.promote("fraud", "3", actor=ANN, reason="newer")
+    refused = versions.ledger.entries("fraud", last=1)[0]
+    assert (refused.outcome, refused.fairness["outcome"]) == ("refused", "block")
+    assert not refused.fairness["checks"][0]["passed"]
+    assert {row["group"] for row in refused.fairness["groups"]} == {"1", "2"}
+    assert versions.registry.aliases("fraud") == {"champion": "1"}
+    done = versions.promote("fraud", "2", actor=ANN, reason="newer")
+    assert versions.ledger.entry(done.of).fairness["outcome"] == "pass"
+    versions.rollback("fraud", actor=ANN, reason="back")
+    done = versions.promote("fraud", "3", actor=ANN, reason="newer", override="the old one leaks data")
+    intent = versions.ledger.entry(done.of)
+    assert (intent.fairness["outcome"], intent.fairness["override"]) == ("block", "the old one leaks data")
+    versions.rollback("fraud", actor=ANN, reason="back")  # the way back asks nothing
+    open_ = Versions(versions.ledger, versions.registry, gate=None)
+    assert open_.promote("fraud", "3", actor=ANN, reason="no gate").outcome == "applied"
+    hold = Versions(versions.ledger, versions.registry, gate=FairnessGate())
+    with track("fraud", versions) as tracked:
+        tracked.metric("accuracy", 0.9, n=1000)
+    with pytest.raises(RefusedError, match="insufficient: nothing was measured"):
+        hold.promote("fraud", tracked.registered, actor=ANN, reason="newer")
+    with pytest.raises(ValueError, match="other values than 0 and 1"):
+        tracked.answers(labels + 1, labels, {})
 
 
 def test_lineage_and_test_data_are_told_apart() -> None:
@@ -219,7 +273,8 @@ def test_lineage_and_test_data_are_told_apart() -> None:
     [
         ("val_accuracy", "higher"), ("roc_auc", "higher"), ("neg_log_loss", "higher"), ("log_loss", "lower"),
         ("brier_score", "lower"), ("latency_p95_ms", "lower"), ("total_usd", "lower"), ("RMSE", "lower"),
-        ("training_s", "unknown"), ("template", "unknown"), ("slate", "unknown"),
+        ("error_rate", "lower"), ("false_positive_rate", "lower"), ("true_positive_rate", "higher"),
+        ("selection_rate", "unknown"), ("training_s", "unknown"), ("template", "unknown"), ("slate", "unknown"),
     ],
 )  # fmt: skip
 def test_the_direction_of_a_metric_is_in_its_name(metric: str, wanted: str) -> None:

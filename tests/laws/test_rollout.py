@@ -9,13 +9,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pilotage.control.canary import OUTCOMES, Argo, Arm, EProcess, Evidence, Flagger, Kayenta, Msprt, ZTest
-from pilotage.control.rollout import AnyRule, ExpectedDollars, FixedSteps, Sequential
+from pilotage.control.learned_rollout import ACTIONS, FEATURES, GRID, SHARES, Belief, LearnedRollout
+from pilotage.control.network import Network
+from pilotage.control.rollout import AnyRule, ExpectedDollars, FixedSteps, Sequential, rollout_from
 from pilotage.control.sequential import CountEvidence, ExactSpending
 from pilotage.world.spec import SpecError
+
+
+def at_random(seed: int) -> LearnedRollout:
+    """A policy whose network says anything, now and then to go out or back."""
+    rng = np.random.default_rng(seed)
+
+    def rows(*shape: int) -> tuple[tuple[float, ...], ...]:
+        return tuple(map(tuple, rng.normal(0, 0.5, shape).tolist()))
+
+    sizes = (len(FEATURES), 6, ACTIONS)
+    biases = ((0.0,) * 6, (*rng.normal(0, 1, len(SHARES)).tolist(), -0.5, -0.5))
+    return LearnedRollout(
+        network=Network(
+            mean=(0.0,) * sizes[0], scale=(1.0,) * sizes[0], clip=5.0, weights=(rows(6, sizes[0]), rows(ACTIONS, 6)),
+            biases=biases,
+        )
+    )  # fmt: skip
+
 
 RULES = (
     Flagger(threshold=3), Argo(failure_limit=2), Kayenta(every=4, lifetime=8), ZTest(at=5), ZTest(peek_from=2), Msprt(),
     EProcess(), Sequential(deadline=6), Sequential(errors=1.0, slow=0.0, wrong=0.0, latency=0.0, min_requests=20),
+    Sequential(deadline=4, at_deadline="likelier", min_requests=20), at_random(1), at_random(2),
 )  # fmt: skip
 
 
@@ -133,6 +154,12 @@ def test_our_rule_promotes_a_good_canary_aborts_a_bad_one_and_says_why() -> None
     assert last(rule.replace(at_deadline="promote"), 10, 0, 0, 100).outcome == "promote"
     assert last(rule.replace(at_deadline="abort"), 10, 0, 0, 100).outcome == "abort"
     assert last(Sequential(), 1000, 10, 10, 59).outcome == "continue"  # no label has come
+    doubted = last(rule.replace(at_deadline="likelier", min_requests=20, deadline=9), 100, 4, 8, 9)
+    assert (doubted.outcome, doubted.reason[:17]) == ("abort", "after 9 intervals")
+    assert (
+        last(rule.replace(at_deadline="likelier", min_requests=20, deadline=9), 100, 4, 4, 9).outcome
+        == "promote"
+    )
     dear = last(rule.replace(max_cost_ratio=1.2), 1000, 0, 0, 1, usd=1.0)
     assert (dear.outcome, dear.reason[:4]) == ("abort", "cost")
     late = last(Sequential(), 1000, 0, 0, 5, labelled=0, wrong=0, slow=100)
@@ -160,3 +187,50 @@ def test_rules_are_specifications() -> None:
         assert msgspec.convert(msgspec.to_builtins(rule), AnyRule) == rule
     with pytest.raises(SpecError, match="shares of alpha"):
         Sequential(errors=0.9)
+
+
+def test_the_belief_is_bayes_rule_by_hand() -> None:
+    policy = at_random(0)
+    belief = Belief(policy)
+    seen = Evidence(Arm(requests=1900, errors=10), Arm(requests=100, errors=3))
+    of = dict(zip(FEATURES, belief.see(seen), strict=True))
+    shares = np.array(GRID) * 100 / (np.array(GRID) * 100 + 1900)
+    likelihood = shares**3 * (1 - shares) ** 10
+    worse = np.array(GRID) > 1
+    good = (1 - policy.prior_bad) ** (1 / 3)
+    prior = np.where(worse, (1 - good) / worse.sum(), good / 6)
+    prior[GRID.index(1.0)] = good / 2
+    bad = (prior * likelihood)[worse].sum() / (prior * likelihood).sum()
+    assert of["errors_odds"] == pytest.approx(np.log(bad / (1 - bad)), abs=1e-4)
+    assert of["slow_odds"] == pytest.approx(np.log((1 - good) / good), abs=1e-3)
+    assert of["errors_tells"] == pytest.approx(np.log(2000 * 10.5 / 1901), abs=1e-3)  # 100 requests are 5 %
+    assert of["labels"] == 0
+    assert of["left"] == pytest.approx(np.log1p(239))
+
+
+@settings(max_examples=30, deadline=None)
+@given(log=st.lists(intervals(), min_size=1, max_size=8), action=st.integers(0, ACTIONS - 1))
+def test_no_network_promotes_on_nothing_or_saves_what_a_test_rejects(log, action) -> None:
+    belief, requests = Belief(at_random(0)), 0
+    for one in log:
+        belief.see(evidence(*one))
+        requests += one[1]
+        share, outcome = float(belief.share), OUTCOMES[int(belief.act(np.array(action)))]
+        if min(one[:2]) == 0:
+            assert outcome in ("wait", "abort")
+            assert float(belief.share) == share
+        elif requests < 200:
+            assert outcome != "promote"
+    belief.see(evidence(10_000, 10_000, 50, 400))
+    assert OUTCOMES[int(belief.act(np.array(action)))] == "abort"
+
+
+def test_rules_are_named_as_arguments_and_prices_given() -> None:
+    assert rollout_from("sequential:alpha=0.01") == Sequential(alpha=0.01)
+    shipped = rollout_from("learned-rollout")
+    assert isinstance(shipped, LearnedRollout)
+    priced = rollout_from("learned-rollout:error_usd=0.5,horizon=60")
+    assert priced == shipped.replace(error_usd=0.5, horizon=60)
+    for wrong in ("learned-rollout:network=1", "learned-rollout:error_usd=-1", "learnt", "none.json"):
+        with pytest.raises(SpecError):
+            rollout_from(wrong)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pilotage.control.fairness import METRICS, FairnessGate, _holm, _rates
+from pilotage.control.fairness import METRICS, FairnessGate, _holm, _rates, counts_of, rates_of
 
 pytest.importorskip("fairlearn")
 
@@ -106,6 +106,69 @@ def test_a_ceiling_stops_a_gap_that_was_there_before() -> None:
     verdict = FairnessGate(ceiling=0.1).judge(labels, champion, champion, features)
     assert verdict.outcome == "block"
     assert "itself" in verdict.reason
+
+
+def test_counts_say_what_their_rows_say() -> None:
+    for more in (0.0, 0.03):
+        rows = planted(4, more=more)
+        labels, champion, candidate, features = rows
+        counts = {"group": counts_of(labels, champion, candidate, features["group"])}
+        whole, kept = FairnessGate().judge(*rows), FairnessGate().judge_counts(counts)
+        assert (kept.outcome, kept.reason, kept.checks) == (whole.outcome, whole.reason, whole.checks)
+        shown = {(r["model"], r["group"]): r for r in whole.groups}
+        for row in kept.groups:
+            assert row == pytest.approx(shown[row["model"], row["group"]])
+        inside = features["group"] == 3
+        of = rates_of(counts["group"]["3"])
+        assert of["error"] == (pytest.approx(np.mean(candidate[inside] != labels[inside])), inside.sum())
+        assert of["true_positive_rate"][1] == (labels[inside] == 1).sum()
+        assert of["false_positive_rate"][1] == (labels[inside] == 0).sum()
+    with pytest.raises(ValueError, match="8 per group"):
+        FairnessGate().judge_counts({"sex": {"1": (1, 2)}})
+
+
+def measured(rng: np.random.Generator, shares: dict[str, float], n: int, metric: str = "error_rate"):
+    return {"group": {g: {metric: (float(rng.binomial(n, p)) / n, n)} for g, p in shares.items()}}
+
+
+def test_shares_measured_apart_block_what_is_shown_and_no_more() -> None:
+    same = {"a": 0.15, "b": 0.15}
+    worse = {"a": 0.15, "b": 0.25}
+    outcomes: dict[str, list[str]] = {"few": [], "many": [], "worse": [], "right": []}
+    for k in range(40):
+        rng, gate = np.random.default_rng(k), FairnessGate(seed=k)
+        outcomes["few"].append(gate.judge_rates(measured(rng, same, 2000), measured(rng, same, 2000)).outcome)
+        many = gate.judge_rates(measured(rng, same, 200_000), measured(rng, same, 200_000))
+        outcomes["many"].append(many.outcome)
+        found = gate.judge_rates(measured(rng, same, 2000), measured(rng, worse, 2000))
+        assert "group b" in found.reason or "gap" in found.reason
+        outcomes["worse"].append(found.outcome)
+        right = ({g: 1 - p for g, p in shares.items()} for shares in (same, worse))
+        found = gate.judge_rates(*(measured(rng, shares, 2000, "accuracy") for shares in right))
+        outcomes["right"].append(found.outcome)
+    # each direction of three tests at 5 % together: a chance block of the same model is rare
+    assert outcomes["few"].count("block") <= 3
+    assert outcomes["few"].count("insufficient") >= 36
+    assert outcomes["many"] == ["pass"] * 40
+    assert outcomes["worse"] == outcomes["right"] == ["block"] * 40
+
+
+def test_what_was_not_measured_in_both_or_on_few_is_said() -> None:
+    rng, gate = np.random.default_rng(0), FairnessGate()
+    one = measured(rng, {"a": 0.1, "b": 0.1}, 300_000)
+    nothing = gate.judge_rates(one, {"sex": {"1": {"error_rate": (0.1, 9000)}}})
+    assert (nothing.outcome, nothing.reason[:7]) == ("insufficient", "nothing")
+    assert gate.judge_rates({}, {}).outcome == "insufficient"
+    few = measured(rng, {"c": 0.1}, 40)
+    for part in (one, few):
+        part["group"] |= measured(rng, {"c": 0.1}, 40)["group"]
+    held = gate.judge_rates(one, one)
+    assert held.outcome == "insufficient"
+    assert held.insufficient == ("group c (error_rate of 40)",)
+    assert gate.refuses(held)
+    listed = FairnessGate(small_groups="report")
+    assert listed.judge_rates(one, one).outcome == "pass"
+    assert not listed.refuses(held)
 
 
 def test_holm_by_hand_and_bad_input() -> None:

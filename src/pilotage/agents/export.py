@@ -64,6 +64,7 @@ ACTION: Final[dict[str, str]] = {
     "max_batch": "the batch-size limit from now on; null: as it is",
     "pool": "where ordered replicas go; null: the service's first pool",
     "variant": "the build that the service is rolled over to; null: as it is",
+    "batch_wait_s": "how long a batch that is not full waits, in seconds; null: as it is",
 }
 _NAMES: Final = tuple(feature.name for feature in FEATURES)
 _TICKS, _SERVICES, _PROBES = 40, 3, 16  # of the self-test

@@ -214,7 +214,7 @@ def _fitted(rows: np.ndarray, gains: np.ndarray, settings: Settings) -> LearnedR
     return _policy(mean, scale, [(layer.weight, layer.bias) for layer in layers])
 
 
-class _Normalised(BaseFeaturesExtractor):
+class Normalised(BaseFeaturesExtractor):
     """Features as the network was first trained to take them."""
 
     def __init__(self, space: spaces.Box, mean: Sequence[float], scale: Sequence[float], clip: float) -> None:
@@ -236,7 +236,7 @@ def _ppo(start: Network, env: SB3VecEnv, settings: Settings) -> PPO:
         policy_kwargs={
             "net_arch": {"pi": [settings.hidden] * 2, "vf": [64, 64]},
             "activation_fn": torch.nn.Tanh,
-            "features_extractor_class": _Normalised,
+            "features_extractor_class": Normalised,
             "features_extractor_kwargs": {"mean": start.mean, "scale": start.scale, "clip": start.clip},
         },
     )  # fmt: skip

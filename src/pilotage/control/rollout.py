@@ -1,7 +1,8 @@
 """Whether a new version goes out or back, and how much traffic it gets until that is known.
 
-`Sequential` is our rule; `AnyRule` are all of them, those of others from `control.canary`, where evidence and verdicts
-are defined, too. A schedule says the canary's share of the next interval.
+`Sequential` is our rule, `LearnedRollout` was learned; `AnyRule` are all of them, those of others from
+`control.canary`, where evidence and verdicts are defined, too. A schedule says the canary's share of the next interval;
+what was learned says that itself.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 from msgspec import Meta
@@ -30,8 +32,20 @@ from pilotage.control.canary import (
     ZTest,
     outcomes_of,
 )
+from pilotage.control.learned_rollout import LearnedRollout
 from pilotage.control.sequential import BETTER, RATIOS, CountEvidence, ExactSpending, slower
-from pilotage.world.spec import Positive, PositiveCount, Probability, Spec, SpecError
+from pilotage.world.spec import (
+    Positive,
+    PositiveCount,
+    Probability,
+    Spec,
+    SpecError,
+    decode,
+    named,
+    read_json,
+)
+
+PRIOR_BAD: Final = 0.2  # how many canaries are bad, where that must be supposed
 
 
 class Sequential(Rule, frozen=True, kw_only=True, tag="sequential"):
@@ -45,7 +59,9 @@ class Sequential(Rule, frozen=True, kw_only=True, tag="sequential"):
     *Promote.* After `min_requests` of the canary, and labels if wrong answers are tested, when every tested count has
     rejected "its rate is at least `margin` times the champion's" at level `promote_alpha` (at any time; all must
     reject, so the level needs no sharing). Such evidence may never come at little traffic: after `deadline`
-    intervals, then, `at_deadline` decides: *wait* leaves it to a human, *promote* still asks for `min_requests`.
+    intervals, then, `at_deadline` decides: *wait* leaves it to a human, *promote* still asks for `min_requests`, and
+    *likelier* aborts what is likelier `margin` times as bad than as good in one of the counts, if one canary in five is
+    bad, and promotes the rest.
     """
 
     alpha: Level = 0.02
@@ -59,7 +75,7 @@ class Sequential(Rule, frozen=True, kw_only=True, tag="sequential"):
     min_requests: PositiveCount = 500
     max_cost_ratio: Annotated[float, Meta(gt=0)] | None = None
     deadline: PositiveCount = 60
-    at_deadline: Literal["promote", "abort", "wait"] = "wait"
+    at_deadline: Literal["promote", "abort", "wait", "likelier"] = "wait"
 
     def __post_init__(self) -> None:
         whole = self.errors + self.slow + self.wrong + self.latency
@@ -82,6 +98,7 @@ class _Sequential(Judge):
             if getattr(rule, metric) > 0
         }
         self._better = {metric: CountEvidence(BETTER, rule.margin) for metric in self.tests}
+        self._worse = {metric: CountEvidence((rule.margin,)) for metric in self.tests}
         self._aborted, self._why = np.zeros((), bool), ""
         self._latency: list[Numbers] = [0, 0]
         self._requests: list[Numbers] = [0, 0]
@@ -94,7 +111,7 @@ class _Sequential(Judge):
         self._requests = [a + b for a, b in zip(self._requests, requests, strict=True)]
         self._usd = [a + arm.usd for a, arm in zip(self._usd, arms, strict=True)]
         enough = np.asarray(self._requests[1] >= rule.min_requests)
-        known = enough
+        known, doubted = enough, np.zeros((), bool)
         for metric, test in self.tests.items():
             counts = seen.of(metric)
             rejects = test.see(*counts)
@@ -102,6 +119,7 @@ class _Sequential(Judge):
                 rejects, partial("{}: the canary's {} are more than chance allows".format, metric, test.count)
             )
             enough = enough & (self._better[metric].see(*counts) >= -math.log(rule.promote_alpha))
+            doubted = doubted | (self._worse[metric].see(*counts) > math.log((1 - PRIOR_BAD) / PRIOR_BAD))
         if rule.latency and arms[0].latency is not None and arms[1].latency is not None:
             self._latency = [a + arm.latency for a, arm in zip(self._latency, arms, strict=True)]
             behind = slower(self._latency[0], self._latency[1], rule.alpha * rule.latency)
@@ -113,9 +131,12 @@ class _Sequential(Judge):
                 judged & dear, lambda: f"cost: above {rule.max_cost_ratio:g} times the champion's a request"
             )
         over, quiet = self._taken >= rule.deadline, (requests[0] == 0) | (requests[1] == 0)
+        likelier = rule.at_deadline == "likelier"
+        fails = doubted if likelier else np.asarray(rule.at_deadline == "abort")
+        passes = ~doubted if likelier else np.asarray(rule.at_deadline == "promote")
         out = outcomes_of(
-            self._aborted | (over & (rule.at_deadline == "abort") & ~enough),
-            (enough & ~quiet) | (over & (rule.at_deadline == "promote") & known),
+            self._aborted | (over & fails & ~enough),
+            (enough & ~quiet) | (over & passes & known),
             quiet | over,
         )
         self.say(out, lambda: self._reasons(bool(enough), bool(over and not quiet)))
@@ -178,7 +199,7 @@ class ExpectedDollars(Spec, frozen=True, kw_only=True, tag="expected-dollars", t
     choices: Annotated[tuple[Level, ...], Meta(min_length=1)] = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
     error_usd: Positive = 0.01
     gain_usd: Positive = 1e-5
-    prior_bad: Level = 0.2
+    prior_bad: Level = PRIOR_BAD
     alpha: Level = 0.02
     margin: Annotated[float, Meta(gt=1)] = 1.5
     horizon: PositiveCount = 60
@@ -224,5 +245,53 @@ class _ExpectedDollars:
         return exposure + good * (1 - w) * requests * policy.gain_usd * delay
 
 
-Schedule = FixedSteps | ExpectedDollars
-AnyRule = Flagger | Argo | Kayenta | ZTest | Msprt | EProcess | Sequential
+AnySchedule = FixedSteps | ExpectedDollars
+AnyRule = Flagger | Argo | Kayenta | ZTest | Msprt | EProcess | Sequential | LearnedRollout
+BY_NAME: Final = {
+    str(kind.__struct_config__.tag): kind
+    for kind in (Flagger, Argo, Kayenta, ZTest, Msprt, EProcess, Sequential)
+}
+SHIPPED: Final = "learned-rollout"
+
+
+def begun(rule: Rule, schedule: AnySchedule | None) -> tuple[Judge, Any]:
+    """The controllers of one canary: what judges it, and what says its share (None: the rule itself if it does, else
+    fixed steps)."""
+    judge = rule.begin()
+    if schedule is None and hasattr(judge, "weight"):
+        return judge, judge
+    return judge, (schedule or FixedSteps()).begin()
+
+
+def rollout_from(text: str) -> Rule:
+    """The rule that a command-line argument names: a name, a name with parameters (`sequential:alpha=0.01`), what is
+    shipped (`learned-rollout`, which takes prices as parameters), or a `rollout.json`."""
+    name, colon, parameters = text.partition(":")
+    if name == SHIPPED:
+        learned = _read(Path(__file__).with_name("learned_rollout.json"))
+        if not colon:
+            return learned
+        given = named(f"prices:{parameters}", {"prices": _Prices}, "rollout", SHIPPED)
+        changes = {k: v for k in given.__struct_fields__ if (v := getattr(given, k)) is not None}
+        known: Rule = learned.replace(**changes)
+        return known
+    if text.endswith(".json"):
+        return _read(Path(text))
+    return named(text, BY_NAME, "rollout", f"{SHIPPED}, or a rollout.json")
+
+
+class _Prices(Spec, frozen=True, kw_only=True):
+    """What may be changed of a policy that was learned."""
+
+    error_usd: float | None = None
+    slow_usd: float | None = None
+    wrong_usd: float | None = None
+    gain_usd: float | None = None
+    trial_usd: float | None = None
+    prior_bad: float | None = None
+    horizon: int | None = None
+    alpha: float | None = None
+
+
+def _read(path: Path) -> LearnedRollout:
+    return decode(read_json(path, "the path of a rollout.json"), LearnedRollout, str(path))

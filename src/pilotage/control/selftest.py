@@ -33,13 +33,14 @@ class Ordered(Spec, frozen=True, kw_only=True, omit_defaults=True):
     max_batch: int | None = None
     pool: str | None = None
     variant: str | None = None
+    batch_wait_s: float | None = None
 
     @classmethod
     def of(cls, decision: Decision) -> Ordered:
         limit = None if decision.max_batch is None else int(decision.max_batch)
         return cls(
             order=int(decision.order), release=int(decision.release), max_batch=limit,
-            pool=decision.pool, variant=decision.variant,
+            pool=decision.pool, variant=decision.variant, batch_wait_s=decision.batch_wait_s,
         )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from msgspec import Meta
 from pilotage.control.canary import Arm, Evidence, Rule
 from pilotage.control.guard import Guard
 from pilotage.control.policy import Decision, Observation, Policy
-from pilotage.control.rollout import ExpectedDollars, FixedSteps
+from pilotage.control.rollout import AnySchedule, begun
 from pilotage.control.steer import Helm, steer
 from pilotage.engine.cluster import Cluster, Recorded, World, stream
 from pilotage.engine.run import bill
@@ -154,11 +154,13 @@ def _slower(variant: Variant, slowdown: float) -> Variant:
 class _Arms:
     """Follows one candidate in one world."""
 
-    def __init__(self, candidate: Candidate, trial: Trial, rule: Rule, schedule: Any, seed: int) -> None:
+    def __init__(
+        self, candidate: Candidate, trial: Trial, rule: Rule, schedule: AnySchedule | None, seed: int
+    ) -> None:
         self._candidate, self._trial = candidate, trial
         self._error_share = np.array([candidate.old_errors, candidate.old_errors, candidate.new_errors])
         self._wrong_share = np.array([candidate.old_wrong, candidate.old_wrong, candidate.new_wrong])
-        self._judge, self._schedule = rule.begin(), schedule.begin()
+        self._judge, self._schedule = begun(rule, schedule)
         self._rng = stream(seed, "canary/answers")
         self._waiting: deque[tuple[tuple[int, int], tuple[int, int]]] = deque()
         self.outcome, self.minutes, self.reason = "", 0.0, ""
@@ -256,7 +258,7 @@ def rehearse(
     rule: Rule | None,
     worlds: Sequence[World],
     *,
-    schedule: FixedSteps | ExpectedDollars | None = None,
+    schedule: AnySchedule | None = None,
     trial: Trial | None = None,
     guard: Guard | None = None,
 ) -> list[Outcome]:
@@ -274,10 +276,7 @@ def rehearse(
     ]
     cluster = Cluster(arms_scenario, fed, read_ahead_s=scenario.tick_s)
     situations = [cluster.situation(w, s) for w in range(len(worlds)) for s in range(3)]
-    arms = [
-        _Arms(candidate, trial, rule, schedule or FixedSteps(), world.seed) if rule else None
-        for world in worlds
-    ]
+    arms = [_Arms(candidate, trial, rule, schedule, world.seed) if rule else None for world in worlds]
     reached = np.zeros(len(worlds))
 
     def record(*_: Any) -> None:

@@ -3,7 +3,8 @@
 Intervals are at 95 %: as recorded, else Wilson's for a share of n examples (Wilson 1927), else unknown. The interval of
 a difference of two independent values follows from their own (method of variance estimates recovery, Zou & Donner,
 Statistics in Medicine 27, 2008; of two Wilson intervals it is Newcombe's method 10). Many metrics are judged at once,
-so a single small excess among dozens may be chance.
+so a single small excess among dozens may be chance. What groups of people are concerned, `judged` asks the bias gate
+(`control.fairness`), which promotions must pass, too.
 """
 
 from __future__ import annotations
@@ -11,22 +12,23 @@ from __future__ import annotations
 import math
 import re
 from statistics import NormalDist
-from typing import Annotated, Final, Literal
+from typing import Any, Final, Literal
 
-from msgspec import Meta
+import msgspec
 
+from pilotage.control.fairness import FairnessGate, GateVerdict
 from pilotage.control.shift import ATTRIBUTION
 from pilotage.live.registries import Measure, Version
 from pilotage.world.spec import Spec
 
 _Z: Final = NormalDist().inv_cdf(0.975)
 _HIGHER: Final = re.compile(
-    r"(?:^|[^a-z0-9])(?:accuracy|auc|f1|precision|recall|r2|tpr|tnr|kappa|mcc|attainment|goodput|throughput|rps|ndcg|"
+    r"(?:^|[^a-z0-9])(?:accuracy|auc|f1|precision|recall|r2|tpr|tnr|true_(?:positive|negative)_rate|kappa|mcc|attainment|goodput|throughput|rps|ndcg|"
     r"map|score)(?![a-z0-9])"
 )
 _LOWER: Final = re.compile(
-    r"(?:^|[^a-z0-9])(?:errors?|log_?loss|loss|mae|mse|rmse|mape|fpr|fnr|brier|perplexity|drift|latency|cost|late|dropped|"
-    r"ms|s|usd|gib)(?![a-z0-9])"
+    r"(?:^|[^a-z0-9])(?:errors?|log_?loss|loss|mae|mse|rmse|mape|fpr|fnr|false_(?:positive|negative)_rate|brier|perplexity|"
+    r"drift|latency|cost|late|dropped|ms|s|usd|gib)(?![a-z0-9])"
 )
 _SHARE: Final = re.compile(
     r"(?:^|[^a-z0-9])(?:accuracy|precision|recall|tpr|fpr|tnr|fnr|attainment|share|rate)(?![a-z0-9])"
@@ -34,7 +36,7 @@ _SHARE: Final = re.compile(
 _TOLD: Final = (
     0.05  # a change for the worse by more than this share is told, even if nobody knows how sure it is
 )
-MIN_GROUP: Final = 500  # examples of a group, below which nothing is said about it
+GATE: Final = FairnessGate(small_groups="report")  # groups with too little data do not stop a promotion
 
 Direction = Literal["higher", "lower", "unknown"]
 
@@ -52,17 +54,6 @@ class Difference(Spec, frozen=True, kw_only=True):
     verdict: Literal["better", "worse", "no clear difference", "unknown"] = "unknown"
 
 
-class Gap(Spec, frozen=True, kw_only=True):
-    """The spread of a metric between the groups of a feature that are large enough, in both versions."""
-
-    feature: str
-    metric: str
-    groups: int
-    a: float
-    b: float
-    verdict: Literal["wider", "not wider"]
-
-
 class Attention(Spec, frozen=True, kw_only=True):
     """What two versions look at: the share that each input has of all contributions, in both, largest change first, and
     how much of the whole has moved (total variation distance: 0 nothing, 1 everything)."""
@@ -78,17 +69,17 @@ class Comparison(Spec, frozen=True, kw_only=True):
     b: str
     metrics: tuple[Difference, ...]
     slices: dict[str, tuple[Difference, ...]]
-    gaps: tuple[Gap, ...]
+    gate: GateVerdict
     lineage: dict[str, tuple[str, str]]
     recommendation: Literal["b", "a", "undecided"]
     reasons: tuple[str, ...]
     attention: Attention | None = None
 
 
-def compare(a: Version, b: Version, gap_limit: Annotated[float, Meta(ge=0)] = 0.01) -> Comparison:
+def compare(a: Version, b: Version, gate: FairnessGate = GATE) -> Comparison:
     """B against A. Recommends B if something is clearly better and nothing looks worse, A if something is clearly
-    worse: overall, in a group, or a gap between groups that grew by more than `gap_limit`. Where both cannot be
-    compared, or no difference is clear, it is undecided: then what runs should go on running.
+    worse: overall, in a group, or by the bias gate, which is to let B take A's place. Where both cannot be compared, or
+    no difference is clear, it is undecided: then what runs should go on running.
     """
     metrics = _differences(
         *({k: m for k, m in v.metrics.items() if not k.startswith(ATTRIBUTION)} for v in (a, b))
@@ -97,7 +88,7 @@ def compare(a: Version, b: Version, gap_limit: Annotated[float, Meta(ge=0)] = 0.
         group: _differences(a.slices.get(group, {}), b.slices.get(group, {}))
         for group in sorted({*a.slices, *b.slices})
     }
-    gaps = _gaps(a, b, gap_limit)
+    verdict = judged(gate, a, b)
     reasons: list[str] = []
     worse = better = doubtful = False
     for where, part in [("", metrics), *((f" in {group}", part) for group, part in slices.items())]:
@@ -112,12 +103,11 @@ def compare(a: Version, b: Version, gap_limit: Annotated[float, Meta(ge=0)] = 0.
                 )
             worse |= one.verdict == "worse"
             better |= one.verdict == "better"
-    for gap in gaps:
-        if gap.verdict == "wider":
-            worse = True
-            reasons.append(
-                f"the gap of {gap.metric} between groups of {gap.feature} grows from {gap.a:.4g} to {gap.b:.4g}"
-            )
+    worse |= verdict.outcome == "block"
+    doubtful |= gate.refuses(verdict)
+    if verdict.groups:
+        word = {"pass": "passes", "block": "blocks", "insufficient": "cannot tell"}[verdict.outcome]
+        reasons.append(f"the bias gate {word}: {verdict.reason}")
     lineage = _lineage(a, b)
     tested = [{d.digest for d in v.data if d.role == "test"} for v in (a, b)]
     if not all(tested):
@@ -132,7 +122,7 @@ def compare(a: Version, b: Version, gap_limit: Annotated[float, Meta(ge=0)] = 0.
     elif not (worse or better):
         reasons.append("no difference is clear")
     return Comparison(
-        a=f"{a.service}:{a.version}", b=f"{b.service}:{b.version}", metrics=metrics, slices=slices, gaps=gaps,
+        a=f"{a.service}:{a.version}", b=f"{b.service}:{b.version}", metrics=metrics, slices=slices, gate=verdict,
         lineage=lineage, reasons=tuple(reasons),
         recommendation="a" if worse else "b" if better and not doubtful else "undecided",
         attention=attention(a, b),
@@ -158,6 +148,38 @@ def attention(a: Version, b: Version) -> Attention | None:
     }
     ordered = sorted(shares.items(), key=lambda one: -abs(one[1][1] - one[1][0]))
     return Attention(inputs=dict(ordered), moved=sum(abs(y - x) for x, y in shares.values()) / 2)
+
+
+def judged(gate: FairnessGate, champion: Version, candidate: Version) -> GateVerdict:
+    """The bias gate on what is recorded of two versions: counts of their answers to the same requests, where the
+    candidate was tested beside this champion, else the shares of n per group ("feature=group") that both have."""
+    if candidate.paired is not None and candidate.paired.against == champion.version:
+        return gate.judge_counts(candidate.paired.counts)
+    return gate.judge_rates(_shares(champion), _shares(candidate))
+
+
+def written(gate: FairnessGate, verdict: GateVerdict) -> dict[str, Any]:
+    """A verdict as an entry of the ledger can hold it: what failed comes first, and is cut last."""
+    checks = sorted(verdict.checks, key=lambda check: check.passed)
+    return {
+        "gate": msgspec.to_builtins(gate), "outcome": verdict.outcome, "reason": verdict.reason[:1000],
+        "checks": msgspec.to_builtins(checks[:50]), "insufficient": list(verdict.insufficient[:50]),
+        "groups": list(verdict.groups[:100]),
+    }  # fmt: skip
+
+
+def _shares(version: Version) -> dict[str, dict[str, dict[str, tuple[float, int]]]]:
+    found: dict[str, dict[str, dict[str, tuple[float, int]]]] = {}
+    for where, metrics in version.slices.items():
+        feature, equals, group = where.partition("=")
+        shares = {
+            name: (measure.value, measure.n)
+            for name, measure in metrics.items()
+            if equals and measure.n and _SHARE.search(name.lower()) and 0 <= measure.value <= 1
+        }
+        if shares:
+            found.setdefault(feature, {})[group] = shares
+    return found
 
 
 def direction(metric: str) -> Direction:
@@ -214,32 +236,6 @@ def _looks_worse(one: Difference) -> bool:
     if one.verdict != "unknown" or one.better == "unknown" or one.difference is None or one.a is None:
         return False
     return (one.difference > 0) == (one.better == "lower") and abs(one.difference) > _TOLD * abs(one.a.value)
-
-
-def _gaps(a: Version, b: Version, limit: float) -> tuple[Gap, ...]:
-    groups: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for group in sorted({*a.slices} & {*b.slices}):
-        feature, equals, _ = group.partition("=")
-        for metric in sorted({*a.slices[group]} & {*b.slices[group]}):
-            one, two = a.slices[group][metric], b.slices[group][metric]
-            if equals and min(one.n or 0, two.n or 0) >= MIN_GROUP:
-                groups.setdefault((feature, metric), []).append((one.value, two.value))
-    found = []
-    for (feature, metric), values in groups.items():
-        if len(values) > 1:
-            spread_a, spread_b = (max(side) - min(side) for side in zip(*values, strict=True))
-            verdict: Literal["wider", "not wider"] = "wider" if spread_b - spread_a > limit else "not wider"
-            found.append(
-                Gap(
-                    feature=feature,
-                    metric=metric,
-                    groups=len(values),
-                    a=spread_a,
-                    b=spread_b,
-                    verdict=verdict,
-                )
-            )
-    return tuple(found)
 
 
 def _lineage(a: Version, b: Version) -> dict[str, tuple[str, str]]:

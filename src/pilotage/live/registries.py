@@ -76,12 +76,20 @@ class Code(Spec, frozen=True, kw_only=True, omit_defaults=True):
     diff_digest: str | None = None
 
 
+class Paired(Spec, frozen=True, kw_only=True):
+    """How a version and the champion of its day answered the same labelled requests: counts by feature and group, as
+    `control.fairness.counts_of` gives them. `against` is that champion's number."""
+
+    against: str
+    counts: dict[str, dict[str, tuple[Count, ...]]]
+
+
 class Version(Spec, frozen=True, kw_only=True, omit_defaults=True):
     """A generation of a service's model and where it comes from.
 
     `version` is what the registry numbers it, empty in a draft; `parents` are versions that it was made from or is to
-    replace; `metrics` are overall, `slices` per group (as "sex=1"); `artifact` says where the model is. Metric names
-    that end in `_ms`, `_s` or `_usd` have these units.
+    replace; `metrics` are overall, `slices` per group (as "sex=1"), `paired` beside the champion; `artifact` says where
+    the model is. Metric names that end in `_ms`, `_s` or `_usd` have these units.
     """
 
     service: str
@@ -93,6 +101,7 @@ class Version(Spec, frozen=True, kw_only=True, omit_defaults=True):
     parameters: dict[str, Parameter] = msgspec.field(default_factory=dict)
     metrics: dict[str, Measure] = msgspec.field(default_factory=dict)
     slices: dict[str, dict[str, Measure]] = msgspec.field(default_factory=dict)
+    paired: Paired | None = None
     environment: dict[str, str] = msgspec.field(default_factory=dict)
     artifact: str = ""
     artifact_digest: str = ""

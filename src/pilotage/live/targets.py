@@ -26,6 +26,15 @@ class Target(Protocol):
         ...
 
 
+class Traffic(Protocol):
+    """What sends requests to versions; `split` may be repeated, and its errors are `TargetError`s."""
+
+    def split(self, service: str, challenger: Version | None, share: float) -> str:
+        """Sends a share of a service's requests to a challenger beside what serves (None: to nobody else), and says in
+        one sentence what was done."""
+        ...
+
+
 class DryRun:
     """Touches nothing: remembers, while the process lives, what would run."""
 
@@ -39,3 +48,8 @@ class DryRun:
         before = self._running.get(service)
         self._running[service] = version.version
         return f"would replace version {before} of {service} by {version.version} ({version.artifact or 'no artifact'})"
+
+    def split(self, service: str, challenger: Version | None, share: float) -> str:
+        if challenger is None:
+            return f"would send all requests of {service} to version {self._running.get(service)}"
+        return f"would send {share:.3g} of the requests of {service} to version {challenger.version}"

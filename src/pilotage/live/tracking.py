@@ -15,7 +15,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import IO, Any, Final, Literal
@@ -23,8 +23,18 @@ from typing import IO, Any, Final, Literal
 import msgspec
 import numpy as np
 
+from pilotage.control.fairness import METRICS, counts_of, rates_of
 from pilotage.live.entries import Actor
-from pilotage.live.registries import CHAMPION, Code, Data, Measure, Parameter, Version, service_name
+from pilotage.live.registries import (
+    CHAMPION,
+    Code,
+    Data,
+    Measure,
+    Paired,
+    Parameter,
+    Version,
+    service_name,
+)
 from pilotage.live.versions import Versions
 from pilotage.world.spec import SpecError
 
@@ -57,6 +67,7 @@ class Tracked:
         self._parameters: dict[str, Parameter] = {}
         self._metrics: dict[str, Measure] = {}
         self._slices: dict[str, dict[str, Measure]] = {}
+        self._counts: dict[str, dict[str, tuple[int, ...]]] = {}
         self._artifact: Path | None = None
 
     def data(self, what: Any, name: str | None = None, role: Role = "training") -> None:
@@ -90,20 +101,42 @@ class Tracked:
             raise SpecError(f"metric {name!r}: {measure.value} is not a finite number")
         (self._metrics if group is None else self._slices.setdefault(group, {}))[name] = measure
 
+    def answers(
+        self, labels: Any, answers: Any, groups: Mapping[str, Any], champion: Any | None = None
+    ) -> None:
+        """Error, selection rate, true and false positive rate, overall and by group, of answers to labelled requests.
+
+        Labels and answers are 0 or 1, shape (rows,); `groups` maps a feature to a group per row. With the `champion`'s
+        answers to the same requests the bias gate can judge both together, which shows far more.
+        """
+        labels, answers = np.asarray(labels), np.asarray(answers)
+        beside = answers if champion is None else np.asarray(champion)
+        everybody = counts_of(labels, beside, answers, np.zeros(labels.shape, int))
+        by_feature = {name: counts_of(labels, beside, answers, np.asarray(of)) for name, of in groups.items()}
+        parts: list[tuple[str | None, tuple[int, ...]]] = [(None, counts) for counts in everybody.values()]
+        for feature, found in by_feature.items():
+            parts += [(f"{feature}={group}", counts) for group, counts in found.items()]
+        for where, counts in parts:
+            for metric, (share, n) in rates_of(counts).items():
+                self.metric("error_rate" if metric == METRICS[0] else metric, share, n=n, group=where)
+        if champion is not None:
+            self._counts |= by_feature
+
     def artifact(self, path: Path | str) -> None:
         """The file or folder of the trained model, of which the digest is kept."""
         self._artifact = Path(path)
 
-    def draft(self, started: float) -> Version:
-        """All of it, as a version to be."""
+    def draft(self, started: float, champion: str | None = None) -> Version:
+        """All of it, as a version to be, made to replace a champion."""
         for path in self._files:
             if path.is_file() and str(path) not in self._data and path != self._artifact:
                 self.data(path)
         if "training_s" not in self._metrics:
             self._metrics["training_s"] = Measure(value=round(time.monotonic() - started, 3))
         return Version(
-            service=self.service, code=code(), data=tuple(self._data.values()),
+            service=self.service, parents=(champion,) if champion else (), code=code(), data=tuple(self._data.values()),
             parameters=self._parameters, metrics=self._metrics, slices=self._slices,
+            paired=Paired(against=champion, counts=self._counts) if champion and self._counts else None,
             environment=environment(), artifact=str(self._artifact or ""),
             artifact_digest=digest_of(self._artifact) if self._artifact else "",
         )  # fmt: skip
@@ -184,10 +217,7 @@ def run(
 
 
 def _register(run: Tracked, versions: Versions, started: float, actor: Actor | None, reason: str) -> None:
-    draft = run.draft(started)
-    champion = versions.registry.aliases(run.service).get(CHAMPION)
-    if champion is not None:
-        draft = msgspec.structs.replace(draft, parents=(champion,))
+    draft = run.draft(started, versions.registry.aliases(run.service).get(CHAMPION))
     run.registered = versions.add(draft, actor=actor or whoever(), reason=reason)
 
 

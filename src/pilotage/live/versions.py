@@ -4,7 +4,7 @@ A change is written down as an intent, made, read back, and written down as done
 at work at a time; each has a fencing number, the time of its intent. Before a move the registry is compared with the
 ledger; where somebody else has moved an alias, that is recorded as an external change. A writer that dies leaves an
 intent without a result, which the next one settles by looking at the registry: what happened is finished, in the target
-too, and what did not is given up.
+too, and what did not is given up. What is to take the champion's place must pass the bias gate; the way back is open.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any, Final
 
 import msgspec
 
+from pilotage.control.fairness import FairnessGate
+from pilotage.live.compare import GATE, judged, written
 from pilotage.live.entries import Actor, Entry, Record
 from pilotage.live.ledger import Ledger
 from pilotage.live.registries import (
@@ -64,12 +66,15 @@ class Live(Spec, frozen=True, kw_only=True):
 
 class Versions:
     """The versions of services: a ledger, a registry, and the target that runs the champion (None: whoever serves
-    follows the alias by itself). `wait_s` is how long a change waits for another writer before it is refused."""
+    follows the alias by itself). `wait_s` is how long a change waits for another writer before it is refused, `gate`
+    what a new champion must pass (None: nothing)."""
 
     def __init__(
-        self, ledger: Ledger, registry: Registry, target: Target | None = None, wait_s: float = 10.0
-    ):
+        self, ledger: Ledger, registry: Registry, target: Target | None = None, wait_s: float = 10.0,
+        gate: FairnessGate | None = GATE,
+    ) -> None:  # fmt: skip
         self.ledger, self.registry, self.target, self._wait_s = ledger, registry, target, wait_s
+        self.gate = gate
 
     # --- changes ---------------------------------------------------------------------------------------------
     def add(self, draft: Version, *, actor: Actor, reason: str) -> str:
@@ -104,13 +109,16 @@ class Versions:
         reason: str,
         alias: str = CHAMPION,
         expected: str | msgspec.UnsetType | None = msgspec.UNSET,
+        override: str | None = None,
         **groups: Any,
     ) -> Entry:
         """Points an alias at a version, and makes the target run it if it is the champion.
 
         `expected` is the version that the decision was made against (None: no alias); not given, it is what the
         ledger says at the call. Where that no longer holds, the change is recorded as refused, and RefusedError is
-        raised. A move to where the alias is already changes nothing. `groups` are groups of `entries.Record`, as
+        raised. So it is where the champion is replaced by what the bias gate refuses, unless `override` says why it
+        should be all the same; verdict and override stand in the entry. A move to where the alias is already changes
+        nothing. `groups` are groups of `entries.Record`, as
         evidence. Returns the entry that records the result.
         """
         believed = self._points_at(service, alias) if expected is msgspec.UNSET else expected
@@ -118,11 +126,11 @@ class Versions:
             kind="promote", outcome="intent", service=service_name(service), actor=actor, reason=reason,
             alias=alias_name(alias), expected_version=believed, new_version=version, **groups,
         )  # fmt: skip
-        return self._move(about)
+        return self._move(about, override)
 
     def rollback(
-        self, service: str, to: str | None = None, *, actor: Actor, reason: str, alias: str = CHAMPION
-    ) -> Entry:
+        self, service: str, to: str | None = None, *, actor: Actor, reason: str, alias: str = CHAMPION, **groups: Any
+    ) -> Entry:  # fmt: skip
         """Goes back to the version before the present one, or to any earlier one, in registry and target.
 
         A second rollback goes further back, not forth again.
@@ -138,6 +146,17 @@ class Versions:
         about = Record(
             kind="rollback", outcome="intent", service=service, actor=actor, reason=reason, alias=alias,
             expected_version=now, new_version=to or before[-1], reverts=last[0].seq if last else None,
+            **groups,
+        )  # fmt: skip
+        return self._move(about)
+
+    def withdraw(self, service: str, alias: str, *, actor: Actor, reason: str, **groups: Any) -> Entry:
+        """Takes an alias away, that of the champion excepted: a service without one would serve nothing."""
+        if alias == CHAMPION:
+            raise SpecError(f"{service}@{alias}: is not withdrawn; promote another version, or roll back")
+        about = Record(
+            kind="withdraw", outcome="intent", service=service_name(service), actor=actor, reason=reason,
+            alias=alias_name(alias), expected_version=self._points_at(service, alias), **groups,
         )  # fmt: skip
         return self._move(about)
 
@@ -179,26 +198,23 @@ class Versions:
         seen = first[0].seq if first else -1
         return [e for e in self.ledger.entries(service, last=20) if e.seq > seen]
 
-    def _move(self, about: Record) -> Entry:
-        service, alias, to = about.service, str(about.alias), str(about.new_version)
+    def _move(self, about: Record, override: str | None = None) -> Entry:
+        service, alias, to = about.service, str(about.alias), about.new_version
         with self._alone(about):
             self._settle_open(service)
             now, adopted = self._observed(service, alias)
             if now == to:
                 if alias == CHAMPION:
                     self._deploy(service, now)
-                return self.ledger.entries(service, moves_of=alias, last=1)[0]
+                for last in self.ledger.entries(service, moves_of=alias, last=1):
+                    return last
+                raise self._refuse(about, "there is no such alias")
             if adopted and about.expected_version is None:
                 about = msgspec.structs.replace(about, expected_version=now)
             if now != about.expected_version:
                 raise self._refuse(about, f"it is at version {now}, not {about.expected_version}")
-            try:
-                retired = self.registry.version(service, to).retired
-            except MissingError as error:
-                known = [v.version for v in self.registry.versions(service) if v.retired is None]
-                raise self._refuse(about, f"{error}; valid: {', '.join(known) or 'none'}") from None
-            if retired is not None:
-                raise self._refuse(about, f"version {to} is retired: {retired}")
+            if to is not None:
+                about = self._allowed(about, now, to, override)
 
             def act(intent: Entry) -> dict[str, Any]:
                 self.registry.move(service, alias, now, to, fence=intent.fence, key=self._key(intent))
@@ -211,6 +227,33 @@ class Versions:
                     raise
 
             return self._change(about, act)
+
+    def _allowed(self, about: Record, now: str | None, to: str, override: str | None) -> Record:
+        """The move to a version that exists, is not retired, and, where it replaces the champion, passes the bias gate,
+        whose verdict is added; RefusedError for others."""
+        service, gate = about.service, self.gate
+        try:
+            candidate = self.registry.version(service, to)
+        except MissingError as error:
+            known = [v.version for v in self.registry.versions(service) if v.retired is None]
+            raise self._refuse(about, f"{error}; valid: {', '.join(known) or 'none'}") from None
+        if candidate.retired is not None:
+            raise self._refuse(about, f"version {to} is retired: {candidate.retired}")
+        if gate is None or now is None or about.kind != "promote" or about.alias != CHAMPION:
+            return about
+        try:
+            verdict = judged(gate, self.registry.version(service, now), candidate)
+        except (
+            MissingError
+        ):  # the champion was deleted: nothing is known that the new one could be worse than
+            return about
+        fairness = about.fairness | written(gate, verdict)
+        if override is not None:
+            fairness["override"] = override
+        about = msgspec.structs.replace(about, fairness=fairness)
+        if gate.refuses(verdict) and override is None:
+            raise self._refuse(about, f"bias gate, {verdict.outcome}: {verdict.reason}")
+        return about
 
     def _change(self, about: Record, act: Callable[[Entry], dict[str, Any]]) -> Entry:
         """Intent, act, result. Where the registry does not answer, the intent is settled by looking, if it can be."""
