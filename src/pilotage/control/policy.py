@@ -269,6 +269,16 @@ class Situation:
         return self.pools[self.service.pools[0]].boot_s + self.service.variants[0].start_up_s
 
     @property
+    def replica_usd_per_hour(self) -> float:
+        """What a replica costs as its share of a full node, in the pool and build where that is most."""
+        places = [
+            (self.pools[name].price_usd_per_hour, self.service.replicas_on_node(variant, self.pools[name]))
+            for name in self.service.pools
+            for variant in self.service.variants
+        ]
+        return max((price / fitting for price, fitting in places if fitting), default=0.0)
+
+    @property
     def concurrency(self) -> int:
         """Requests that one replica executes at once."""
         return self.service.server.max_batch * self.service.server.batches_in_flight

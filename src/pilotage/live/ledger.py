@@ -64,11 +64,11 @@ class Ledger:
         self._index = Index(self._lines)
 
     # --- writing ---------------------------------------------------------------------------------------------
-    def append(self, *records: Record) -> list[Entry]:
+    def append(self, *records: Record, indexed: bool = True) -> list[Entry]:
         """Adds entries; when this returns they are on disk.
 
         Secrets are blotted out first. Raises SpecError for a record that is too large, LedgerError where the ledger
-        does not continue its head (it was cut or changed).
+        does not continue its head (it was cut or changed). Not `indexed`: the index catches up later.
         """
         clean = [_without_secrets(record) for record in records]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -95,10 +95,16 @@ class Ledger:
             except OSError:
                 os.ftruncate(file.fileno(), head.size)  # what was never acknowledged
                 raise
-            self._keep(last)
-        with contextlib.suppress(sqlite3.Error):  # a convenience: the next query catches up
-            self._index.catch_up()
+            with contextlib.suppress(OSError):  # the lines are on disk: the next append catches up with them
+                self._keep(last)
+        if indexed:
+            with contextlib.suppress(sqlite3.Error):  # a convenience: the next query catches up
+                self.catch_up()
         return entries
+
+    def catch_up(self) -> None:
+        """Brings the index up to date; raises sqlite3.Error where it cannot be written."""
+        self._index.catch_up()
 
     @contextlib.contextmanager
     def alone(self, service: str, within_s: float = 10.0) -> Iterator[None]:
@@ -288,6 +294,14 @@ class Ledger:
             (service, until or "~"),  # after every time
         )
         return last[0] if last else None
+
+    def open_intents(self) -> list[Entry]:
+        """The intents, of all services, that have no result."""
+        return self._index.fetch(
+            "SELECT start, length FROM entries AS one WHERE outcome = 'intent' AND NOT EXISTS "
+            "(SELECT 1 FROM entries WHERE settles = one.seq) ORDER BY seq",
+            (),
+        )
 
     def unsettled(self, service: str) -> Entry | None:
         """The intent of a service that has no result: a writer died, or its registry did not answer."""

@@ -70,7 +70,10 @@ class Target(Protocol):
 
 def checked(order: ScaleOrder, most_replicas: int) -> ScaleOrder:
     """The order, or a TargetError if no policy in its right mind would give it."""
-    for what, count, high in (("replicas", order.replicas, most_replicas), ("max_batch", order.max_batch, 1024)):
+    for what, count, high in (
+        ("replicas", order.replicas, most_replicas),
+        ("max_batch", order.max_batch, 1024),
+    ):
         low = 0 if what == "replicas" else 1
         if count is None and what == "max_batch":
             continue
@@ -126,7 +129,9 @@ class DryRunTarget:
         before = self._settings.setdefault(order.service, {})
         wanted = {name: getattr(order, name) for name in ScaleOrder.__struct_fields__[1:]}
         changes = {n: v for n, v in wanted.items() if v is not None and v != before.get(n)}
-        said = ", ".join(f"{name} {before.get(name, 'unknown')} -> {value}" for name, value in changes.items())
+        said = ", ".join(
+            f"{name} {before.get(name, 'unknown')} -> {value}" for name, value in changes.items()
+        )
         before |= changes
         return f"would change {order.service}: {said}" if said else f"{order.service} is as ordered"
 
