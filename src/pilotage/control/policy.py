@@ -178,6 +178,9 @@ FEATURES: Final = (
 INDEX: Final[Mapping[str, int]] = {feature.name: k for k, feature in enumerate(FEATURES)}
 
 
+_READY, _STARTING, _PENDING = (INDEX[f"replicas_{what}"] for what in ("ready", "starting", "pending"))
+
+
 def measure(counters: Counters) -> np.ndarray:
     """Feature values from engine counters of any shape; the features are along the last axis."""
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -217,7 +220,8 @@ class Observation:
 
     @property
     def _replicas(self) -> float:
-        return sum(self[n] for n in ("replicas_ready", "replicas_starting", "replicas_pending"))
+        values = self.values
+        return float(values[_READY] + values[_STARTING] + values[_PENDING])
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ class Terminal:
 
 
 class AnswerFile:
-    """Writes the advice to FILE.advice.json, and takes it if FILE then holds its name: an old yes is none for a new one."""
+    """Writes advice to FILE.advice.json, and takes it if FILE then holds its name: an old yes is not for new advice."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

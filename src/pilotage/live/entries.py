@@ -40,8 +40,8 @@ class Actor(Spec, frozen=True, kw_only=True, omit_defaults=True):
 
 class Record(Spec, frozen=True, kw_only=True, omit_defaults=True):
     """One event. `outcome` is *intent* before the world is touched, and what came of it in a later entry whose `of`
-    is the intent's number; *observed* is what somebody else did, *kept* a decision to change nothing, *proposed* one that was
-    not meant to be carried out. `reverts` is the entry that this one takes back.
+    is the intent's number; *observed* is what somebody else did, *kept* a decision to change nothing, *proposed* one
+    that was not meant to be carried out. `reverts` is the entry that this one takes back.
 
     The groups `subject` (run, data, environment), `decision` (alternatives, costs), `evidence`, `economics`,
     `response` (the registry's answer, its latency) and `fairness` are free JSON objects without payload or secrets.

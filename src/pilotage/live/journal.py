@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from pilotage.control.policy import FEATURES, Decision, Observation
@@ -23,7 +22,7 @@ from pilotage.world.spec import SpecError
 
 KIND = "scale"
 SETTLER = Actor(kind="rule", name="settle after restart")
-_NAMES = [feature.name for feature in FEATURES]
+_EVIDENCE = (*(feature.name for feature in FEATURES), "oldest_age_s")
 _UNWRITABLE = (OSError, LedgerError, SpecError, TimeoutError)
 
 
@@ -119,20 +118,22 @@ class Story:
         responses: Mapping[int, str],
     ) -> list[Record]:
         """One record per service, with the outcome that is given for it."""
-        values = np.stack([one.values for one in seen])
-        evidence = np.round(values, 6).tolist()
-        ages = np.stack([one.age_s for one in seen])
-        ages[~np.isfinite(ages)] = -1
-        oldest = np.round(ages.max(axis=1), 1).tolist()
-        now_usd = np.round(np.array(current) * self._usd, 6).tolist()
-        then_usd = np.round(np.array(wanted) * self._usd, 6).tolist()
-        subject = {"tick": tick, "mode": mode, "now_s": round(seen[0].now_s, 3) if seen else None}
+        values, ages_s = np.stack([one.values for one in seen]), np.stack([one.age_s for one in seen])
+        oldest_s = np.where(np.isfinite(ages_s), ages_s, 0).max(axis=1)  # of what is known
+        columns = np.column_stack([values, oldest_s])
+        evidence = np.round(columns, 6).tolist()
+        money = np.round(np.stack([current, wanted], axis=1) * self._usd[:, None], 6).tolist()
+        subject = {"tick": tick, "mode": mode, "now_s": round(seen[0].now_s, 3)}
         out = []
         for k, decision in enumerate(decisions):
             made: dict[str, Any] = {"from": current[k], "to": wanted[k]}
-            for name in ("max_batch", "pool", "variant"):
-                if (value := getattr(decision, name)) is not None:
-                    made[name] = value
+            if decision.max_batch is not None:
+                made["max_batch"] = decision.max_batch
+            if decision.pool is not None:
+                made["pool"] = decision.pool
+            if decision.variant is not None:
+                made["variant"] = decision.variant
+            now_usd, then_usd = money[k]
             out.append(
                 Record(
                     kind=KIND,
@@ -142,9 +143,8 @@ class Story:
                     reason=decision.reason[:2000] or "the policy gives no reason",
                     subject=subject,
                     decision=made,
-                    evidence={name: v for name, v in zip(_NAMES, evidence[k], strict=True) if v == v}
-                    | {"oldest_age_s": oldest[k]},
-                    economics={"usd_per_hour": now_usd[k], "wanted_usd_per_hour": then_usd[k]},
+                    evidence=dict(zip(_EVIDENCE, evidence[k], strict=True)),  # what is missing is null
+                    economics={"usd_per_hour": now_usd, "wanted_usd_per_hour": then_usd},
                     response={"target": responses[k][:2000]} if k in responses else {},
                 )
             )
@@ -153,6 +153,14 @@ class Story:
 
 def result(intent: Entry, outcome: str, response: str) -> Record:
     """What came of an intent."""
-    fields = msgspec.structs.asdict(intent)
-    kept = {name: fields[name] for name in ("kind", "service", "actor", "reason", "subject", "decision")}
-    return Record(**kept, outcome=outcome, of=intent.seq, response={"target": response[:2000]})  # type: ignore[arg-type]
+    return Record(
+        kind=intent.kind,
+        outcome=outcome,  # type: ignore[arg-type]
+        service=intent.service,
+        actor=intent.actor,
+        reason=intent.reason,
+        of=intent.seq,
+        subject=intent.subject,
+        decision=intent.decision,
+        response={"target": response[:2000]},
+    )

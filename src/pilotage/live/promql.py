@@ -2,8 +2,8 @@
 
 A template measures one service: `sum(rate(requests_total{service='$service'}[$window]))`. Where `$service` stands only
 inside aggregations, they are made to group by service, so that one expression answers for all; else the expression
-is repeated for each. `$window` is the window of rates, `$scrape` four scrape intervals (the shortest window that always has
-a rate), `$slo` the service's objective as the bound of a histogram bucket.
+is repeated for each. `$window` is the window of rates, `$scrape` four scrape intervals (the shortest window that always
+has a rate), `$slo` (`$slo_ms`) the objective in seconds (milliseconds), which has to be the bound of a bucket.
 
 Label values are quoted here and nowhere else, in one pass over each template: no name of a service can become PromQL.
 """

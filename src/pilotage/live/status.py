@@ -145,7 +145,7 @@ def serve(status: Status, listen: str) -> ThreadingHTTPServer:
     class Handler(BaseHTTPRequestHandler):
         timeout = 10  # of a client that does not ask
 
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             if self.path == "/metrics":
                 self._send(200, "text/plain; version=0.0.4; charset=utf-8", generate_latest(registry))
             elif self.path == "/healthz":

@@ -26,6 +26,7 @@ Paths are relative to the file. Secrets are never in it: `token_file`, `token_en
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 from collections.abc import Sequence
@@ -106,7 +107,7 @@ class Setup:
     ledger: Path
     files: tuple[Path, ...]
 
-    @property
+    @functools.cached_property
     def names(self) -> list[str]:
         return [service.name for service in self.services]
 

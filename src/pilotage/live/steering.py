@@ -41,7 +41,7 @@ from pilotage.live.targets import DryRunTarget, Scaled, ScaleOrder, TargetError
 from pilotage.world.spec import SpecError
 
 _READY, _STARTING, _PENDING = (INDEX[f"replicas_{what}"] for what in ("ready", "starting", "pending"))
-_SHOWN = 100  # changes of one tick in the log
+_SHOWN = 20  # changes of one tick in the log
 
 
 class Clock:
@@ -248,9 +248,16 @@ class Steering:
     # --- apply -------------------------------------------------------------------------------------------------
     def apply(self, decisions: Sequence[Decision]) -> None:
         seen, mode = self._seen, self.setup.config.mode
-        current = [one.replicas for one in seen]
+        counts = np.stack([one.values for one in seen])[:, [_READY, _STARTING, _PENDING]].sum(axis=1)
+        counted = np.isfinite(counts)
+        current: list[int] = np.where(counted, counts, 0).astype(int).tolist()
         wanted = [n + one.order - one.release for n, one in zip(current, decisions, strict=True)]
-        changes = [k for k, one in enumerate(decisions) if seen[k].counted and self._changes(k, one)]
+        settings = [self._settings(k, one) for k, one in enumerate(decisions)]
+        changes = [
+            k
+            for k, (known, one) in enumerate(zip(counted.tolist(), decisions, strict=True))
+            if known and (one.order or one.release or settings[k])
+        ]
         outcomes = ["kept"] * len(seen)
         for k in changes:
             outcomes[k] = "proposed"
@@ -260,24 +267,29 @@ class Steering:
             return self._story.tell(tick, mode, seen, decisions, current, wanted, outcomes, responses)
 
         acts, responses = bool(changes) and mode != "shadow", {}
-        if acts and mode == "advise" and not self._approved(tick, changes, current, wanted, decisions):
+        if (
+            acts
+            and mode == "advise"
+            and not self._approved(tick, changes, current, wanted, decisions, settings)
+        ):
             acts, responses = False, dict.fromkeys(changes, "nobody said yes in time")
         if acts:
-            self._act(changes, tell({}), wanted, decisions, outcomes)
+            self._act(changes, tell({}), wanted, decisions, settings, outcomes)
         else:
             self._note(tell(responses))
-        self._account(current, wanted, outcomes, decisions)
-
-    def _changes(self, k: int, one: Decision) -> bool:
-        """Whether a decision would change anything."""
-        settings = self._settings(k, one)
-        return bool(one.order or one.release or settings)
+        self._account(current, wanted, counted, outcomes, decisions)
 
     def _settings(self, k: int, one: Decision) -> dict[str, int | str]:
         """What a decision wants other than it is, besides counts."""
-        in_force = {"max_batch": self._seen[k]["max_batch"]} | self._in_force[k]
-        asked = {"max_batch": one.max_batch, "variant": one.variant}
-        return {name: v for name, v in asked.items() if v is not None and v != in_force.get(name)}
+        found: dict[str, int | str] = {}
+        in_force = self._in_force[k]
+        if one.max_batch is not None and one.max_batch != in_force.get(
+            "max_batch", self._seen[k]["max_batch"]
+        ):
+            found["max_batch"] = one.max_batch
+        if one.variant is not None and one.variant != in_force.get("variant"):
+            found["variant"] = one.variant
+        return found
 
     def _act(
         self,
@@ -285,6 +297,7 @@ class Steering:
         records: Sequence[Record],
         wanted: Sequence[int],
         decisions: Sequence[Decision],
+        settings: Sequence[Mapping[str, int | str]],
         outcomes: list[str],
     ) -> None:
         """Carries out changes between two entries: what is intended, and what came of it."""
@@ -299,11 +312,15 @@ class Steering:
             refused = [_with(records[k], outcome="refused", response={"target": why}) for k in changes]
             self._note([*others, *refused])
             return
-        orders = []
-        for k in changes:
-            settings = self._settings(k, decisions[k])
-            pool = decisions[k].pool if decisions[k].order else None
-            orders.append(ScaleOrder(service=self.setup.names[k], replicas=wanted[k], pool=pool, **settings))  # type: ignore[arg-type]
+        orders = [
+            ScaleOrder(
+                service=self.setup.names[k],
+                replicas=wanted[k],
+                pool=decisions[k].pool if decisions[k].order else None,
+                **settings[k],  # type: ignore[arg-type]
+            )
+            for k in changes
+        ]
         said = self._scale(orders)
         done = []
         for k, order, intent, answer in zip(changes, orders, intents, said, strict=True):
@@ -335,10 +352,11 @@ class Steering:
         current: Sequence[int],
         wanted: Sequence[int],
         decisions: Sequence[Decision],
+        settings: Sequence[Mapping[str, int | str]],
     ) -> bool:
         lines = [
             f"{self.setup.names[k]}: replicas {current[k]} -> {wanted[k]}"
-            + "".join(f", {name} -> {value}" for name, value in self._settings(k, decisions[k]).items())
+            + "".join(f", {name} -> {value}" for name, value in settings[k].items())
             + f" ({(wanted[k] - current[k]) * self._usd[k]:+.2f} USD/h): {decisions[k].reason}"
             for k in changes
         ]
@@ -357,17 +375,19 @@ class Steering:
         self,
         current: Sequence[int],
         wanted: Sequence[int],
+        counted: np.ndarray,
         outcomes: Sequence[str],
         decisions: Sequence[Decision],
     ) -> None:
         """Metrics and logs of the tick."""
         status, hours = self.status, self.setup.tick_s / 3600
-        counted = [one.counted for one in self._seen]
         for what, counts in (("actual", current), ("wanted", wanted)):
             status.usd[what] += float(np.sum(np.array(counts) * self._usd)) * hours
         status.replicas = {
             name: (float(now), float(then)) if known else (math.nan, math.nan)
-            for name, now, then, known in zip(self.setup.names, current, wanted, counted, strict=True)
+            for name, now, then, known in zip(
+                self.setup.names, current, wanted, counted.tolist(), strict=True
+            )
         }
         status.outcomes.update(outcomes)
         seconds = time.perf_counter() - self._began_s
@@ -398,7 +418,7 @@ class Steering:
 
     # --- wait --------------------------------------------------------------------------------------------------
     def wait(self) -> None:
-        """The rest of the tick: the lease, the index, and sleep until the next is due. What is late is not made up for."""
+        """The rest of the tick: the lease, the index, and sleep until the next is due. Lost time is not made up for."""
         if self._lease is not None:
             try:
                 self._lease.renew()
