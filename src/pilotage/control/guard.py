@@ -165,6 +165,7 @@ class Check:
         self._usd = np.array([s.replica_usd_per_hour for s in situations])
         self._fallbacks = [guard.fallback.begin(s) for s in situations] if guard.fallback else None
         self._known = np.full(n, np.nan)  # replicas, as last counted
+        self._most = self._limits[:, 1].astype(float)  # that there can be
         self._changed_s = np.full(n, -np.inf) if changed_s is None else np.array(changed_s, float)
         self.interventions: Counter[str] = Counter()
         ceiling = guard.max_total_usd_per_hour
@@ -183,7 +184,7 @@ class Check:
         counts = values[:, _COUNTS].sum(axis=1)
         counted = np.isfinite(counts)
         self._changed_s[counted & ~np.isnan(self._known) & (counts != self._known)] = now_s[0]
-        self._known[counted] = counts[counted]
+        self._known[counted] = self._most[counted] = counts[counted]
         advice = self._advice(seen, counted)
         stopped = self._guard.stopped()
         if stopped is not None:
@@ -275,6 +276,7 @@ class Check:
         order, release = np.where(counted, order, 0), np.where(counted, release, 0)
         if guard.max_total_usd_per_hour is not None:
             order = self._affordable(order, release, guard.max_total_usd_per_hour)
+        self._most = np.maximum(self._most, self._most + order - release)
         return [
             one if (o, r) == (one.order, one.release) else self._changed(one, o, r)
             for one, o, r in zip(chosen, order.tolist(), release.tolist(), strict=True)
@@ -290,9 +292,10 @@ class Check:
         """Orders that keep each fleet's bill under the ceiling: those for the fewest replicas, and of what then is left
         the same share of every other order, rounded down.
 
-        A service that cannot be counted costs what it did when it could be, or if it never could, all that it may.
+        A service that cannot be counted costs what it did when it could be, with all that was ordered since; if it
+        never could be, all that it may.
         """
-        kept = np.where(np.isnan(self._known), self._limits[:, 1], self._known - release)
+        kept = self._most - release
         needed = np.clip(self._limits[:, 0] - kept, 0, order)
         shape = (-1, self._fleet)
         left = ceiling - ((kept + needed) * self._usd).reshape(shape).sum(axis=1)

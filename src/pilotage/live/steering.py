@@ -33,7 +33,7 @@ from pilotage.live.entries import Entry, Record
 from pilotage.live.journal import Journal, JournalError, Story, result, settled
 from pilotage.live.lease import FileLease, Lease, LeaseError
 from pilotage.live.ledger import Ledger
-from pilotage.live.monitors import MONDAY_S, MonitorError, Reading
+from pilotage.live.monitors import MONDAY_S, Monitor, MonitorError, Reading
 from pilotage.live.recordings import Recorder
 from pilotage.live.status import Log, Status, serve
 from pilotage.live.steer_config import Mode, Setup, load
@@ -80,6 +80,7 @@ class Steering:
         lease: Lease | None = None,
         answers: Answers | None = None,
         clock: Clock | None = None,
+        monitor: Monitor | None = None,
         target: Scaled | None = None,
     ) -> None:
         self.setup, self._log, self._reload, self._lease, self._answers = setup, log, reload, lease, answers
@@ -89,7 +90,7 @@ class Steering:
         self._clock, self._run, self._tick = clock or Clock(), uuid.uuid4().hex[:12], 0
         self.journal = Journal(Ledger(setup.ledger))
         self._open: dict[str, Entry] = self.journal.unsettled()
-        self._monitor = setup.monitor()
+        self._monitor = monitor or setup.monitor()
         self._target = target or setup.begin_target()
         self._coming: Reading | None = None
         self._last_repeated: dict[str, str] = {}
@@ -186,13 +187,18 @@ class Steering:
         except Exception as error:  # a monitor that has a bug must not stop the loop
             self._fault("monitor", f"{type(error).__name__}: {error}")
             found = None
-        said_s = time.time() - MONDAY_S if found is None else found.now_s
-        if found is None:
-            return Reading.nothing(self._clock.now(said_s), len(self.setup.services))
         self._settle(counts)
+        shape = (len(self.setup.services), len(INDEX))
+        if found is not None and not (
+            found.values.shape == found.age_s.shape == shape and math.isfinite(found.now_s)
+        ):
+            self._fault("monitor", "what it answered makes no sense")
+            found = None
+        if found is None:
+            return Reading.nothing(self._clock.now(time.time() - MONDAY_S), len(self.setup.services))
         values, age_s = found.values.copy(), found.age_s.copy()
         self._count(values, age_s, counts)
-        return Reading(self._clock.now(said_s), values, age_s)
+        return Reading(self._clock.now(found.now_s), values, age_s)
 
     def _counts(self) -> Mapping[str, int] | None:
         """Replicas ordered, by service; None where the target does not say."""
