@@ -186,7 +186,9 @@ def _by_service(text: str) -> tuple[str, bool]:
 
 def _renamed(series: str, label: str) -> str:
     """Series with the label that names the service copied to `service`."""
-    return series if label == "service" else f'label_replace({series}, "service", "$1", "{label}", "(.*)")'
+    return (
+        series if label == "service" else f'label_replace({series}, "service", "$1", "{label}", "(?s)(.*)")'
+    )
 
 
 def _closing(text: str, opening: int) -> int:
