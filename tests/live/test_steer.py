@@ -46,7 +46,7 @@ def steering(
 ) -> Soak:
     """A virtual fleet without faults, whose services are to have those replicas, tick by tick."""
     setup = setup_of(folder, services)
-    config = setup.config.replace(guard={"max_replicas": 20}, **changes)
+    config = setup.config.replace(**({"guard": {"max_replicas": 20}} | changes))
     fleet = Fleet(setup.names, seed=0, faults=False)
     made = Soak(
         replace(setup, config=config, policies=(Schedule(targets=targets),) * services),

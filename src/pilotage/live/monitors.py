@@ -232,7 +232,8 @@ class PrometheusMonitor:
                 reading.values[:, at] = np.where(values < -1e-9, np.nan, np.maximum(values, 0))
             oldest = [np.full(len(values), np.inf) if age is None else age for age in ages]
             age_s = np.max(oldest, axis=0) if oldest else np.zeros(len(values))
-            reading.age_s[:, at] = np.where(np.isnan(age_s), np.inf, np.maximum(age_s, 0))
+            unknown = np.isnan(age_s) | (age_s < -1)  # what is dated ahead is not to be relied on
+            reading.age_s[:, at] = np.where(unknown, np.inf, np.maximum(age_s, 0))
         reading.age_s[np.isnan(reading.values)] = np.inf
         return reading
 
