@@ -60,6 +60,7 @@ reproduce: $(STAMP) bench
 	$(BIN)/python experiments/explain/run.py
 	$(BIN)/python experiments/traffic_fit.py --data $(DATA)
 	$(BIN)/python experiments/fidelity/ray_serve/run.py --data $(DATA)
+	$(BIN)/python experiments/steer/run.py
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -15,7 +15,7 @@ from pilotage.live.entries import Actor
 from pilotage.live.ledger import Ledger
 from pilotage.live.registries import CHALLENGER, Folder, Measure, Version
 from pilotage.live.rollouts import Rollout, Terms
-from pilotage.live.targets import DryRun, TargetError
+from pilotage.live.targets import DryRunTarget, TargetError
 from pilotage.live.versions import RefusedError, Versions
 from pilotage.world.spec import SpecError
 from tests.live.test_versions import ANN, WHY, FileTarget, Member, agree, killed_at, member, versions
@@ -126,11 +126,11 @@ def test_what_serves_already_is_on_probation_and_rolled_back(versions: Versions,
 
 def test_an_interval_counts_once_and_none_is_left_out(tmp_path: Path) -> None:
     member = Member(Folder(path=str(tmp_path)))
-    versions = Versions(Ledger(tmp_path), member.registry, DryRun())
+    versions = Versions(Ledger(tmp_path), member.registry, DryRunTarget())
     service = two(versions, member)
     seen = measured(0.005)
     rollout, other = (
-        Rollout(versions, service, DryRun()),
+        Rollout(versions, service, DryRunTarget()),
         Rollout(Versions(Ledger(tmp_path), member.registry), service),
     )
     rollout.begin("2", TERMS)

@@ -11,7 +11,6 @@ import numpy as np
 from pilotage.control.guard import Check, Guard
 from pilotage.control.intake import Intake, Measured
 from pilotage.control.policy import (
-    INDEX,
     Alone,
     Controller,
     Decision,
@@ -20,8 +19,6 @@ from pilotage.control.policy import (
     Situation,
     Together,
 )
-
-_COUNTS = [INDEX[name] for name in ("replicas_ready", "replicas_starting", "replicas_pending")]
 
 
 class Bundled(Policy, frozen=True, kw_only=True, tag="bundle"):
@@ -49,13 +46,11 @@ class Handed:
         self._together = bundled.policy.begin_together(situations)
         self._each = [] if self._together else [bundled.policy.begin(s) for s in situations]
         self._intake = Intake(bundled.observation, len(situations))
-        self._guard = bundled.guard
-        self._checks = [Check(bundled.guard, s) for s in situations]
-        self._limits = np.array([bundled.guard.limits(s) for s in situations])
+        self._check = Check(bundled.guard, situations)
 
     @property
     def counts(self) -> Counter[str]:
-        return sum((check.interventions for check in self._checks), self._intake.counts)
+        return self._check.interventions + self._intake.counts
 
     def decide(self, seen: Sequence[Observation]) -> list[Decision]:
         values, notes, changed, held = self._intake(np.stack([one.values for one in seen]))
@@ -67,29 +62,10 @@ class Handed:
             decisions = list(self._together.decide(seen))
         else:
             decisions = [one.decide(s) for one, s in zip(self._each, seen, strict=True)]
-        for row in self._doubtful(decisions, values):
-            decisions[row] = self._checks[row](seen[row], decisions[row])
+        decisions = self._check(seen, decisions)
         for row, what in notes.items():
             if row in held:
                 decisions[row] = Decision(reason=f"held: {'; '.join(what)}")
             else:
                 decisions[row] = replace(decisions[row], reason="; ".join([decisions[row].reason, *what]))
         return decisions
-
-    def _doubtful(self, decisions: Sequence[Decision], values: np.ndarray) -> list[int]:
-        """The services whose decisions the guard must look at one by one: all but those that it would leave alone."""
-        if self._guard.required or len(decisions) == 1:
-            return list(range(len(decisions)))
-        try:
-            order, release = np.array([(d.order, d.release) for d in decisions], np.int64).T
-        except (TypeError, ValueError, OverflowError):
-            return list(range(len(decisions)))
-        current = values[:, _COUNTS].sum(axis=1)
-        known = np.nan_to_num(current, nan=0.0).astype(np.int64)
-        allowed = self._guard.clamp(order, release, known, self._limits)
-        other = (
-            (allowed[0] != order) | (allowed[1] != release) | (order < 0) | (release < 0) | np.isnan(current)
-        )
-        other |= [d.variant is not None or d.pool is not None for d in decisions]
-        rows: list[int] = np.flatnonzero(other).tolist()
-        return rows
