@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
+import msgspec
 from msgspec import Struct
 
 from pilotage.live.registries import Version
@@ -70,7 +71,10 @@ class Target(Protocol):
 
 def checked(order: ScaleOrder, most_replicas: int) -> ScaleOrder:
     """The order, or a TargetError if no policy in its right mind would give it."""
-    for what, count, high in (("replicas", order.replicas, most_replicas), ("max_batch", order.max_batch, 1024)):
+    for what, count, high in (
+        ("replicas", order.replicas, most_replicas),
+        ("max_batch", order.max_batch, 1024),
+    ):
         low = 0 if what == "replicas" else 1
         if count is None and what == "max_batch":
             continue
@@ -99,7 +103,7 @@ class DryRun(Spec, frozen=True, kw_only=True, tag_field="kind", tag="dry-run"):
     """Touches nothing and says what would change. `replicas` are the counts to begin with; a service that is not among
     them is unknown until it is first scaled."""
 
-    replicas: dict[str, Count] = {}
+    replicas: dict[str, Count] = msgspec.field(default_factory=dict)
     most_replicas: PositiveCount = MOST_REPLICAS
 
     def begin(self) -> DryRunTarget:
@@ -126,7 +130,9 @@ class DryRunTarget:
         before = self._settings.setdefault(order.service, {})
         wanted = {name: getattr(order, name) for name in ScaleOrder.__struct_fields__[1:]}
         changes = {n: v for n, v in wanted.items() if v is not None and v != before.get(n)}
-        said = ", ".join(f"{name} {before.get(name, 'unknown')} -> {value}" for name, value in changes.items())
+        said = ", ".join(
+            f"{name} {before.get(name, 'unknown')} -> {value}" for name, value in changes.items()
+        )
         before |= changes
         return f"would change {order.service}: {said}" if said else f"{order.service} is as ordered"
 
