@@ -554,7 +554,7 @@ def test_kubectl_sees_what_the_target_did_and_the_target_what_kubectl_did(api: K
     (refused,) = steered.scale([ScaleOrder("fraud", 5)])
     assert isinstance(refused, PausedError)
     applied = kubectl(
-        api, "apply", "--validate=false", "-f", "-", given=json.dumps(inference_service("scam"))
+        api, folder, "apply", "--validate=false", "-f", "-", given=json.dumps(inference_service("scam"))
     )
     assert applied.returncode == 0, applied.stderr
     assert steered.counts(["fraud", "ranker", "scam"])["fraud"] == 2
