@@ -266,6 +266,8 @@ def test_a_wrong_configuration_is_one_clear_error(dashboard: Dashboard) -> None:
         target(dashboard, service={})
     with pytest.raises(SpecError, match="application"):
         target(dashboard, services={"a": {"application": "x\ny", "deployment": "d"}})
+    with pytest.raises(SpecError, match=r"pool 'p': 'CPU' is not a custom resource"):
+        target(dashboard, pools={"p": {"CPU": 1.0}})
 
 
 def test_a_dry_run_says_what_would_change_and_remembers_it() -> None:

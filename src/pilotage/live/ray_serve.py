@@ -29,7 +29,7 @@ from msgspec import Meta
 from pilotage.live.endpoint import Api, Endpoint, must
 from pilotage.live.registries import Version
 from pilotage.live.targets import MOST_REPLICAS, ScaleOrder, TargetError, one_by_one
-from pilotage.world.spec import NonNegative, Positive, PositiveCount, Spec, closest
+from pilotage.world.spec import NonNegative, Positive, PositiveCount, Spec, SpecError, closest
 
 _DECLARED: Final = "/api/serve/applications/"
 _KEPT: Final = ("proxy_location", "http_options", "grpc_options", "target_capacity")
@@ -61,6 +61,15 @@ class RayServe(Endpoint, frozen=True, kw_only=True, tag_field="kind", tag="ray-s
     pools: dict[str, dict[str, Positive]] = msgspec.field(default_factory=dict)
     most_replicas: PositiveCount = MOST_REPLICAS
     ready_within_s: NonNegative = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for pool, resources in self.pools.items():
+            for name in resources.keys() & {"CPU", "GPU", "memory", "object_store_memory"}:
+                # Ray accepts the declaration, and then the application is gone
+                raise SpecError(
+                    f"pool {pool!r}: {name!r} is not a custom resource; valid: one of the nodes' own"
+                )
 
     def begin(self) -> RayServeTarget:
         return RayServeTarget(self)
