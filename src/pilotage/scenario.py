@@ -138,7 +138,7 @@ class Scenario(Spec, frozen=True, kw_only=True):
         room = sum(
             pool.max_nodes
             * max(
-                _replicas_on_node(service, variant, pool)
+                service.replicas_on_node(variant, pool)
                 for variant in service.variants
                 if not obstacles[variant.name, pool.name]
             )
@@ -203,14 +203,6 @@ def _obstacle(service: Service, variant: Variant, pool: Pool) -> str:
     if pool.node and variant.resources and (short := variant.resources.shortfall(pool.node)):
         return f"a node of {pool.name!r} has {', '.join(short)} that {variant.name!r} needs"
     return ""
-
-
-def _replicas_on_node(service: Service, variant: Variant, pool: Pool) -> int:
-    """How many replicas of a variant one empty node of a pool takes."""
-    if pool.node is None or variant.resources is None:
-        return 1
-    fitting = variant.resources.copies_on(pool.node)
-    return fitting if service.max_per_node is None else min(fitting, service.max_per_node)
 
 
 def folder() -> Path:

@@ -1,35 +1,75 @@
 """The guard around every policy: bounds, rate limits, hold on missing data, never an exception.
 
-Learned, tuned and heuristic policies run behind the same guard, in training, evaluation and production.
+Learned, tuned and heuristic policies run behind the same guard, in training, evaluation and production. In training,
+where many worlds run in step, it is `Guard.clamp` alone: bounds (that of a service's dollars among them) and rates.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Final
 
 import numpy as np
+from msgspec import Meta
 
-from pilotage.control.policy import Controller, Decision, Observation, Situation
-from pilotage.world.spec import Count, Name, NonNegative, PositiveCount, Spec, SpecError
+from pilotage.control.hpa import Hpa
+from pilotage.control.policy import INDEX, Controller, Decision, Observation, Situation
+from pilotage.world.spec import Count, NonNegative, Positive, PositiveCount, Spec, SpecError, closest
 
 _ABSURD = 1_000_000
+_COUNTS: Final = [INDEX[name] for name in ("replicas_ready", "replicas_starting", "replicas_pending")]
+
+
+class Range(Spec, frozen=True, kw_only=True):
+    """What a feature was in training, in the feature's unit."""
+
+    feature: str
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        _check_feature(self.feature)
+        if not -math.inf < self.low <= self.high < math.inf:
+            raise SpecError(f"range of {self.feature}: {self.low} to {self.high}; valid: low <= high, finite")
 
 
 class Guard(Spec, frozen=True, kw_only=True):
     """Limits on what any policy may order.
 
     Replica bounds of None are the service's own. `max_order` and `max_release` limit the replicas ordered or
-    released per tick. A decision is held (nothing changes) while one of the `required` features is missing or
-    older than `stale_after_s`, when the policy fails, and when what it orders is not a sensible number.
+    released per tick. Nothing is ordered (released) within `order_cooldown_s` (`release_cooldown_s`) of the last change
+    of a service's count. `max_usd_per_hour` bounds what each service's replicas cost at their shares of full nodes in
+    its dearest pool, `max_total_usd_per_hour` what all services cost: what is there stays, orders are cut.
+
+    A decision is held (nothing changes) while one of the `required` features is missing or older than `stale_after_s`,
+    and, unless `fallback` is given, which then decides instead, when the policy fails or is late, when what it orders
+    is no sensible number, and when an input is outside its range by more than `outside` times the range's width. While
+    `hold` is set or the file `hold_file` exists nothing changes at all, not even for the bounds' sake.
     """
 
     min_replicas: Count | None = None
     max_replicas: PositiveCount | None = None
     max_order: PositiveCount | None = None
     max_release: PositiveCount | None = None
-    required: tuple[Name, ...] = ()
+    order_cooldown_s: NonNegative = 0.0
+    release_cooldown_s: NonNegative = 0.0
+    max_usd_per_hour: Positive | None = None
+    max_total_usd_per_hour: Positive | None = None
+    required: tuple[str, ...] = ()
     stale_after_s: NonNegative = 300.0
+    ranges: tuple[Range, ...] = ()
+    outside: Annotated[float, Meta(ge=0, le=10)] = 0.1
+    fallback: Hpa | None = None
+    hold: bool = False
+    hold_file: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.required:
+            _check_feature(name)
 
     def limits(self, situation: Situation) -> tuple[int, int]:
         """Fewest and most replicas of a service."""
@@ -40,7 +80,29 @@ class Guard(Spec, frozen=True, kw_only=True):
             raise SpecError(
                 f"guard: min_replicas {low} exceeds max_replicas {high} of service {service.name!r}"
             )
+        if self.max_usd_per_hour is not None:
+            price = situation.replica_usd_per_hour
+            high = min(high, int(self.max_usd_per_hour / price + 1e-9)) if price > 0 else high
+            if low > high:
+                raise SpecError(
+                    f"guard: max_usd_per_hour {self.max_usd_per_hour:g} buys {high} replicas of service "
+                    f"{service.name!r} at {price:g} each; valid: enough for its min_replicas {low}"
+                )
         return low, high
+
+    def stopped(self) -> str | None:
+        """Why everything is held, or None. A file that cannot be looked for counts as one that is there."""
+        if self.hold:
+            return "hold is set"
+        if self.hold_file is None:
+            return None
+        try:
+            Path(self.hold_file).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            return f"hold_file cannot be looked for ({error.strerror})"
+        return "hold_file is there"
 
     def clamp(
         self, order: np.ndarray, release: np.ndarray, current: np.ndarray, limits: np.ndarray
@@ -62,7 +124,7 @@ class Guard(Spec, frozen=True, kw_only=True):
 
     def begin(self, inner: Controller, situation: Situation) -> Guarded:
         """The controller behind this guard, for one run."""
-        return Guarded(Check(self, situation), inner)
+        return Guarded(Check(self, [situation]), inner)
 
 
 class Guarded:
@@ -72,54 +134,177 @@ class Guarded:
         self.check, self._inner = check, inner
 
     def decide(self, seen: Observation) -> Decision:
+        wanted: Decision | Exception
         try:
             wanted = self._inner.decide(seen)
         except Exception as error:  # whatever a policy does, the service goes on
-            return self.check.failed(seen, error)
-        return self.check(seen, wanted)
+            wanted = error
+        return self.check([seen], [wanted])[0]
 
 
 class Check:
-    """What a guard makes of one service's decisions; `interventions` counts why they were changed or held."""
+    """What a guard makes of the decisions for some services; `interventions` counts why they were changed or held.
 
-    def __init__(self, guard: Guard, situation: Situation) -> None:
-        self._guard = guard
-        self._limits = np.array([guard.limits(situation)])
-        self._pools = situation.service.pools
-        self._variants = [variant.name for variant in situation.service.variants]
+    So many services at a time as `fleet` says (None: all) share the ceiling on their total. `changed_s` says when the
+    count of each last changed, where that is known from before.
+    """
+
+    def __init__(
+        self,
+        guard: Guard,
+        situations: Sequence[Situation],
+        *,
+        fleet: int | None = None,
+        changed_s: Sequence[float] | None = None,
+    ) -> None:
+        n = len(situations)
+        self._guard, self._fleet = guard, fleet or n
+        self._limits = np.array([guard.limits(s) for s in situations], np.int64).reshape(n, 2)
+        self._pools = [frozenset(s.service.pools) for s in situations]
+        self._variants = [frozenset(variant.name for variant in s.service.variants) for s in situations]
+        self._usd = np.array([s.replica_usd_per_hour for s in situations])
+        self._fallbacks = [guard.fallback.begin(s) for s in situations] if guard.fallback else None
+        self._known = np.full(n, np.nan)  # replicas, as last counted
+        self._most = self._limits[:, 1].astype(float)  # that there can be
+        self._changed_s = np.full(n, -np.inf) if changed_s is None else np.array(changed_s, float)
         self.interventions: Counter[str] = Counter()
+        ceiling = guard.max_total_usd_per_hour
+        if ceiling is not None and n:
+            least = float((self._limits[:, 0] * self._usd).reshape(-1, self._fleet).sum(axis=1).max())
+            if least > ceiling + 1e-9:
+                raise SpecError(
+                    f"guard: max_total_usd_per_hour {ceiling:g} is less than what the fewest replicas cost; "
+                    f"valid: at least {least:g}"
+                )
 
-    def failed(self, seen: Observation, error: Exception) -> Decision:
-        """The decision in place of one that the policy failed to make."""
-        return self._hold(seen, f"policy failed: {type(error).__name__}: {error}")
+    def __call__(self, seen: Sequence[Observation], wanted: Sequence[Decision | Exception]) -> list[Decision]:
+        """What is done in the place of what the policies want, or failed to want; one per service."""
+        values = np.stack([one.values for one in seen])
+        now_s = np.array([one.now_s for one in seen])
+        counts = values[:, _COUNTS].sum(axis=1)
+        counted = np.isfinite(counts)
+        self._changed_s[counted & ~np.isnan(self._known) & (counts != self._known)] = now_s[0]
+        self._known[counted] = self._most[counted] = counts[counted]
+        advice = self._advice(seen, counted)
+        stopped = self._guard.stopped()
+        if stopped is not None:
+            return [self._held(f"everything: {stopped}") for _ in seen]
+        missing, doubts = self._missing(values, seen, counted), self._doubts(values)
+        chosen = [
+            self._held(missing[k])
+            if k in missing
+            else self._instead(doubts.get(k) or self._fault(k, want), want, advice[k])
+            for k, want in enumerate(wanted)
+        ]
+        return self._limited(chosen, np.where(counted, counts, 0).astype(np.int64), counted, now_s)
 
-    def __call__(self, seen: Observation, wanted: Decision) -> Decision:
-        for name in self._guard.required:
-            if seen[name] != seen[name] or seen.age(name) > self._guard.stale_after_s:
-                return self._hold(seen, f"{name} is missing or stale")
-        if not seen.counted:
-            return self._hold(seen, "replica counts are missing")
-        if wanted.variant is not None and wanted.variant not in self._variants:
-            return self._hold(seen, f"variant {wanted.variant!r} is not one of the service's")
-        if wanted.pool is not None and wanted.pool not in self._pools:
-            return self._hold(seen, f"pool {wanted.pool!r} is not one the service may use")
+    # --- what is wrong -----------------------------------------------------------------------------------------
+    def _missing(
+        self, values: np.ndarray, seen: Sequence[Observation], counted: np.ndarray
+    ) -> dict[int, str]:
+        """Why rows are held for lack of data."""
+        found = dict.fromkeys(np.flatnonzero(~counted).tolist(), "replica counts are missing")
+        if self._guard.required:
+            ages_s = np.stack([one.age_s for one in seen])
+            for name in reversed(self._guard.required):  # the first that is missing is named
+                at = INDEX[name]
+                bad = ~np.isfinite(values[:, at]) | (ages_s[:, at] > self._guard.stale_after_s)
+                found |= dict.fromkeys(np.flatnonzero(bad).tolist(), f"{name} is missing or stale")
+        return found
+
+    def _doubts(self, values: np.ndarray) -> dict[int, str]:
+        """Why rows are unlike what the policy knows. What is missing is not outside."""
+        found: dict[int, str] = {}
+        for known in self._guard.ranges:
+            slack = self._guard.outside * (known.high - known.low)
+            column = values[:, INDEX[known.feature]]
+            outside = np.flatnonzero((column < known.low - slack) | (column > known.high + slack))
+            for k in outside.tolist():
+                found[k] = (
+                    f"inputs outside the policy's range: {known.feature} of {column[k]:g}; known from "
+                    f"{known.low:g} to {known.high:g}"
+                )
+        return found
+
+    def _fault(self, k: int, wanted: Decision | Exception) -> str | None:
+        """What is wrong with a decision as such."""
+        if isinstance(wanted, Exception):
+            return f"policy failed: {type(wanted).__name__}: {wanted}"
+        if wanted.variant is not None and wanted.variant not in self._variants[k]:
+            return f"variant is not one of the service's: {wanted.variant!r}"
+        if wanted.pool is not None and wanted.pool not in self._pools[k]:
+            return f"pool is not one the service may use: {wanted.pool!r}"
         for what, count in (("order", wanted.order), ("release", wanted.release)):
             if not (isinstance(count, int | np.integer) and 0 <= count <= _ABSURD):
-                return self._hold(seen, f"{what} of {count!r} is not a sensible number")
-        order, release = self._clamp(wanted.order, wanted.release, seen)
-        if (order, release) == (wanted.order, wanted.release):
-            return wanted
-        self.interventions["limited"] += 1
-        return replace(wanted, order=order, release=release, reason=f"{wanted.reason}; limited by guard")
+                return f"{what} is not a sensible number: {count!r}"
+        return None
 
-    def _clamp(self, order: int, release: int, seen: Observation) -> tuple[int, int]:
-        a, b = self._guard.clamp(
-            np.array([order]), np.array([release]), np.array([seen.replicas]), self._limits
-        )
-        return int(a[0]), int(b[0])
+    # --- what is done about it ---------------------------------------------------------------------------------
+    def _advice(self, seen: Sequence[Observation], counted: np.ndarray) -> list[Decision | None]:
+        """What the fallback would do. It is asked at every tick, so that it knows the past when it is needed."""
+        if self._fallbacks is None:
+            return [None] * len(seen)
+        return [
+            fallback.decide(one) if known else None
+            for fallback, one, known in zip(self._fallbacks, seen, counted.tolist(), strict=True)
+        ]
 
-    def _hold(self, seen: Observation, why: str) -> Decision:
-        """Nothing changes, except that the bounds still hold where the count is known."""
+    def _held(self, why: str) -> Decision:
         self.interventions[why.partition(":")[0]] += 1
-        order, release = self._clamp(0, 0, seen) if seen.counted else (0, 0)
-        return Decision(order, release, reason=f"held: {why}")
+        return Decision(reason=f"held: {why}")
+
+    def _instead(self, why: str | None, wanted: Decision | Exception, advice: Decision | None) -> Decision:
+        if why is None:
+            assert isinstance(wanted, Decision)
+            return wanted
+        if advice is None:
+            return self._held(why)
+        self.interventions[why.partition(":")[0]] += 1
+        return replace(advice, reason=f"fallback, {advice.reason}: {why}")
+
+    def _limited(
+        self, chosen: list[Decision], current: np.ndarray, counted: np.ndarray, now_s: np.ndarray
+    ) -> list[Decision]:
+        """The decisions within all limits; the bounds hold also where a policy does not decide."""
+        guard = self._guard
+        order = np.array([one.order for one in chosen], np.int64)
+        release = np.array([one.release for one in chosen], np.int64)
+        since_s = now_s - self._changed_s
+        order[since_s < guard.order_cooldown_s] = 0
+        release[since_s < guard.release_cooldown_s] = 0
+        order, release = guard.clamp(order, release, current, self._limits)
+        order, release = np.where(counted, order, 0), np.where(counted, release, 0)
+        if guard.max_total_usd_per_hour is not None:
+            order = self._affordable(order, release, guard.max_total_usd_per_hour)
+        self._most = np.maximum(self._most, self._most + order - release)
+        return [
+            one if (o, r) == (one.order, one.release) else self._changed(one, o, r)
+            for one, o, r in zip(chosen, order.tolist(), release.tolist(), strict=True)
+        ]
+
+    def _changed(self, one: Decision, order: int, release: int) -> Decision:
+        if one.reason.startswith("held: "):
+            return replace(one, order=order, release=release)
+        self.interventions["limited"] += 1
+        return replace(one, order=order, release=release, reason=f"{one.reason}; limited by guard")
+
+    def _affordable(self, order: np.ndarray, release: np.ndarray, ceiling: float) -> np.ndarray:
+        """Orders that keep each fleet's bill under the ceiling: those for the fewest replicas, and of what then is left
+        the same share of every other order, rounded down.
+
+        A service that cannot be counted costs what it did when it could be, with all that was ordered since; if it
+        never could be, all that it may.
+        """
+        kept = self._most - release
+        needed = np.clip(self._limits[:, 0] - kept, 0, order)
+        shape = (-1, self._fleet)
+        left = ceiling - ((kept + needed) * self._usd).reshape(shape).sum(axis=1)
+        asked = ((order - needed) * self._usd).reshape(shape).sum(axis=1)
+        share = np.clip(np.divide(left, asked, out=np.ones_like(left), where=asked > 0), 0, 1)
+        granted = np.floor((order - needed) * np.repeat(share, self._fleet) + 1e-9)
+        return (needed + granted).astype(np.int64)
+
+
+def _check_feature(name: str) -> None:
+    if name not in INDEX:
+        raise SpecError(f"guard: feature {name!r} does not exist; {closest(name, INDEX)}")

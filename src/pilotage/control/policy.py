@@ -178,6 +178,9 @@ FEATURES: Final = (
 INDEX: Final[Mapping[str, int]] = {feature.name: k for k, feature in enumerate(FEATURES)}
 
 
+_READY, _STARTING, _PENDING = (INDEX[f"replicas_{what}"] for what in ("ready", "starting", "pending"))
+
+
 def measure(counters: Counters) -> np.ndarray:
     """Feature values from engine counters of any shape; the features are along the last axis."""
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -217,7 +220,8 @@ class Observation:
 
     @property
     def _replicas(self) -> float:
-        return sum(self[n] for n in ("replicas_ready", "replicas_starting", "replicas_pending"))
+        values = self.values
+        return float(values[_READY] + values[_STARTING] + values[_PENDING])
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +271,16 @@ class Situation:
     def start_up_s(self) -> float:
         """Expected time from order to readiness in the preferred pool, in seconds."""
         return self.pools[self.service.pools[0]].boot_s + self.service.variants[0].start_up_s
+
+    @property
+    def replica_usd_per_hour(self) -> float:
+        """What a replica costs as its share of a full node, in the pool and build where that is most."""
+        places = [
+            (self.pools[name].price_usd_per_hour, self.service.replicas_on_node(variant, self.pools[name]))
+            for name in self.service.pools
+            for variant in self.service.variants
+        ]
+        return max((price / fitting for price, fitting in places if fitting), default=0.0)
 
     @property
     def concurrency(self) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from pilotage.control.guard import Check, Guard
-from pilotage.control.policy import Controller, Decision, Observation, Policy, Situation, Together
+from pilotage.control.policy import Controller, Decision, Observation, Policy, Situation
 
 
 class Steerable(Protocol):
@@ -26,20 +28,31 @@ class Decides(Protocol):
 
 
 Record = Callable[[int, Sequence[Observation], Sequence[Decision]], None]
+_Ask = Callable[[list[Observation]], Sequence[Decision]]
 
 
 class Helm:
     """The controllers of all services, one policy per service, behind a guard if there is one.
 
-    Services that share a policy are asked together where the policy can do that.
+    Services that share a policy are asked together where the policy can do that. With `within_s` whoever has not
+    decided by then has failed for this tick; one that hangs is asked again once it has come back. `fleet` and
+    `changed_s` are the guard's (see `Check`).
     """
 
     def __init__(
-        self, policies: Sequence[Policy], situations: Sequence[Situation], guard: Guard | None = None
+        self,
+        policies: Sequence[Policy],
+        situations: Sequence[Situation],
+        guard: Guard | None = None,
+        *,
+        within_s: float | None = None,
+        fleet: int | None = None,
+        changed_s: Sequence[float] | None = None,
     ) -> None:
-        self._together: list[tuple[list[int], Together]] = []
-        self._alone: dict[int, Controller] = {}
-        self._checks = [Check(guard, situation) if guard else None for situation in situations]
+        self.check = Check(guard, situations, fleet=fleet, changed_s=changed_s) if guard else None
+        self._within_s = within_s
+        self._asked: list[tuple[list[int], _Ask]] = []
+        self._hanging: dict[int, threading.Thread] = {}
         rows: dict[int, list[int]] = {}
         for row, policy in enumerate(policies):
             rows.setdefault(id(policy), []).append(row)
@@ -47,40 +60,81 @@ class Helm:
             policy = policies[mine[0]]
             together = policy.begin_together([situations[row] for row in mine])
             if together is not None:
-                self._together.append((mine, together))
+                self._asked.append((mine, together.decide))
             else:
-                self._alone |= {row: policy.begin(situations[row]) for row in mine}
+                self._asked += [([row], _alone(policy.begin(situations[row]))) for row in mine]
 
     def decide(self, seen: Sequence[Observation]) -> list[Decision]:
         """One decision per observation; without a guard, what a policy raises is raised."""
-        found: dict[int, Decision | Exception] = {}
-        for mine, together in self._together:
+        found = self._found(seen)
+        late = TimeoutError(f"no decision within {self._within_s} s")
+        wanted = [found.get(row, late) for row in range(len(seen))]
+        if self.check is not None:
+            return self.check(seen, wanted)
+        for one in wanted:
+            if isinstance(one, Exception):
+                raise one
+        return [one for one in wanted if isinstance(one, Decision)]
+
+    def _found(self, seen: Sequence[Observation]) -> dict[int, Decision | Exception]:
+        """What the controllers say, or raise, by row; who is late says nothing."""
+        if self._within_s is None:
+            questions = _Questions(self._asked, range(len(self._asked)), seen)
+            questions.run()
+            return questions.found
+        self._hanging = {k: thread for k, thread in self._hanging.items() if thread.is_alive()}
+        questions = _Questions(
+            self._asked, [k for k in range(len(self._asked)) if k not in self._hanging], seen
+        )
+        thread = threading.Thread(target=questions.run, name="policies", daemon=True)
+        thread.start()
+        thread.join(self._within_s)
+        if thread.is_alive():
+            questions.given_up = True
+            self._hanging[questions.at] = thread
+        return dict(questions.found)
+
+
+class _Questions:
+    """Asks controllers one after another, until it is given up; `at` is whom it asks."""
+
+    def __init__(
+        self, asked: Sequence[tuple[list[int], _Ask]], which: Sequence[int], seen: Sequence[Observation]
+    ) -> None:
+        self._asked, self._which, self._seen = asked, which, seen
+        self.found: dict[int, Decision | Exception] = {}
+        self.at, self.given_up = -1, False
+
+    def run(self) -> None:
+        for k in self._which:
+            if self.given_up:
+                return
+            self.at, (mine, ask) = k, self._asked[k]
             try:
-                found |= dict(zip(mine, together.decide([seen[row] for row in mine]), strict=True))
+                self.found |= dict(zip(mine, ask([self._seen[row] for row in mine]), strict=True))
             except Exception as error:
-                found |= dict.fromkeys(mine, error)
-        for row, controller in self._alone.items():
-            try:
-                found[row] = controller.decide(seen[row])
-            except Exception as error:
-                found[row] = error
-        return [self._checked(seen[row], found[row], check) for row, check in enumerate(self._checks)]
-
-    @staticmethod
-    def _checked(seen: Observation, wanted: Decision | Exception, check: Check | None) -> Decision:
-        if isinstance(wanted, Exception):
-            if check is None:
-                raise wanted
-            return check.failed(seen, wanted)
-        return wanted if check is None else check(seen, wanted)
+                self.found |= dict.fromkeys(mine, error)
 
 
-def steer(cluster: Steerable, helm: Decides, ticks: int, record: Record | None = None) -> None:
-    """Runs `ticks` control ticks; `record(tick, observations, decisions)` is called after each.
+def _alone(controller: Controller) -> _Ask:
+    return lambda seen: [controller.decide(seen[0])]
 
-    The helm decides for every observation, in the cluster's order.
+
+def steer(
+    cluster: Steerable,
+    helm: Decides,
+    ticks: int | None,
+    record: Record | None = None,
+    going: Callable[[], bool] = lambda: True,
+) -> None:
+    """Runs `ticks` control ticks (None: for ever), or fewer: none is begun once `going()` says so.
+
+    `record(tick, observations, decisions)` is called after each. The helm decides for every observation, in the
+    cluster's order.
     """
-    for tick in range(ticks):
+    for tick in itertools.count() if ticks is None else range(ticks):
+        if not going():
+            return
         seen = cluster.read()
         decisions = helm.decide(seen)
         cluster.apply(decisions)

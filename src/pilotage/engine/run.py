@@ -156,6 +156,7 @@ def _in_step(
         [policy if isinstance(policy, Policy) else policy[s] for policy in policies for s in range(services)],
         [cluster.situation(w, s) for w in range(len(worlds)) for s in range(services)],
         guard,
+        fleet=services,
     )
     lives = Lives(scenario, cluster, retraining) if decays else None
     shape = (scenario.ticks, len(worlds), services)

@@ -20,7 +20,7 @@ _HASH, _PREV, _RECORD, _END = b'{"hash":"', b'","prev_hash":"', b'","record":', 
 _PREV_AT, _RECORD_AT = 9 + 64, 9 + 64 + 15 + 64
 _BODY_AT: Final = _RECORD_AT + len(_RECORD)
 
-Outcome = Literal["intent", "applied", "failed", "refused", "abandoned", "observed"]
+Outcome = Literal["intent", "applied", "failed", "refused", "abandoned", "observed", "kept", "proposed"]
 
 
 def utc(time: datetime) -> str:
@@ -40,7 +40,8 @@ class Actor(Spec, frozen=True, kw_only=True, omit_defaults=True):
 
 class Record(Spec, frozen=True, kw_only=True, omit_defaults=True):
     """One event. `outcome` is *intent* before the world is touched, and what came of it in a later entry whose `of`
-    is the intent's number; *observed* is what somebody else did. `reverts` is the entry that this one takes back.
+    is the intent's number; *observed* is what somebody else did, *kept* a decision to change nothing, *proposed* one
+    that was not meant to be carried out. `reverts` is the entry that this one takes back.
 
     The groups `subject` (run, data, environment), `decision` (alternatives, costs), `evidence`, `economics`,
     `response` (the registry's answer, its latency) and `fairness` are free JSON objects without payload or secrets.

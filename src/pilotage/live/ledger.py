@@ -21,7 +21,7 @@ import os
 import re
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from pilotage.live.entries import (
     utc,
 )
 from pilotage.live.index import Index
-from pilotage.live.secrets import without_secrets
+from pilotage.live.secrets import suspicious, without_secrets
 from pilotage.world.spec import Spec, SpecError
 
 
@@ -64,22 +64,22 @@ class Ledger:
         self._index = Index(self._lines)
 
     # --- writing ---------------------------------------------------------------------------------------------
-    def append(self, *records: Record) -> list[Entry]:
+    def append(self, *records: Record, indexed: bool = True) -> list[Entry]:
         """Adds entries; when this returns they are on disk.
 
         Secrets are blotted out first. Raises SpecError for a record that is too large, LedgerError where the ledger
-        does not continue its head (it was cut or changed).
+        does not continue its head (it was cut or changed). Not `indexed`: the index catches up later.
         """
-        clean = [_without_secrets(record) for record in records]
+        clean = _without_secrets(records)
         self.folder.mkdir(parents=True, exist_ok=True)
         with _locked(self.folder / "append.lock"), self._lines.open("a+b", buffering=0) as file:
             head = self._caught_up(file)
             entries, lines, last = [], [], head
+            now, monotonic_s = max(utc(datetime.now(UTC)), head.time), round(time.monotonic(), 6)
             for record in clean:
-                now = max(utc(datetime.now(UTC)), last.time)
                 fields = msgspec.structs.asdict(record)
-                entry = Entry(**fields, seq=last.entries, time=now, monotonic_s=round(time.monotonic(), 6))
-                raw = msgspec.json.encode(entry, order="sorted")
+                entry = Entry(**fields, seq=last.entries, time=now, monotonic_s=monotonic_s)
+                raw = _encode(entry)
                 if len(raw) > MAX_RECORD_BYTES:
                     raise SpecError(
                         f"ledger entry {entry.kind!r} of {entry.service!r}: {len(raw)} bytes; valid: at most "
@@ -87,7 +87,8 @@ class Ledger:
                     )
                 digest, line = line_of(last.hash, raw)
                 lines.append(line)
-                entries.append(msgspec.structs.replace(entry, hash=digest))
+                msgspec.structs.force_setattr(entry, "hash", digest)  # nobody has seen it yet
+                entries.append(entry)
                 last = Head(entries=last.entries + 1, size=last.size + len(line), hash=digest, time=now)
             try:
                 _write(file, b"".join(lines))
@@ -95,10 +96,16 @@ class Ledger:
             except OSError:
                 os.ftruncate(file.fileno(), head.size)  # what was never acknowledged
                 raise
-            self._keep(last)
-        with contextlib.suppress(sqlite3.Error):  # a convenience: the next query catches up
-            self._index.catch_up()
+            with contextlib.suppress(OSError):  # the lines are on disk: the next append catches up with them
+                self._keep(last)
+        if indexed:
+            with contextlib.suppress(sqlite3.Error):  # a convenience: the next query catches up
+                self.catch_up()
         return entries
+
+    def catch_up(self) -> None:
+        """Brings the index up to date; raises sqlite3.Error where it cannot be written."""
+        self._index.catch_up()
 
     @contextlib.contextmanager
     def alone(self, service: str, within_s: float = 10.0) -> Iterator[None]:
@@ -118,7 +125,10 @@ class Ledger:
             file.write(msgspec.json.encode(head) + b"\n")
             file.flush()
             os.fsync(file.fileno())
+        begins = not self._head.exists()
         part.replace(self._head)
+        if not begins:  # either head will do: from the older one the next append catches up
+            return
         folder = os.open(self.folder, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -289,16 +299,58 @@ class Ledger:
         )
         return last[0] if last else None
 
+    def open_intents(self) -> list[Entry]:
+        """The intents, of all services, that have no result."""
+        return self._index.fetch(
+            "SELECT start, length FROM entries AS one WHERE outcome = 'intent' AND NOT EXISTS "
+            "(SELECT 1 FROM entries WHERE settles = one.seq) ORDER BY seq",
+            (),
+        )
+
     def unsettled(self, service: str) -> Entry | None:
         """The intent of a service that has no result: a writer died, or its registry did not answer."""
         last = self.last_intent(service)
         return last if last is not None and self.settlement(last) is None else None
 
 
-def _without_secrets(record: Record) -> Record:
-    plain = msgspec.to_builtins(record)
-    clean = without_secrets(plain)
-    return record if clean is plain else msgspec.convert(clean, Record)
+def _texts(records: Sequence[Record]) -> set[str]:
+    """Every text of the records, once, the names of fields among them."""
+    found: set[str] = set()
+    known: set[int] = set()  # what records share is looked at once
+    for record in records:
+        for part in msgspec.structs.astuple(record):
+            if type(part) is str:
+                found.add(part)
+            elif type(part) is dict:
+                if part and id(part) not in known:
+                    known.add(id(part))
+                    found.update(part)
+                    found.update(
+                        [v if type(v) is str else _as_text(v) for v in part.values() if type(v) not in _PLAIN]
+                    )
+            elif part is not None and id(part) not in known:
+                known.add(id(part))
+                found.add(_as_text(part))
+    return found
+
+
+def _as_text(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+_PLAIN = frozenset({float, int, bool, type(None)})
+_encode = msgspec.json.Encoder(order="sorted").encode
+
+
+def _without_secrets(records: Sequence[Record]) -> Sequence[Record]:
+    if not suspicious(list(_texts(records))):  # all at once, which is quick
+        return records
+    plain = [msgspec.to_builtins(record) for record in records]
+    clean = [without_secrets(one) for one in plain]
+    return [
+        record if after is before else msgspec.convert(after, Record)
+        for record, before, after in zip(records, plain, clean, strict=True)
+    ]
 
 
 def _write(file: Any, data: bytes) -> None:

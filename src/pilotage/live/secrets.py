@@ -34,8 +34,13 @@ _HINTS: Final = (  # in lower case: a text without any of them holds nothing of 
 def without_secrets(value: Any) -> Any:
     """Plain data or text without secrets: passwords in URLs, known forms of tokens, and what follows or stands under a
     name such as `api_key` are replaced by a word that says so."""
+    return _blotted(value) if suspicious(value) else value
+
+
+def suspicious(value: Any) -> bool:
+    """Whether anything in a value looks as if it could be a secret."""
     text = msgspec.json.encode(value).lower()
-    return _blotted(value) if any(hint in text for hint in _HINTS) else value
+    return any(hint in text for hint in _HINTS)
 
 
 def _blotted(value: Any) -> Any:

@@ -8,6 +8,7 @@ from msgspec import Meta
 
 from pilotage.world.arrivals import Traffic
 from pilotage.world.lifecycle import Lifecycle
+from pilotage.world.pools import Pool
 from pilotage.world.servers import BatchServer, Constant, RequestDemand, Variant
 from pilotage.world.spec import Count, Name, NonNegative, Positive, PositiveCount, Spec, SpecError
 
@@ -77,3 +78,10 @@ class Service(Spec, frozen=True, kw_only=True):
     @property
     def slo_s(self) -> float:
         return self.slo_ms / 1e3
+
+    def replicas_on_node(self, variant: Variant, pool: Pool) -> int:
+        """How many replicas of a variant one empty node of a pool takes."""
+        if pool.node is None or variant.resources is None:
+            return 1
+        fitting = variant.resources.copies_on(pool.node)
+        return fitting if self.max_per_node is None else min(fitting, self.max_per_node)

@@ -1,0 +1,220 @@
+"""The configuration of steering, and what is made of it: which services, by which policies, seen and scaled by what.
+
+    scenario = "fleet.toml"         # what the services are: pools, latency laws, objectives, prices
+    ledger = "steer-ledger"
+    policy = "hpa"
+
+    [monitor]
+    kind = "prometheus"
+    url = "https://prometheus.monitoring:9090"
+    metrics = "vllm"
+    token_file = "/var/run/secrets/prometheus/token"
+
+    [target]
+    kind = "dry-run"
+
+    [services.ranker]
+    policy = "learned"
+    label = "ranker-v2"
+
+    [guard]
+    required = ["arrival_rate"]
+    max_order = 4
+
+Paths are relative to the file. Secrets are never in it: `token_file`, `token_env` and the like say where they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from pilotage import scenario
+from pilotage.control.guard import Check, Guard
+from pilotage.control.learned import policy_from
+from pilotage.control.policy import Policy, Situation
+from pilotage.live.entries import Actor
+from pilotage.live.monitors import Monitor, Prometheus
+from pilotage.live.promql import Subject
+from pilotage.live.recordings import Recording
+from pilotage.live.targets import Scaled
+from pilotage.world.pools import Pool
+from pilotage.world.services import Service
+from pilotage.world.spec import Name, NonNegative, Positive, Spec, SpecError, closest, decode, read_toml
+
+Mode = Literal["shadow", "advise", "act"]
+TARGETS: Final = {  # the clients of outside systems are imported where one is used
+    "dry-run": ("pilotage.live.targets", "DryRun"),
+    "kubernetes": ("pilotage.live.kubernetes", "Kubernetes"),
+    "ray-serve": ("pilotage.live.ray_serve", "RayServe"),
+}
+_LONGEST_REASON: Final = 200
+
+
+class Steered(Spec, frozen=True, kw_only=True):
+    """One service: its policy (None: that of all), and what its metrics call it (None: its name)."""
+
+    policy: str | None = None
+    label: Annotated[str, Meta(min_length=1, max_length=250)] | None = None
+
+
+class SteerConfig(Spec, frozen=True, kw_only=True):
+    """A file as above. `scenario` is a shipped environment or a file; `services` are those to steer (none: all of it).
+
+    Modes: *shadow* says what it would do, *advise* asks first (at the terminal, or through the file `answers`), *act*
+    does it. `tick_s` is by default the scenario's. A policy that has not decided within `decide_within_s` has failed.
+    Policies know the arrival rates of the `history_h` before the start. `record` is a file to which all observations
+    are added, `listen` is where `/metrics` and `/healthz` are served.
+    """
+
+    scenario: str
+    ledger: str
+    monitor: Prometheus | Recording
+    target: dict[str, Any] = msgspec.field(default_factory=lambda: {"kind": "dry-run"})
+    mode: Mode = "shadow"
+    policy: str = "hpa"
+    services: dict[Name, Steered] = msgspec.field(default_factory=dict)
+    guard: Guard = Guard()
+    tick_s: Annotated[float, Meta(gt=0, le=3600)] | None = None
+    decide_within_s: Positive = 5.0
+    history_h: NonNegative = 24.0
+    record: str | None = None
+    answers: str | None = None
+    listen: str | None = None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A configuration that was read and found valid, and what it names. `files` are those that it was read from."""
+
+    config: SteerConfig
+    services: tuple[Service, ...]
+    pools: dict[str, Pool]
+    tick_s: float
+    policies: tuple[Policy, ...]
+    actors: tuple[Actor, ...]
+    subjects: tuple[Subject, ...]
+    target: Any
+    ledger: Path
+    files: tuple[Path, ...]
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        return [service.name for service in self.services]
+
+    @property
+    def history_ticks(self) -> int:
+        return int(self.config.history_h * 3600 / self.tick_s)
+
+    def situations(self, history_rps: Sequence[np.ndarray] | None = None) -> list[Situation]:
+        """What policies know at the start; without a history, nothing of the past."""
+        past = history_rps or [np.zeros(0)] * len(self.services)
+        return [
+            Situation(service=service, pools=self.pools, tick_s=self.tick_s, history_rps=rates)
+            for service, rates in zip(self.services, past, strict=True)
+        ]
+
+    def monitor(self) -> Monitor:
+        return self.config.monitor.begin(self.subjects)
+
+    def begin_target(self) -> Scaled:
+        begun: Scaled = self.target.begin()
+        return begun
+
+    def fingerprint(self) -> tuple[Any, ...]:
+        """Changes when one of the files does."""
+        return tuple(_state(path) for path in self.files)
+
+
+def load(path: Path, mode: Mode | None = None) -> Setup:
+    """What a configuration file says; a SpecError says what is wrong, where, and what would be valid."""
+    config = decode(read_toml(path, "a steer configuration"), SteerConfig, str(path))
+    folder = path.parent
+    monitor = config.monitor
+    if isinstance(monitor, Recording):
+        monitor = monitor.replace(path=str(folder / monitor.path))
+    guard = config.guard
+    if guard.hold_file is not None:
+        guard = guard.replace(hold_file=str(folder / guard.hold_file))
+    config = config.replace(mode=mode or config.mode, monitor=monitor, guard=guard)
+    at, files = folder / config.scenario, [path]
+    if at.suffix == ".toml":
+        files.append(at)
+    world = scenario.load(at if at.suffix == ".toml" else config.scenario)
+    named = {service.name: service for service in world.services}
+    for name in config.services:
+        if name not in named:
+            raise SpecError(f"{path}: services: {name!r} is not in {config.scenario}; {closest(name, named)}")
+    services = tuple(named[name] for name in config.services or named)
+    tick_s = config.tick_s or world.tick_s
+    chosen: dict[str, tuple[Policy, Actor]] = {}
+    subjects = []
+    texts = []
+    for service in services:
+        steered = config.services.get(service.name, Steered())
+        texts.append(steered.policy or config.policy)
+        subjects.append(Subject(steered.label or service.name, service.slo_s))
+    for text in dict.fromkeys(texts):
+        chosen[text] = _policy(text, folder, f"{path}: policy")
+        files += _files_of(text, folder)
+    labels = [one.label for one in subjects]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise SpecError(f"{path}: services: label {twice[0]!r} is used twice; labels must differ")
+    setup = Setup(
+        config=config,
+        services=services,
+        pools=world.pool_by_name,
+        tick_s=tick_s,
+        policies=tuple(chosen[text][0] for text in texts),
+        actors=tuple(chosen[text][1] for text in texts),
+        subjects=tuple(subjects),
+        target=_target(config.target, f"{path}: target"),
+        ledger=folder / config.ledger,
+        files=tuple(files),
+    )
+    Check(guard, setup.situations())  # limits that no service can have are found now
+    return setup
+
+
+def _policy(text: str, folder: Path, where: str) -> tuple[Policy, Actor]:
+    beside = folder / text
+    try:
+        policy = policy_from(str(beside) if beside.exists() else text)
+    except SpecError as error:
+        raise SpecError(f"{where}: {error}") from None
+    digest = hashlib.sha256(msgspec.json.encode(policy)).hexdigest()
+    name = text if len(text) <= _LONGEST_REASON else text[:_LONGEST_REASON] + "..."
+    return policy, Actor(kind="policy", name=name, digest=digest)
+
+
+def _files_of(text: str, folder: Path) -> list[Path]:
+    """The files of a policy that is one: when they change, it is read again."""
+    beside = folder / text
+    if beside.is_dir():
+        return sorted(path for path in beside.iterdir() if path.is_file())
+    return [beside] if beside.is_file() else []
+
+
+def _target(raw: dict[str, Any], where: str) -> Any:
+    kind = raw.get("kind")
+    if kind not in TARGETS:
+        raise SpecError(f"{where}: kind {kind!r} does not exist; {closest(str(kind), TARGETS)}")
+    module, name = TARGETS[kind]
+    return decode(raw, getattr(importlib.import_module(module), name), where)
+
+
+def _state(path: Path) -> Any:
+    try:
+        state = path.stat()
+    except OSError as error:
+        return path, error.errno
+    return path, state.st_mtime_ns, state.st_size, state.st_ino
