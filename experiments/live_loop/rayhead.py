@@ -85,7 +85,7 @@ def ray_head(folder: Path, cpus: int = 2) -> Iterator[str]:
     """The URL of the dashboard of a Ray head whose Serve proxy listens at SERVE, its metrics at METRICS (every 1 s)."""
     environment = os.environ | {
         "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(HERE),
-        "RAY_metrics_report_interval_ms": "1000",
+        "RAY_metrics_report_interval_ms": "1000", "RAY_worker_niceness": "0",  # not behind what else runs here
         "RAY_SERVE_REQUEST_LATENCY_BUCKETS_MS": "20,40,60,80,100,120,140,160,180,200,230,260,300,350,400,450,500,600,"
         "700,800,1000,1300,1600,2000,3000,4000,6000,8000,12000,20000",
     }  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import time
 from typing import Any
 
@@ -10,7 +12,8 @@ from ray import serve
 
 
 def build(args: dict[str, Any]) -> Any:
-    """The application; `start_s` is what loading takes, `base_s + per_item_s * n` what a batch of n takes."""
+    """The application: one deployment `name`. `start_s` is what loading takes, `base_s + per_item_s * n` what a batch
+    of n takes. An answer says when its batch began and ended, on the machine's monotonic clock."""
     start_s, base_s, per_item_s = (float(args[name]) for name in ("start_s", "base_s", "per_item_s"))
 
     @serve.deployment(ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=5)
@@ -25,11 +28,20 @@ def build(args: dict[str, Any]) -> Any:
             self.run.set_batch_wait_timeout_s(float(config.get("batch_wait_s", 0.0)))
 
         @serve.batch(max_batch_size=1, batch_wait_timeout_s=0.0)
-        async def run(self, items: list[int]) -> list[int]:
+        async def run(self, items: list[int]) -> list[tuple[int, float, float]]:
+            began = time.monotonic()
             await asyncio.sleep(base_s + per_item_s * len(items))
-            return [len(items)] * len(items)
+            return [(len(items), began, time.monotonic())] * len(items)
 
-        async def __call__(self, request: Any) -> dict[str, Any]:
-            return {"batch": await self.run(0), "model": self.uri}
+        async def __call__(self, request: Any) -> str:
+            size, began, ended = await self.run(0)
+            answer = {
+                "batch": size,
+                "began": began,
+                "ended": ended,
+                "model": self.uri,
+                "replica": os.getpid(),
+            }
+            return json.dumps(answer)
 
-    return Model.bind()
+    return Model.options(name=args["name"]).bind()

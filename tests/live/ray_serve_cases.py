@@ -40,7 +40,8 @@ def application(name: str, **settings: Any) -> dict[str, Any]:
     return {
         "name": name, "route_prefix": f"/{name}", "import_path": "serve_app:build",
         "external_scaler_enabled": name == "scaled",
-        "args": {"start_s": 0.2, "base_s": 0.01, "per_item_s": 0.001}, "deployments": [deployment | settings],
+        "args": {"name": "Model", "start_s": 0.2, "base_s": 0.01, "per_item_s": 0.001},
+        "deployments": [deployment | settings],
     }  # fmt: skip
 
 
