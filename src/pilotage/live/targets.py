@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
+import msgspec
 from msgspec import Struct
 
 from pilotage.live.registries import Version
@@ -111,7 +112,7 @@ class DryRun(Spec, frozen=True, kw_only=True, tag_field="kind", tag="dry-run"):
     """Touches nothing and says what would change. `replicas` are the counts to begin with; a service that is not among
     them is unknown until it is first scaled."""
 
-    replicas: dict[str, Count] = {}
+    replicas: dict[str, Count] = msgspec.field(default_factory=dict)
     most_replicas: PositiveCount = MOST_REPLICAS
 
     def begin(self) -> DryRunTarget:
