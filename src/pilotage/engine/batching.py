@@ -28,7 +28,7 @@ from pilotage.engine.llm_layout import (
     WAITING,
 )
 from pilotage.engine.queues import bucket
-from pilotage.engine.randomness import compiled, hot
+from pilotage.engine.randomness import compiled
 
 
 # --- the queue ---------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def push(f, k, i):
     e["queued_blocks"] += blocks_for(q["target"], f.server["block_tokens"])
 
 
-@hot
+@compiled
 def pop(f, k):
     e = f.engines[k]
     i = e["head"]
@@ -87,7 +87,7 @@ def restart(f, k, i):
     q["state"] = WAITING
 
 
-@hot
+@compiled
 def rewind(f, q):
     """What sequence q has produced becomes part of the prompt that is to be processed anew."""
     if q["complete"] or f.server["vidur"]:
@@ -95,7 +95,7 @@ def rewind(f, q):
     q["processed"], q["complete"] = 0, 0
 
 
-@hot
+@compiled
 def waits(f, k):
     """Whether the head of the queue of replica k has arrived."""
     e = f.engines[k]
@@ -103,7 +103,7 @@ def waits(f, k):
 
 
 # --- what makes an iteration --------------------------------------------------------------------------------
-@hot
+@compiled
 def add(f, k, i, tokens):
     e = f.engines[k]
     f.batch[k, e["flying"]] = i
@@ -111,7 +111,7 @@ def add(f, k, i, tokens):
     e["flying"] += 1
 
 
-@hot
+@compiled
 def admit_head(f, k, found):
     """Takes the head of the queue of replica k in, with the prefix blocks that it finds there."""
     i = pop(f, k)
@@ -135,7 +135,7 @@ def take_over(f, k):
         append(f, k, i)
 
 
-@hot
+@compiled
 def append(f, k, i):
     e = f.engines[k]
     f.running[k, e["running"]] = i
@@ -159,7 +159,7 @@ def sort(f, k):
         e["sorted"] = 1
 
 
-@hot
+@compiled
 def decode(f, k, j):
     """The sequence in place j of those that run decodes one token, if there is a block for it; it may cost the last
     ones their place. Returns whether it does."""
@@ -239,7 +239,7 @@ def form_chunked(f, k):
         budget -= tokens
 
 
-@hot
+@compiled
 def seconds(law, prefill, sequences, context, square):
     """The five-term law, from left to right."""
     return (
@@ -314,7 +314,7 @@ def complete(f, k):
             append(f, k, i)
 
 
-@hot
+@compiled
 def emit(f, q, now):
     """Sequence q has a token; the gap to the one before is an inter-token latency."""
     if math.isnan(q["first_s"]):

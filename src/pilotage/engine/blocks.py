@@ -9,15 +9,15 @@ one token of a prompt is computed. Blocks of outputs are not kept: no trace says
 
 from __future__ import annotations
 
-from pilotage.engine.randomness import compiled, hot
+from pilotage.engine.randomness import compiled
 
 
-@hot
+@compiled
 def blocks_for(tokens, per_block):
     return (tokens + per_block - 1) // per_block
 
 
-@hot
+@compiled
 def hits(f, k, q):
     """Of the prompt of sequence q: prefix blocks that replica k has, and how many of these nobody holds."""
     span = f.server["span"]
@@ -35,7 +35,7 @@ def hits(f, k, q):
     return found, idle
 
 
-@hot
+@compiled
 def take(f, k, count):
     """Takes free blocks of replica k; prefixes give way that nobody holds."""
     e = f.engines[k]

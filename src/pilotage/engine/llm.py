@@ -13,8 +13,8 @@ from pilotage.engine.randomness import compiled
 @compiled
 def route(f, q):
     """The replica for sequence q: the next one; the first of those with the fewest sequences; or the first of those
-    where the blocks that are to be prefilled, weighted, and the blocks in use are fewest, as the router of NVIDIA Dynamo
-    does it (ai-dynamo/dynamo `lib/llm/src/kv_router/scheduler.rs`)."""
+    where the blocks that are to be prefilled, weighted, and the blocks in use are fewest, as NVIDIA Dynamo's router
+    has it (ai-dynamo/dynamo `lib/llm/src/kv_router/scheduler.rs`)."""
     if f.server["routing"] == ROUND_ROBIN:
         f.desk[TURN] += 1
         return f.ready[(f.desk[TURN] - 1) % f.desk[READY]]

@@ -120,4 +120,8 @@ PREFIX: Final = np.dtype([("holders", "i4"), ("older", "i4"), ("newer", "i4")], 
 Fleet = namedtuple(
     "Fleet", "server sequences engines running batch scheduled aside ids holds cache itl ready desk"
 )
-TURN, READY, SENT = 0, 1, 2  # of `desk`: round robin, the engines in `ready`, the requests sent in a closed loop
+TURN, READY, SENT = (
+    0,
+    1,
+    2,
+)  # of `desk`: round robin, the engines in `ready`, the requests sent in a closed loop

@@ -33,7 +33,9 @@ from pilotage.world.llm import IterationLaw, LLMServer, Requests
 from pilotage.world.spec import SpecError
 
 
-def server_record(server: LLMServer, role: int = UNIFIED, *, concurrency: int = 0, stepwise: bool = False) -> np.ndarray:
+def server_record(
+    server: LLMServer, role: int = UNIFIED, *, concurrency: int = 0, stepwise: bool = False
+) -> np.ndarray:
     """A server in numbers."""
     record = np.zeros((), SERVER)
     record["scheduler"], record["routing"] = SCHEDULERS[server.scheduler], ROUTINGS[server.routing]
@@ -73,7 +75,9 @@ def sequence_records(requests: Requests, ids: bool) -> tuple[np.ndarray, np.ndar
     return out, numbers.astype(np.int32), len(known)
 
 
-def new_fleet(server: np.ndarray, engines: np.ndarray, sequences: np.ndarray, ids: np.ndarray, distinct: int) -> Fleet:
+def new_fleet(
+    server: np.ndarray, engines: np.ndarray, sequences: np.ndarray, ids: np.ndarray, distinct: int
+) -> Fleet:
     """The arrays of one LLM service whose engines all get requests."""
     n, batch = len(engines), int(server["max_batch"])
     cache = np.zeros((n, distinct), PREFIX)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
+import msgspec
 import numpy as np
 from msgspec import Meta
 
@@ -78,8 +79,8 @@ class KvMemory(Spec, frozen=True, kw_only=True):
         count = math.floor(left_gib * 2**30 / (self.kv_bytes_per_token * block_tokens))
         if count < 1:
             raise SpecError(
-                f"the model ({self.weights_gib:g} GiB of weights, {self.reserve_gib:g} GiB reserved) leaves no room for "
-                f"KV blocks in {self.gpus} x {self.gpu_gib:g} GiB x {self.share:g}; give more GPUs or a smaller model"
+                f"the model ({self.weights_gib:g} GiB of weights, {self.reserve_gib:g} GiB reserved) leaves no room "
+                f"for KV blocks in {self.gpus} x {self.gpu_gib:g} GiB x {self.share:g}; give more GPUs or a smaller model"
             )
         return count
 
@@ -99,7 +100,7 @@ class Profile(Spec, frozen=True, kw_only=True):
     law: IterationLaw
     decode_law: IterationLaw | None = None
     memory: KvMemory | None = None
-    errors: dict[str, NonNegative] = {}
+    errors: dict[str, NonNegative] = msgspec.field(default_factory=dict)
     source: str
     caveat: str = ""
 

@@ -1,0 +1,80 @@
+"""Iteration laws from measurements: of iterations, or of whole requests.
+
+Coefficients are kept at or above 0: a negative one is an artefact of the fit, and would make some batch take no time.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from scipy.optimize import least_squares, nnls
+
+from pilotage.engine.serving import serve
+from pilotage.world.llm import IterationLaw, LLMServer, Requests
+from pilotage.world.spec import SpecError
+
+TERMS: Final = ("base_s", "prefill_s", "sequence_s", "context_s", "square_s")
+_SMALLEST: Final = 1e-15  # stands for 0 where logarithms are taken
+
+
+def _law(coefficients: np.ndarray) -> IterationLaw:
+    return IterationLaw(**dict(zip(TERMS, map(float, coefficients), strict=True)))
+
+
+def errors(found: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
+    """Relative errors: mean, median, 95th percentile and largest."""
+    relative = np.abs(found / wanted - 1)
+    p50, p95 = np.percentile(relative, [50, 95])
+    return {
+        "mape": float(relative.mean()), "p50": float(p50), "p95": float(p95), "max": float(relative.max())
+    }  # fmt: skip
+
+
+def fit_iterations(batches: np.ndarray, seconds: np.ndarray) -> tuple[IterationLaw, dict[str, float]]:
+    """The law that fits measured iterations best, by relative least squares, and its errors on them.
+
+    `batches` has shape (n, 4): prefill tokens, sequences that decode, context tokens, sum of squared chunks.
+    """
+    if batches.ndim != 2 or batches.shape[1] != 4 or len(batches) != len(seconds) or len(seconds) < 5:
+        raise SpecError(
+            f"batches of shape {batches.shape} for {len(seconds)} times; valid: (n, 4) with n of at least 5"
+        )
+    if not (np.all(np.isfinite(seconds)) and np.all(seconds > 0) and np.all(batches >= 0)):
+        raise SpecError("iterations must take positive, finite times, and counts must not be negative")
+    terms = np.column_stack([np.ones(len(seconds)), batches]) / seconds[:, None]
+    scale = np.maximum(np.abs(terms).max(axis=0), 1e-300)
+    law = _law(nnls(terms / scale, np.ones(len(seconds)))[0] / scale)
+    return law, errors(np.array([law.seconds(*row) for row in batches]), seconds)
+
+
+def fit_requests(
+    server: LLMServer,
+    requests: Requests,
+    ttft_s: np.ndarray,
+    e2el_s: np.ndarray,
+    start: IterationLaw,
+    *,
+    used: np.ndarray | None = None,
+    replicas: int = 1,
+    evaluations: int = 40,
+) -> IterationLaw:
+    """The law under which the engine reproduces measured requests best.
+
+    All requests are served; of those that are `used` (a mask; None: all) the logarithms of TTFT and E2EL are compared,
+    robustly (soft L1 at 5 %). Coefficients move by factors from `start`, towards which those are held, by very little,
+    on which the measurements do not depend.
+    """
+    used = np.ones(len(requests), bool) if used is None else used
+    origin = np.log(np.maximum(start.vector, _SMALLEST))
+
+    def residuals(moved: np.ndarray) -> np.ndarray:
+        found = serve(server, _law(np.exp(origin + moved)), requests, replicas=replicas)
+        both = np.r_[found.ttft_s[used] / ttft_s[used], found.e2el_s[used] / e2el_s[used]]
+        share = np.log(both) / np.sqrt(len(both))
+        return np.r_[share / 0.05, 0.003 * moved]
+
+    best = least_squares(
+        residuals, np.zeros(5), loss="soft_l1", diff_step=0.01, bounds=(-6.0, 6.0), max_nfev=evaluations
+    )
+    return _law(np.exp(origin + best.x))
