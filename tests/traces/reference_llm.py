@@ -42,7 +42,7 @@ class Replica:
         self.running: list[Request] = []
         self.flight: list[tuple[Request, int]] = []
         self.now, self.ends = 0.0, math.nan
-        self.iterations, self.prefilled, self.decoded = 0, 0, 0
+        self.iterations, self.prefilled, self.produced = 0, 0, 0
         self.holders: list[Request] = []
         self.taken_by_prefixes = 0
         self.passed: list[Request] = []
@@ -213,14 +213,13 @@ class Replica:
         for r, k in flight:
             r.done += k
             token = r.prefilled
-            if r.prefilled:
-                self.decoded += 1
-            else:
+            if not r.prefilled:
                 self.prefilled += k
                 if r.done == r.target:
                     r.prefilled = token = True
                     r.done += 1
             if token:
+                self.produced += 1
                 r.tokens.append(self.now)
             if r.done == r.prompt + r.output:
                 r.end, r.state = self.now, "served"

@@ -89,7 +89,7 @@ def compare(found, wanted: list[Request], replicas: list[Replica], names=("serve
     for engine, replica in zip(found.engines, replicas, strict=True):
         assert engine["iterations"] == replica.iterations
         assert engine["prefilled"] == replica.prefilled
-        assert engine["decoded"] == replica.decoded
+        assert engine["produced"] == replica.produced
         assert engine["free"] == replica.free == engine["kv_blocks"]
         assert engine["now_s"] == replica.now
 

@@ -104,7 +104,8 @@ import platformdirs
 import pilotage.metrics
 
 # Numba looks only at the outermost function's file when it decides whether compiled code is stale. A cache
-# folder named after all sources that end up in the kernels cannot serve code from before an edit.
+# folder named after all sources that end up in the kernels cannot serve code from before an edit. The kernels of LLM
+# services have a folder of their own (`llm_layout.compiled`): the others do without them.
 _names = (
     "bound",
     "central",
@@ -122,8 +123,14 @@ _names = (
     "stowing",
     "traffic",
 )
-_sources = [*(Path(__file__).with_name(f"{name}.py") for name in _names), Path(pilotage.metrics.__file__)]
-_digest = hashlib.sha256(b"\0".join(p.read_bytes() for p in _sources) + numba.__version__.encode())
-numba.config.CACHE_DIR = str(
-    Path(platformdirs.user_cache_dir("pilotage")) / "kernels" / _digest.hexdigest()[:16]
-)
+_llm_names = ("batching", "blocks", "llm", "llm_layout")
+
+
+def _cache_folder(names: tuple[str, ...]) -> str:
+    sources = [*(Path(__file__).with_name(f"{name}.py") for name in names), Path(pilotage.metrics.__file__)]
+    digest = hashlib.sha256(b"\0".join(p.read_bytes() for p in sources) + numba.__version__.encode())
+    return str(Path(platformdirs.user_cache_dir("pilotage")) / "kernels" / digest.hexdigest()[:16])
+
+
+LLM_CACHE = _cache_folder(_names + _llm_names)
+numba.config.CACHE_DIR = _cache_folder(_names)

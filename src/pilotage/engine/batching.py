@@ -18,6 +18,7 @@ from pilotage.engine.blocks import admit, blocks_for, fits, give_back, take
 from pilotage.engine.llm_layout import (
     CHUNKED,
     DECODE,
+    DONE,
     HANDED_OVER,
     PREFILL,
     RUNNING,
@@ -26,9 +27,10 @@ from pilotage.engine.llm_layout import (
     TOO_LARGE,
     TOO_LONG,
     WAITING,
+    compiled,
 )
 from pilotage.engine.queues import bucket
-from pilotage.engine.randomness import compiled
+from pilotage.engine.randomness import hot
 
 
 # --- the queue ---------------------------------------------------------------------------------------------
@@ -56,6 +58,7 @@ def push(f, k, i):
     e["queued"] += 1
     q = f.sequences[i]
     q["state"], q["replica"] = WAITING, k
+    e["quiet_s"] = q["here_s"]
     e["queued_blocks"] += blocks_for(q["target"], f.server["block_tokens"])
 
 
@@ -103,7 +106,7 @@ def waits(f, k):
 
 
 # --- what makes an iteration --------------------------------------------------------------------------------
-@compiled
+@hot
 def add(f, k, i, tokens):
     e = f.engines[k]
     f.batch[k, e["flying"]] = i
@@ -135,7 +138,7 @@ def take_over(f, k):
         append(f, k, i)
 
 
-@compiled
+@hot
 def append(f, k, i):
     e = f.engines[k]
     f.running[k, e["running"]] = i
@@ -160,23 +163,56 @@ def sort(f, k):
 
 
 @compiled
-def decode(f, k, j):
-    """The sequence in place j of those that run decodes one token, if there is a block for it; it may cost the last
-    ones their place. Returns whether it does."""
-    e, i = f.engines[k], f.running[k, j]
-    q = f.sequences[i]
-    while e["free"] < 1:
-        if e["running"] > j + 1:
+def decode_all(f, k):
+    """All that runs and is prefilled decodes a token, if there is a block for it; what is still to be prefilled is set
+    aside. Returns how many are."""
+    e, per = f.engines[k], f.server["block_tokens"]
+    wanted, aside = 0, 0
+    for j in range(e["running"]):
+        q = f.sequences[f.running[k, j]]
+        wanted += q["complete"] and q["processed"] > q["blocks"] * per
+    if e["free"] - wanted < 1:
+        return decode_short(f, k)
+    members = 0
+    for j in range(e["running"]):
+        i = f.running[k, j]
+        q = f.sequences[i]
+        if q["complete"]:
+            q["blocks"] += q["processed"] > q["blocks"] * per
+            f.batch[k, members], f.scheduled[k, members] = i, 1
+            members += 1
+        else:
+            f.aside[aside] = i
+            aside += 1
+    take(f, k, wanted)
+    e["flying"], e["running"] = members, 0
+    return aside
+
+
+@compiled
+def decode_short(f, k):
+    """`decode_all` where blocks are short: the last ones may lose their place to the first."""
+    e, per, aside, j = f.engines[k], f.server["block_tokens"], 0, 0
+    while j < e["running"]:
+        i = f.running[k, j]
+        q = f.sequences[i]
+        j += 1
+        if q["complete"] == 0:
+            f.aside[aside] = i
+            aside += 1
+            continue
+        while e["free"] < 1 and e["running"] > j:
             e["running"] -= 1
             restart(f, k, f.running[k, e["running"]])
-        else:
+        if e["free"] < 1:
             restart(f, k, i)
-            return False
-    if q["processed"] > q["blocks"] * f.server["block_tokens"]:
-        take(f, k, 1)
-        q["blocks"] += 1
-    add(f, k, i, 1)
-    return True
+            break
+        if q["processed"] > q["blocks"] * per:
+            take(f, k, 1)
+            q["blocks"] += 1
+        add(f, k, i, 1)
+    e["running"] = 0
+    return aside
 
 
 @compiled
@@ -190,33 +226,22 @@ def form_prefill_first(f, k):
         longest = max(longest, new)
         if not fit or (e["flying"] + 1) * longest > server["max_tokens"]:
             break
-        if e["holders"] == server["max_batch"] or e["flying"] == server["max_batch"]:
+        if e["holders"] >= server["max_batch"] or e["flying"] >= server["max_batch"]:
             break
         add(f, k, admit_head(f, k, found), new)
     if e["flying"] > 0:
         return
     sort(f, k)
-    j = 0
-    while j < e["running"]:
-        decode(f, k, j)
-        j += 1
-    e["running"] = 0
+    decode_all(f, k)
 
 
 @compiled
 def form_chunked(f, k):
     """All decodes, then the prefills that go on, then new ones, as far as the tokens of an iteration go."""
     e, server, block = f.engines[k], f.server, f.server["block_tokens"]
-    budget, aside, j = server["chunk"], 0, 0
-    while j < e["running"]:
-        i = f.running[k, j]
-        if f.sequences[i]["complete"] == 0:
-            f.aside[aside] = i
-            aside += 1
-        elif decode(f, k, j):
-            budget -= 1
-        j += 1
-    e["running"], e["sorted"] = 0, 0
+    aside = decode_all(f, k)
+    budget = server["chunk"] - e["flying"]
+    e["sorted"] = 0
     for j in range(aside):
         i = f.aside[j]
         q = f.sequences[i]
@@ -228,7 +253,7 @@ def form_chunked(f, k):
             budget -= tokens
     sort(f, k)
     while waits(f, k) and budget > 0 and not f.sequences[e["head"]]["complete"]:
-        if e["holders"] == server["max_batch"] or e["flying"] == server["max_batch"]:
+        if e["holders"] >= server["max_batch"] or e["flying"] >= server["max_batch"]:
             break
         fit, found = fits(f, k, f.sequences[e["head"]])
         if not fit:
@@ -239,7 +264,7 @@ def form_chunked(f, k):
         budget -= tokens
 
 
-@compiled
+@hot
 def seconds(law, prefill, sequences, context, square):
     """The five-term law, from left to right."""
     return (
@@ -280,7 +305,10 @@ def start(f, k):
     lasts_s *= e["pace"]
     e["end_s"] = e["now_s"] + lasts_s
     e["iterations"] += 1
+    e["members"] += e["flying"]
     e["busy_s"] += lasts_s
+    if prefill > 0:
+        e["quiet_s"] = e["end_s"]
     return True
 
 
@@ -296,14 +324,13 @@ def complete(f, k):
         q = f.sequences[i]
         q["processed"] += tokens
         token = q["complete"]
-        if q["complete"]:
-            e["decoded"] += 1
-        else:
+        if not q["complete"]:
             e["prefilled"] += tokens
             if q["processed"] == q["target"]:
                 q["complete"], token = 1, 1
                 q["processed"] += 1
         if token:
+            e["produced"] += 1
             emit(f, q, now)
         if q["processed"] == q["total"]:
             leave(f, k, i, SERVED)
@@ -311,10 +338,12 @@ def complete(f, k):
             q["here_s"] = now + (f.server["transfer_s"] + f.server["transfer_s_per_token"] * q["target"])
             leave(f, k, i, HANDED_OVER)
         else:
-            append(f, k, i)
+            f.running[k, e["running"]] = i
+            e["running"] += 1
+    e["sorted"] = 0
 
 
-@compiled
+@hot
 def emit(f, q, now):
     """Sequence q has a token; the gap to the one before is an inter-token latency."""
     if math.isnan(q["first_s"]):
@@ -329,6 +358,8 @@ def leave(f, k, i, state):
     q = f.sequences[i]
     give_back(f, k, q)
     q["state"] = state
+    f.done[f.desk[DONE]] = i
+    f.desk[DONE] += 1
     if f.server["concurrency"] > 0:
         send_next(f, k, q["last_s"])
 
@@ -381,7 +412,7 @@ def decode_on(f, k, until):
     law, pace, free = e["decode_law"], e["pace"], e["free"]
     fixed_s, per_token_s = law["base"] + law["prefill"] * 0.0 + law["sequence"] * members, law["context"]
     now, first_s, done, phase = e["now_s"], 0.0, 0, 0
-    gap_bucket, gaps, busy_s = -1, 0, e["busy_s"]
+    gap_bucket, gaps, busy_s, lasts_s = -1, 0, e["busy_s"], 0.0
     while done < count and now < comes_s:
         taken = wants[phase]
         if phase == 0 and done >= per:
@@ -409,6 +440,8 @@ def decode_on(f, k, until):
         phase += 1
         if phase == per:
             phase = 0
+    # iterations get longer, so that nobody is through before; the rest is for rounding
+    e["quiet_s"] = now + (count - done) * lasts_s * (1 - 1e-9)
     if done == 0:
         return False
     if gaps > 0:
@@ -416,7 +449,8 @@ def decode_on(f, k, until):
     take(f, k, e["free"] - free)
     e["now_s"], e["busy_s"] = now, busy_s
     e["iterations"] += done
-    e["decoded"] += done * members
+    e["members"] += done * members
+    e["produced"] += done * members
     kept = 0
     for j in range(members):
         i = f.running[k, j]
@@ -440,7 +474,7 @@ def decode_on(f, k, until):
 def blocked(f, k, head, members):
     """Whether the head of the queue stays where it is while those that run only decode."""
     e, server = f.engines[k], f.server
-    if e["holders"] == server["max_batch"]:
+    if e["holders"] >= server["max_batch"]:
         return True
     if server["scheduler"] == CHUNKED and members >= server["chunk"]:
         return not (server["role"] == DECODE and head["complete"])

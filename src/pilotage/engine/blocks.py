@@ -9,7 +9,7 @@ one token of a prompt is computed. Blocks of outputs are not kept: no trace says
 
 from __future__ import annotations
 
-from pilotage.engine.randomness import compiled
+from pilotage.engine.llm_layout import compiled
 
 
 @compiled
@@ -103,7 +103,7 @@ def admit(f, k, q, found):
             unlink(f, k, i)
             e["free"] -= span
         p["holders"] += 1
-        f.holds[q["id_lo"] + j] = 1
+        f.holds[q["hold_lo"] + j] = 1
     q["held"] = found
     take(f, k, q["blocks"] - found * span)
     size = span * f.server["block_tokens"]
@@ -111,7 +111,7 @@ def admit(f, k, q, found):
         p = f.cache[k, f.ids[q["id_lo"] + j]]
         if p["holders"] < 0:  # otherwise another has computed it, too, and this one keeps its own
             p["holders"] = 1
-            f.holds[q["id_lo"] + j] = 1
+            f.holds[q["hold_lo"] + j] = 1
             q["held"] += 1
     q["cached"] += found * size
     if q["restarts"] == 0:
@@ -126,8 +126,8 @@ def give_back(f, k, q):
     e["free"] += q["blocks"] - q["held"] * span
     j = q["ids"] - 1 if q["held"] > 0 else -1
     while j >= 0:
-        if f.holds[q["id_lo"] + j] == 1:
-            f.holds[q["id_lo"] + j] = 0
+        if f.holds[q["hold_lo"] + j] == 1:
+            f.holds[q["hold_lo"] + j] = 0
             i = f.ids[q["id_lo"] + j]
             p = f.cache[k, i]
             p["holders"] -= 1

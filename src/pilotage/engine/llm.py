@@ -6,8 +6,7 @@ import math
 
 from pilotage.engine.batching import bring, push, rejection, send_next
 from pilotage.engine.blocks import blocks_for, hits
-from pilotage.engine.llm_layout import LEAST_OUTSTANDING, READY, ROUND_ROBIN, TURN
-from pilotage.engine.randomness import compiled
+from pilotage.engine.llm_layout import LEAST_OUTSTANDING, READY, ROUND_ROBIN, TURN, compiled
 
 
 @compiled
@@ -37,9 +36,13 @@ def route(f, q):
 def enter(f, i):
     """Routes sequence i at the time it is here; one that can never be served is rejected."""
     q = f.sequences[i]
-    if f.server["routing"] != ROUND_ROBIN:
+    now, routing = q["here_s"], f.server["routing"]
+    if routing != ROUND_ROBIN:
         for place in range(f.desk[READY]):
-            bring(f, f.ready[place], q["here_s"])
+            e = f.engines[f.ready[place]]
+            unchanged = e["flying"] > 0 and e["end_s"] > now
+            if not unchanged and not (routing == LEAST_OUTSTANDING and e["quiet_s"] > now):
+                bring(f, f.ready[place], now)
     k = route(f, q)
     why = rejection(f, k, q)
     if why > 0:
@@ -60,6 +63,7 @@ def serve(f, lo, hi, until):
 @compiled
 def serve_clients(f):
     """All sequences in a closed loop: every client sends its next request when it has the answer to the one before."""
-    for _ in range(f.server["concurrency"]):
-        send_next(f, 0, 0.0)
-    bring(f, 0, math.inf)
+    for k in range(1):  # a variable: a constant would have everything compiled a second time
+        for _ in range(f.server["concurrency"]):
+            send_next(f, k, 0.0)
+        bring(f, k, math.inf)

@@ -7,9 +7,24 @@ of those that run, at most one iteration in flight, and a number of KV blocks.
 from __future__ import annotations
 
 from collections import namedtuple
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
+import numba
 import numpy as np
+
+from pilotage.engine import LLM_CACHE
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """`randomness.compiled` for the kernels of LLM services, whose compiled code is kept apart."""
+    folder = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = LLM_CACHE
+    try:
+        return numba.njit(cache=True, nogil=True, error_model="numpy", _nrt=False)(function)
+    finally:
+        numba.config.CACHE_DIR = folder
+
 
 PREFILL_FIRST, CHUNKED = 0, 1
 ROUND_ROBIN, LEAST_OUTSTANDING, KV_AWARE = 0, 1, 2
@@ -23,6 +38,7 @@ ROUTINGS: Final = {
 # what becomes of a sequence
 COMING, WAITING, RUNNING, SERVED, HANDED_OVER = 0, 1, 2, 3, 4
 TOO_LONG, TOO_LARGE = 5, 6  # rejected: beyond the token limit of an iteration; larger than the KV cache
+LOST, UNUSED = 7, 8  # with its replica; no sequence at all
 REJECTIONS: Final = {TOO_LONG: "longer than max_tokens", TOO_LARGE: "larger than the KV cache"}
 
 # seconds of an iteration: base + prefill p + sequence d + context k + square s, evaluated from left to right
@@ -61,6 +77,7 @@ SEQUENCE: Final = np.dtype(
         ("first_s", "f8"),  # of the first token; NaN: none yet
         ("last_s", "f8"),  # of the latest token
         ("id_lo", "i8"),  # its prefix blocks are ids[id_lo:id_lo + ids]
+        ("hold_lo", "i8"),  # and holds[hold_lo:hold_lo + ids] says of which it is a holder
         ("ids", "i4"),
         ("prompt", "i4"),
         ("total", "i4"),  # prompt and output tokens
@@ -86,6 +103,7 @@ ENGINE: Final = np.dtype(
         ("watermark", "i8"),  # blocks
         ("now_s", "f8"),  # until when it has been brought
         ("end_s", "f8"),  # of the iteration in flight
+        ("quiet_s", "f8"),  # before which nobody is through, unless one more comes
         ("flying", "i8"),  # sequences in it; 0: none is
         ("free", "i8"),  # blocks, those included that hold a prefix nobody uses
         ("idle", "i8"),  # prefix blocks that nobody uses
@@ -98,10 +116,12 @@ ENGINE: Final = np.dtype(
         ("tail", "i8"),
         ("queued", "i8"),
         ("queued_blocks", "i8"),  # that the prompts in its queue will take
+        ("stamp", "i8"),  # ordinal of the replica whose engine this is; -1: nobody's yet
         ("iterations", "i8"),
+        ("members", "i8"),  # sequences in all of them
         ("busy_s", "f8"),
         ("prefilled", "i8"),  # tokens
-        ("decoded", "i8"),
+        ("produced", "i8"),
         ("queried", "i8"),  # prompt tokens looked up in the prefix cache
         ("hit", "i8"),
         ("restarts", "i8"),
@@ -110,18 +130,21 @@ ENGINE: Final = np.dtype(
     align=True,
 )
 
+# [variant, pool]: what a replica there is like
+BUILD: Final = np.dtype(
+    [("law", LAW), ("decode_law", LAW), ("kv_blocks", "i8"), ("watermark", "i8")], align=True
+)
+
 # a prefix block in one replica's cache: how many hold it (-1: it is not there), and its neighbours in order of use
 PREFIX: Final = np.dtype([("holders", "i4"), ("older", "i4"), ("newer", "i4")], align=True)
 
 # Everything of one LLM service; axes: engines (N), sequences (S), prefix ids in all prompts (I), distinct ones (U).
 # `running`, `batch` and `scheduled` have shape (N, max_batch), `aside` at least max_batch and block_tokens + 1,
-# `cache` (N, U), `itl` (BUCKETS,). `holds` (I,) is 1 where a sequence is a holder of the block; `ready` (N,) names
-# the engines that get requests; `desk` (3,) counts.
+# `cache` (N, U), `itl` (BUCKETS,), `ready` (N,): the engines that get requests. `done` (S,) lists the sequences that
+# have left, and `desk` (8,) counts.
 Fleet = namedtuple(
-    "Fleet", "server sequences engines running batch scheduled aside ids holds cache itl ready desk"
+    "Fleet", "server sequences engines running batch scheduled aside ids holds cache itl ready done desk"
 )
-TURN, READY, SENT = (
-    0,
-    1,
-    2,
-)  # of `desk`: round robin, the engines in `ready`, the requests sent in a closed loop
+# of `desk`: round robin; engines in `ready`; requests sent in a closed loop; sequences in `done`; the queue at the
+# door while no engine is ready; the next sequence to come
+TURN, READY, SENT, DONE, DOOR_HEAD, DOOR_TAIL, DOOR, NEXT = range(8)

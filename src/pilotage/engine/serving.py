@@ -71,7 +71,8 @@ def sequence_records(requests: Requests, ids: bool) -> tuple[np.ndarray, np.ndar
     if not ids or requests.prefix_ids is None or requests.prefix_lo is None:
         return out, np.zeros(0, np.int32), 0
     known, numbers = np.unique(requests.prefix_ids, return_inverse=True)
-    out["id_lo"], out["ids"] = requests.prefix_lo[:-1], np.diff(requests.prefix_lo)
+    out["id_lo"] = out["hold_lo"] = requests.prefix_lo[:-1]
+    out["ids"] = np.diff(requests.prefix_lo)
     return out, numbers.astype(np.int32), len(known)
 
 
@@ -82,7 +83,7 @@ def new_fleet(
     n, batch = len(engines), int(server["max_batch"])
     cache = np.zeros((n, distinct), PREFIX)
     cache["holders"] = -1
-    desk = np.zeros(3, np.int64)
+    desk = np.zeros(8, np.int64)
     desk[READY] = n
     return Fleet(
         server=server[()],
@@ -97,6 +98,7 @@ def new_fleet(
         cache=cache,
         itl=np.zeros(BUCKETS, np.int64),
         ready=np.arange(n),
+        done=np.zeros(len(sequences), np.int32),
         desk=desk,
     )
 
