@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from pilotage.engine.serving import serve, serve_apart
 from pilotage.metrics import BUCKETS, bucket_of
-from pilotage.world.llm import IterationLaw, LLMServer, Requests, read_requests
+from pilotage.world.llm import LLMServer
+from pilotage.world.servers import IterationLaw
+from pilotage.world.tokens import Requests, read_requests
 from tests.traces import reference_llm
 from tests.traces.reference_llm import Replica, Request
 

@@ -3,10 +3,10 @@
 `run.py --data DIR --out DIR` reads the request-level reference in DIR/llm-reference (made with microsoft/vidur; set-up
 in the reference's names and in CASES). Cases `*.analytical.csv.gz` were served under the five-term law LAW and must be
 equal in every bit: time to first token, end-to-end latency, restarts. Cases `*.randomforest.csv.gz` were served under
-Vidur's own predictor; the five terms are fitted once, on the first half of the requests of the vLLM run, and percentiles
-are compared on both runs, of which the Sarathi run was not seen at all. The coefficients that a fit to Vidur's
-iterations gives (LAW) are shown beside it. Any further case in the folder is read, too, if its name begins like a known
-one.
+Vidur's own predictor; the five terms are fitted once, on the first half of the requests of the vLLM run, and
+percentiles are compared on both runs, of which the Sarathi run was not seen at all. The coefficients that a fit to
+Vidur's iterations gives (LAW) are shown beside it. Any further case in the folder is read, too, if its name begins like
+a known one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ import pandas as pd
 from pilotage.agents.profiling import TERMS, fit_requests
 from pilotage.engine.serving import Served, serve
 from pilotage.results import as_csv, provenance, write_whole
-from pilotage.world.llm import IterationLaw, LLMServer, Requests
+from pilotage.world.llm import LLMServer
+from pilotage.world.servers import IterationLaw
+from pilotage.world.tokens import Requests
 
 # relative least squares on Vidur's pooled iterations at 0.8 and 1.0 requests/s: Llama-2-70B, FP16, two A100 80 GB
 LAW = IterationLaw(
@@ -147,7 +149,9 @@ def main() -> None:
             {"case": "coefficients", "law": " ".join(f"{n}={v:.8g}" for n, v in zip(TERMS, fitted.vector, strict=True))}
         )  # fmt: skip
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    write_whole(options.out / "table.csv", as_csv([{key: row.get(key, "") for key in columns} for row in rows]))
+    write_whole(
+        options.out / "table.csv", as_csv([{key: row.get(key, "") for key in columns} for row in rows])
+    )
     write_whole(options.out / "acceptance.csv", as_csv(lines))
     record = provenance(
         "fidelity/vidur", sys.argv, started, {"all": round(time.perf_counter() - began, 1)}

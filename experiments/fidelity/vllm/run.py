@@ -23,12 +23,17 @@ import pandas as pd
 from pilotage.agents.profiling import TERMS, errors, fit_requests
 from pilotage.engine.serving import serve
 from pilotage.results import as_csv, provenance, write_whole
-from pilotage.world.llm import IterationLaw, KvMemory, LLMServer, Requests
+from pilotage.world.llm import KvMemory, LLMServer
+from pilotage.world.servers import IterationLaw
+from pilotage.world.tokens import Requests
 
 START = IterationLaw(base_s=0.01, prefill_s=5e-5, sequence_s=1e-5, context_s=1e-7, square_s=1e-10)
 # 2 x 32 layers x 8 KV heads x 128 x 2 bytes; 8.03 billion parameters in BF16
 MEMORY = {"RTXPRO6000": KvMemory(gpu_gib=95.0, weights_gib=15.0, reserve_gib=2.0, kv_bytes_per_token=131072)}
-PUBLISHED = {"ttft": 0.176, "e2el": 0.067}  # BLIS, median error on runs held out (inference-sim/inference-sim)
+PUBLISHED = {
+    "ttft": 0.176,
+    "e2el": 0.067,
+}  # BLIS, median error on runs held out (inference-sim/inference-sim)
 
 
 def tokens_at(table: pd.DataFrame, t: float) -> float:
@@ -50,7 +55,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=os.environ.get("PILOTAGE_DATA"))
     parser.add_argument("--out", type=Path, default=Path("results/fidelity/vllm"))
     parser.add_argument("--seed", type=int, default=0, help="not needed: nothing here is drawn")
-    parser.add_argument("--share", type=float, default=0.5, help="of the requests, the first, that are fitted")
+    parser.add_argument(
+        "--share", type=float, default=0.5, help="of the requests, the first, that are fitted"
+    )
     parser.add_argument("--quick", action="store_true", help="a coarser fit")
     options = parser.parse_args()
     if options.data is None:
@@ -71,7 +78,11 @@ def main() -> None:
         cache = (
             {"memory": MEMORY[device]}
             if device in MEMORY
-            else {"kv_blocks": kv_blocks(table[used], usage[usage.device == device], requests.arrival_s[used][-1])}
+            else {
+                "kv_blocks": kv_blocks(
+                    table[used], usage[usage.device == device], requests.arrival_s[used][-1]
+                )
+            }
         )
         # vLLM's own: 2,048 tokens an iteration; both runs kept at most 128 sequences; no watermark since V1
         server = LLMServer(scheduler="chunked", chunk_tokens=2048, max_batch=128, watermark=0.0, **cache)

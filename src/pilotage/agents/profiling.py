@@ -11,8 +11,10 @@ import numpy as np
 from scipy.optimize import least_squares, nnls
 
 from pilotage.engine.serving import serve
-from pilotage.world.llm import IterationLaw, LLMServer, Requests
+from pilotage.world.llm import LLMServer
+from pilotage.world.servers import IterationLaw
 from pilotage.world.spec import SpecError
+from pilotage.world.tokens import Requests
 
 TERMS: Final = ("base_s", "prefill_s", "sequence_s", "context_s", "square_s")
 _SMALLEST: Final = 1e-15  # stands for 0 where logarithms are taken

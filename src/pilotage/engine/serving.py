@@ -13,6 +13,7 @@ import numpy as np
 
 from pilotage.engine import llm
 from pilotage.engine.llm_layout import (
+    BUILD,
     DECODE,
     ENGINE,
     HANDED_OVER,
@@ -29,8 +30,10 @@ from pilotage.engine.llm_layout import (
     Fleet,
 )
 from pilotage.metrics import BUCKETS, is_good, quantiles_s, tpot_s
-from pilotage.world.llm import IterationLaw, LLMServer, Requests
+from pilotage.world.llm import LLMServer
+from pilotage.world.servers import IterationLaw
 from pilotage.world.spec import SpecError
+from pilotage.world.tokens import Requests
 
 
 def server_record(
@@ -50,13 +53,22 @@ def server_record(
     return record
 
 
-def engine_record(server: LLMServer, law: IterationLaw, decode_law: IterationLaw | None = None) -> np.ndarray:
+def build_record(server: LLMServer, law: IterationLaw) -> np.ndarray:
+    """What a replica is like where the law holds."""
+    record = np.zeros((), BUILD)
+    record["law"], record["decode_law"] = law.vector, (law.decode or law).vector
+    record["kv_blocks"] = law.kv_blocks or server.blocks
+    record["watermark"] = int(server.watermark * record["kv_blocks"])
+    return record
+
+
+def engine_record(server: LLMServer, law: IterationLaw) -> np.ndarray:
     """A replica that has done nothing yet."""
-    record = np.zeros((), ENGINE)
-    record["law"], record["decode_law"] = law.vector, (decode_law or law).vector
-    record["kv_blocks"], record["watermark"] = server.blocks, server.watermark_blocks
-    record["free"], record["pace"] = server.blocks, 1.0
-    record["oldest"], record["newest"] = -1, -1
+    record, build = np.zeros((), ENGINE), build_record(server, law)
+    for name in BUILD.names:
+        record[name] = build[name]
+    record["free"], record["pace"] = build["kv_blocks"], 1.0
+    record["oldest"], record["newest"], record["stamp"] = -1, -1, -1
     return record
 
 
@@ -160,7 +172,6 @@ def serve(
     law: IterationLaw,
     requests: Requests,
     *,
-    decode_law: IterationLaw | None = None,
     replicas: int = 1,
     concurrency: int = 0,
     stepwise: bool = False,
@@ -173,7 +184,7 @@ def serve(
             f"{replicas} replicas and concurrency {concurrency}; valid: at least one, and exactly one in a closed loop"
         )
     record = server_record(server, concurrency=concurrency, stepwise=stepwise)
-    fleet = _fleet(record, np.tile(engine_record(server, law, decode_law), replicas), server, requests)
+    fleet = _fleet(record, np.tile(engine_record(server, law), replicas), server, requests)
     if concurrency:
         llm.serve_clients(fleet)
     else:
@@ -190,7 +201,6 @@ def serve_apart(
     decode: int,
     transfer_s: float,
     transfer_s_per_token: float,
-    decode_law: IterationLaw | None = None,
 ) -> Served:
     """Serves requests on `prefill` replicas that only prefill, and `decode` ones that do the rest.
 
@@ -201,7 +211,7 @@ def serve_apart(
         raise SpecError(f"{prefill} prefill and {decode} decode replicas; valid: at least one of each")
     record = server_record(server, PREFILL)
     record["transfer_s"], record["transfer_s_per_token"] = transfer_s, transfer_s_per_token
-    one = engine_record(server, law, decode_law)
+    one = engine_record(server, law)
     first = _fleet(record, np.tile(one, prefill), server, requests)
     llm.serve(first, 0, len(requests), math.inf)
     passed = np.flatnonzero(first.sequences["state"] == HANDED_OVER)

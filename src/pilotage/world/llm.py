@@ -1,17 +1,16 @@
-"""How an LLM replica serves: the time of an iteration, the KV cache, and what requests look like in tokens."""
+"""How an LLM replica serves: scheduling, the KV cache, objectives, and profiles of models on hardware."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
 from msgspec import Meta
 
-from pilotage.world import traces
+from pilotage.world.servers import IterationLaw
 from pilotage.world.spec import (
     NonNegative,
     Positive,
@@ -22,41 +21,7 @@ from pilotage.world.spec import (
     decode,
     read_toml,
 )
-
-MAX_TOKENS: Final = 10_000_000  # of one prompt or output; more is a mistake in the data
-Finite = Annotated[float, Meta(ge=0, le=1e4)]
-
-
-class IterationLaw(Spec, frozen=True, kw_only=True):
-    """Seconds of one iteration (forward pass) of a replica; the five-term law of Vidur-like simulators.
-
-    `base_s + prefill_s p + sequence_s d + context_s k + square_s s`, from left to right in double precision: `p`
-    prefill tokens in the batch, `d` sequences that decode, `k` tokens that all members have in the KV cache already,
-    `s` the sum of the squares of the prefill chunks.
-    """
-
-    base_s: Finite
-    prefill_s: Finite
-    sequence_s: Finite
-    context_s: Finite
-    square_s: Finite = 0.0
-
-    def __post_init__(self) -> None:
-        if self.base_s + self.sequence_s <= 0:
-            raise SpecError("base_s and sequence_s are both 0: a decode would take no time; give one of them")
-
-    @property
-    def vector(self) -> tuple[float, ...]:
-        return self.base_s, self.prefill_s, self.sequence_s, self.context_s, self.square_s
-
-    def seconds(self, prefill: float, sequences: float, context: float, square: float) -> float:
-        return (
-            self.base_s
-            + self.prefill_s * prefill
-            + self.sequence_s * sequences
-            + self.context_s * context
-            + self.square_s * square
-        )
+from pilotage.world.tokens import MAX_TOKENS
 
 
 class KvMemory(Spec, frozen=True, kw_only=True):
@@ -79,8 +44,9 @@ class KvMemory(Spec, frozen=True, kw_only=True):
         count = math.floor(left_gib * 2**30 / (self.kv_bytes_per_token * block_tokens))
         if count < 1:
             raise SpecError(
-                f"the model ({self.weights_gib:g} GiB of weights, {self.reserve_gib:g} GiB reserved) leaves no room "
-                f"for KV blocks in {self.gpus} x {self.gpu_gib:g} GiB x {self.share:g}; give more GPUs or a smaller model"
+                f"the model ({self.weights_gib:g} GiB of weights, {self.reserve_gib:g} GiB reserved) leaves no "
+                f"room for KV blocks in {self.gpus} x {self.gpu_gib:g} GiB x {self.share:g}; give more GPUs or a "
+                "smaller model"
             )
         return count
 
@@ -88,7 +54,7 @@ class KvMemory(Spec, frozen=True, kw_only=True):
 class Profile(Spec, frozen=True, kw_only=True):
     """A model on some hardware: its iteration law, its memory, and how well the law fits what was measured.
 
-    `decode_law` (None: the same) holds for iterations without a prefill. `errors` are relative, of the law against
+    `errors` are relative, of the law against
     what it was fitted to (`mape`, `p95`) or to data left out of the fit; `source` says whose measurements they are,
     and `caveat` where the law fails.
     """
@@ -98,7 +64,6 @@ class Profile(Spec, frozen=True, kw_only=True):
     tensor_parallel: PositiveCount = 1
     engine: str
     law: IterationLaw
-    decode_law: IterationLaw | None = None
     memory: KvMemory | None = None
     errors: dict[str, NonNegative] = msgspec.field(default_factory=dict)
     source: str
@@ -186,71 +151,22 @@ class LLMServer(Spec, frozen=True, kw_only=True):
         return int(self.watermark * self.blocks)
 
 
-@dataclass(frozen=True)
-class Requests:
-    """Requests at an LLM service, in order of arrival.
+def batch_times_s(
+    server: LLMServer, law: IterationLaw, means: tuple[float, float], largest: int
+) -> np.ndarray:
+    """Seconds in which one replica serves n mean requests that it always has in hand, for n from 0 to `largest`.
 
-    `arrival_s`, `prompt_tokens`, `output_tokens` have shape (n,). `prefix_ids`, if there are any, are whole numbers,
-    those of request i at [prefix_lo[i], prefix_lo[i + 1]): one per block of `prefix_block_tokens` of its prompt, the
-    last of which may be partial; equal ids stand for equal prompts up to the end of that block.
+    Each decodes its output, at the context that it has half-way, and every one is prefilled once meanwhile; more than
+    fit into the KV cache take turns. Reused prefixes are not counted on. What policies take a replica's capacity to be.
     """
-
-    arrival_s: np.ndarray
-    prompt_tokens: np.ndarray
-    output_tokens: np.ndarray
-    prefix_ids: np.ndarray | None = None
-    prefix_lo: np.ndarray | None = None
-    prefix_block_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        n = len(self.arrival_s)
-        for what, values in (("prompt", self.prompt_tokens), ("output", self.output_tokens)):
-            if len(values) != n:
-                raise SpecError(f"{len(values)} {what} token counts for {n} arrivals; give one for each")
-            bad = np.flatnonzero(~((values >= 1) & (values <= MAX_TOKENS) & (values == np.floor(values))))
-            if len(bad):
-                raise SpecError(
-                    f"request {bad[0]}: {values[bad[0]]} {what} tokens; valid: whole numbers from 1 to {MAX_TOKENS}"
-                )
-        times = self.arrival_s
-        if n and not (np.all(np.isfinite(times)) and np.all(np.diff(times) >= 0) and times[0] >= 0):
-            raise SpecError("arrival_s must be finite, at least 0, and in ascending order")
-        if (self.prefix_ids is None) != (self.prefix_lo is None):
-            raise SpecError("prefix_ids and prefix_lo belong together; give both or none")
-        if self.prefix_ids is not None and self.prefix_lo is not None:
-            self._check_prefixes(self.prefix_ids, self.prefix_lo)
-
-    def _check_prefixes(self, ids: np.ndarray, lo: np.ndarray) -> None:
-        if self.prefix_block_tokens < 1:
-            raise SpecError("prefix_ids are given without prefix_block_tokens, the tokens of one block")
-        if len(lo) != len(self.arrival_s) + 1 or lo[0] != 0 or lo[-1] != len(ids) or np.any(np.diff(lo) < 0):
-            raise SpecError(
-                f"prefix_lo must go from 0 to {len(ids)} in {len(self.arrival_s) + 1} steps upwards"
-            )
-        if len(ids) and ids.min() < 0:
-            raise SpecError(f"prefix id {ids.min()}; valid: whole numbers from 0 on")
-        wanted = -(-self.prompt_tokens // self.prefix_block_tokens)
-        bad = np.flatnonzero(np.diff(lo) != wanted)
-        if len(bad):
-            i = bad[0]
-            raise SpecError(
-                f"request {i}: {lo[i + 1] - lo[i]} block ids for a prompt of {self.prompt_tokens[i]} tokens; "
-                f"valid: {wanted[i]}, one for each {self.prefix_block_tokens} tokens or part of them"
-            )
-
-    def __len__(self) -> int:
-        return len(self.arrival_s)
-
-
-def read_requests(
-    path: str, data: Path | None, *, ids: str | None = None, prefix_block_tokens: int = 512
-) -> Requests:
-    """Requests of a trace below `data` with columns arrival_s, input_tokens, output_tokens, and perhaps `ids`, a column
-    of block ids joined by semicolons. Rows stay in order; times are kept as they are, whether or not they are equal."""
-    arrival_s = traces.times_of(path, data, "arrival_s", False, "keep")
-    prompt, output = (traces.counts_of(path, data, name) for name in ("input_tokens", "output_tokens"))
-    if ids is None:
-        return Requests(arrival_s, prompt, output)
-    listed = traces.lists_of(path, data, ids)
-    lo = np.cumsum([0, *map(len, listed)])
-    return Requests(arrival_s, prompt, output, np.concatenate(listed), lo, prefix_block_tokens)
+    prompt, output = means
+    fit = max(1.0, (law.kv_blocks or server.blocks) * server.block_tokens / (prompt + output / 2))
+    n = np.arange(largest + 1)
+    at_once = np.minimum(np.maximum(n, 1), fit)
+    chunk = min(prompt, server.chunk_tokens if server.scheduler == "chunked" else server.max_tokens)
+    prefill_s = law.prefill_s * prompt + law.square_s * prompt * chunk
+    decode = law.decode or law
+    step_s = decode.base_s + decode.sequence_s * at_once + decode.context_s * at_once * (prompt + output / 2)
+    times: np.ndarray = (output * step_s + at_once * prefill_s) * np.maximum(n, 1) / at_once
+    times[0] = 0.0
+    return times
