@@ -21,7 +21,10 @@ _SMALLEST: Final = 1e-15  # stands for 0 where logarithms are taken
 
 
 def _law(coefficients: np.ndarray) -> IterationLaw:
-    return IterationLaw(**dict(zip(TERMS, map(float, coefficients), strict=True)))
+    base, prefill, sequence, context, square = map(float, coefficients)
+    return IterationLaw(
+        base_s=base, prefill_s=prefill, sequence_s=sequence, context_s=context, square_s=square
+    )
 
 
 def errors(found: np.ndarray, wanted: np.ndarray) -> dict[str, float]:

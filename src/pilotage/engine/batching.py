@@ -440,8 +440,8 @@ def decode_on(f, k, until):
         phase += 1
         if phase == per:
             phase = 0
-    # iterations get longer, so that nobody is through before; the rest is for rounding
-    e["quiet_s"] = now + (count - done) * lasts_s * (1 - 1e-9)
+    # iterations get longer, so that nobody is through before, unless one comes; the rest is for rounding
+    e["quiet_s"] = min(now + (count - done) * lasts_s * (1 - 1e-9), comes_s)
     if done == 0:
         return False
     if gaps > 0:

@@ -1,9 +1,10 @@
 """The LLM services of a cluster: their arrays, and one tick of each, beside the rows that batch.
 
 Decisions, placement, bills and faults are the same for all services (`nodes`); only who serves differs. A sequence has
-a place in its row's arrays from its arrival until it has left, so that memory follows what is in the system. What an
-LLM service does not have yet: several roles (prefill and decode apart; see `serving.serve_apart`), queue limits, timeouts
-and impatient clients, models that decay; and a batch limit lowered by a policy acts on admissions only.
+a place in its row's arrays from its arrival until it has left, so that memory follows what is in the system.
+
+What an LLM service does not have yet: several roles (prefill and decode apart; see `serving.serve_apart`), queue
+limits, timeouts and impatient clients, models that decay. A batch limit lowered by a policy acts on admissions only.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pilotage.engine.numbers import data_path
 from pilotage.engine.serving import build_record, new_fleet, server_record
 from pilotage.scenario import Scenario
 from pilotage.world.llm import LLMServer
+from pilotage.world.servers import IterationLaw
 from pilotage.world.tokens import Tokens
 
 _AT_FIRST = 1024  # sequences
@@ -126,8 +128,9 @@ class LlmRows:
             if service.llm is None or service.tokens is None:
                 continue
             for v, variant in enumerate(service.variants, int(params["variant_lo"][s])):
-                for name in set(service.pools) & set(variant.latency):
-                    self._builds[v, pools.index(name)] = build_record(service.llm, variant.latency[name])
+                for name, law in variant.latency.items():
+                    if name in service.pools and isinstance(law, IterationLaw):
+                        self._builds[v, pools.index(name)] = build_record(service.llm, law)
             tokens = service.tokens.begin(data_path(scenario), service.llm.prefix_block_tokens)
             for r in range(s, len(params), services):
                 lo, hi = params["replica_lo"][r], params["replica_hi"][r]

@@ -97,13 +97,8 @@ def renew(c, f, builds, k, now):
     """Replica k has a new engine, with an empty cache. What its place has counted so far is kept."""
     e, replica = f.engines[k], c.replicas[k]
     build = builds[replica["variant"], replica["pool"]]
-    for fresh, built in ((e["law"], build["law"]), (e["decode_law"], build["decode_law"])):
-        fresh["base"], fresh["prefill"], fresh["sequence"] = (
-            built["base"],
-            built["prefill"],
-            built["sequence"],
-        )
-        fresh["context"], fresh["square"] = built["context"], built["square"]
+    copy_law(e["law"], build["law"])
+    copy_law(e["decode_law"], build["decode_law"])
     e["stamp"], e["pace"] = replica["ordinal"], replica["pace"]
     e["kv_blocks"], e["free"], e["watermark"] = build["kv_blocks"], build["kv_blocks"], build["watermark"]
     e["now_s"], e["end_s"], e["quiet_s"] = now, now, now
@@ -111,6 +106,12 @@ def renew(c, f, builds, k, now):
     e["idle"], e["oldest"], e["newest"] = 0, -1, -1
     for i in range(f.cache.shape[1]):
         f.cache[k, i]["holders"] = -1
+
+
+@compiled
+def copy_law(to, law):
+    to["base"], to["prefill"], to["sequence"] = law["base"], law["prefill"], law["sequence"]
+    to["context"], to["square"] = law["context"], law["square"]
 
 
 @compiled

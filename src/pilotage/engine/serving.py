@@ -44,8 +44,8 @@ def server_record(
     record["scheduler"], record["routing"] = SCHEDULERS[server.scheduler], ROUTINGS[server.routing]
     record["max_batch"], record["max_tokens"] = server.max_batch, server.max_tokens
     record["chunk"], record["block_tokens"] = server.chunk_tokens, server.block_tokens
-    reused = server.prefix_block_tokens is not None and role != DECODE
-    record["span"] = server.prefix_block_tokens // server.block_tokens if reused else 0
+    reused = 0 if role == DECODE else server.prefix_block_tokens or 0
+    record["span"] = reused // server.block_tokens
     record["vidur"], record["role"] = server.vidur, role
     record["concurrency"], record["stepwise"] = concurrency, stepwise
     record["ttft_s"], record["tpot_s"], record["e2el_s"] = server.objectives.seconds
@@ -65,7 +65,7 @@ def build_record(server: LLMServer, law: IterationLaw) -> np.ndarray:
 def engine_record(server: LLMServer, law: IterationLaw) -> np.ndarray:
     """A replica that has done nothing yet."""
     record, build = np.zeros((), ENGINE), build_record(server, law)
-    for name in BUILD.names:
+    for name in ("law", "decode_law", "kv_blocks", "watermark"):
         record[name] = build[name]
     record["free"], record["pace"] = build["kv_blocks"], 1.0
     record["oldest"], record["newest"], record["stamp"] = -1, -1, -1
@@ -231,7 +231,7 @@ def _fleet(record: np.ndarray, engines: np.ndarray, server: LLMServer, requests:
             f"prefix_block_tokens of the server is {reused}, of the requests {requests.prefix_block_tokens}; "
             "they must be the same"
         )
-    sequences, ids, distinct = sequence_records(requests, record["span"] > 0)
+    sequences, ids, distinct = sequence_records(requests, bool(record["span"] > 0))
     return new_fleet(record, engines, sequences, ids, distinct)
 
 
