@@ -58,6 +58,9 @@ reproduce: $(STAMP) bench
 	$(BIN)/python experiments/bias_gate/run.py --data $(DATA)
 	$(BIN)/python experiments/traffic_fit.py --data $(DATA)
 	$(BIN)/python experiments/fidelity/ray_serve/run.py --data $(DATA)
+	$(BIN)/python experiments/fidelity/vidur/run.py --data $(DATA)
+	$(BIN)/python experiments/fidelity/vllm/run.py --data $(DATA)
+	$(BIN)/python experiments/llm_serving/bench.py --data $(DATA)
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

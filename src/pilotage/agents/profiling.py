@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
-from scipy.optimize import least_squares, nnls
+from scipy.optimize import least_squares, minimize, nnls
 
 from pilotage.engine.serving import serve
 from pilotage.world.llm import LLMServer
@@ -18,6 +18,7 @@ from pilotage.world.tokens import Requests
 
 TERMS: Final = ("base_s", "prefill_s", "sequence_s", "context_s", "square_s")
 _SMALLEST: Final = 1e-15  # stands for 0 where logarithms are taken
+_SHIFT: Final = 10.0  # SciPy's steps are relative, and would vanish at 0
 
 
 def _law(coefficients: np.ndarray) -> IterationLaw:
@@ -66,20 +67,34 @@ def fit_requests(
 ) -> IterationLaw:
     """The law under which the engine reproduces measured requests best.
 
-    All requests are served; of those that are `used` (a mask; None: all) the logarithms of TTFT and E2EL are compared,
-    robustly (soft L1 at 5 %). Coefficients move by factors from `start`, towards which those are held, by very little,
-    on which the measurements do not depend.
+    All requests are served. Of those that are `used` (a mask; None: all) the logarithms of E2EL are compared request by
+    request, and those of TTFT and TPOT in ascending order: to which iteration a request comes just in time is chance.
+    Coefficients move by factors from `start`, towards which those are held, by very little, on which the measurements
+    do not depend.
     """
     used = np.ones(len(requests), bool) if used is None else used
     origin = np.log(np.maximum(start.vector, _SMALLEST))
+    later = np.maximum(requests.output_tokens - 1, 1)[used]
 
-    def residuals(moved: np.ndarray) -> np.ndarray:
+    def seen(ttft: np.ndarray, e2el: np.ndarray) -> np.ndarray:
+        ttft, e2el = ttft[used], e2el[used]
+        tpot = (e2el - ttft) / later
+        return np.log(np.r_[np.sort(ttft), np.sort(np.maximum(tpot, 1e-9)), e2el])
+
+    wanted = seen(ttft_s, e2el_s)
+
+    def residuals(shifted: np.ndarray) -> np.ndarray:
+        moved = shifted - _SHIFT
         found = serve(server, _law(np.exp(origin + moved)), requests, replicas=replicas)
-        both = np.r_[found.ttft_s[used] / ttft_s[used], found.e2el_s[used] / e2el_s[used]]
-        share = np.log(both) / np.sqrt(len(both))
-        return np.r_[share / 0.05, 0.003 * moved]
+        off = (seen(found.ttft_s, found.e2el_s) - wanted) / np.sqrt(len(wanted))
+        return np.r_[off, 0.0003 * moved]
 
-    best = least_squares(
-        residuals, np.zeros(5), loss="soft_l1", diff_step=0.01, bounds=(-6.0, 6.0), max_nfev=evaluations
-    )
-    return _law(np.exp(origin + best.x))
+    bounds = (_SHIFT - 6, _SHIFT + 6)
+    near = least_squares(
+        residuals, np.full(5, _SHIFT), diff_step=0.01, bounds=bounds, max_nfev=evaluations
+    ).x  # derivatives over steps of a tenth: nearer, and chance is all that is seen
+    best = minimize(
+        lambda x: float(np.sum(residuals(x) ** 2)), near, method="Nelder-Mead", bounds=[bounds] * 5,
+        options={"maxfev": 10 * evaluations, "initial_simplex": near + 0.1 * np.vstack([np.zeros(5), np.eye(5)])},
+    ).x  # fmt: skip
+    return _law(np.exp(origin + best - _SHIFT))
