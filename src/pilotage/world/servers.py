@@ -181,6 +181,9 @@ class IterationLaw(Law, frozen=True, kw_only=True, tag="iteration"):
         if self.noise_cv:
             raise SpecError("noise_cv is given, but the time of an iteration has no noise; leave it out")
 
+    def batch_times_s(self, max_batch: int) -> tuple[np.ndarray, np.ndarray]:
+        raise SpecError("an iteration law has no batch times by itself; a service has, of its mean request")
+
     @property
     def vector(self) -> tuple[float, ...]:
         return self.base_s, self.prefill_s, self.sequence_s, self.context_s, self.square_s
