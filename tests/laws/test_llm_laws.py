@@ -261,7 +261,7 @@ def test_an_llm_service_that_makes_no_sense_is_refused(changes, message: str) ->
 def test_servers_and_requests_that_make_no_sense_are_refused() -> None:
     for bad, message in (
         (lambda: LLMServer(), "either kv_blocks or memory"),
-        (lambda: LLMServer(kv_blocks=10, watermark=0.95), "never be admitted"),
+        (lambda: LLMServer(kv_blocks=10, watermark=1.0), "can ever be admitted"),
         (lambda: LLMServer(kv_blocks=10, prefix_block_tokens=20), "multiple"),
         (lambda: KvMemory(gpu_gib=80, weights_gib=140, kv_bytes_per_token=1e5).blocks(16), "leaves no room"),
         (lambda: IterationLaw(base_s=0, prefill_s=1, sequence_s=0, context_s=0), "no time"),

@@ -5,13 +5,16 @@ Coefficients are kept at or above 0: a negative one is an artefact of the fit, a
 
 from __future__ import annotations
 
-from typing import Final
+import json
+from pathlib import Path
+from typing import Any, Final
 
+import msgspec
 import numpy as np
 from scipy.optimize import least_squares, minimize, nnls
 
 from pilotage.engine.serving import serve
-from pilotage.world.llm import LLMServer
+from pilotage.world.llm import LLMServer, Profile
 from pilotage.world.servers import IterationLaw
 from pilotage.world.spec import SpecError
 from pilotage.world.tokens import Requests
@@ -98,3 +101,25 @@ def fit_requests(
         options={"maxfev": 10 * evaluations, "initial_simplex": near + 0.1 * np.vstack([np.zeros(5), np.eye(5)])},
     ).x  # fmt: skip
     return _law(np.exp(origin + best - _SHIFT))
+
+
+def save_profile(profile: Profile, path: Path) -> None:
+    """Writes a profile as `world.llm.load_profile` reads it, whole or not at all."""
+    tables: list[str] = []
+
+    def table(name: str, fields: dict[str, Any]) -> None:
+        lines = [f"[{name}]"] if name else []
+        inner = {}
+        for key, value in fields.items():
+            if isinstance(value, dict):
+                inner[f"{name}.{key}" if name else key] = value
+            elif value is not None:
+                lines.append(f"{key} = {json.dumps(value)}")
+        tables.append("\n".join(lines))
+        for full, value in inner.items():
+            table(full, value)
+
+    table("", msgspec.to_builtins(profile))
+    part = path.with_name(path.name + ".part")
+    part.write_text("\n\n".join(filter(None, tables)) + "\n")
+    part.replace(path)
