@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pilotage.engine.cluster import Cluster, World
 from pilotage.engine.layout import ORDER
+from pilotage.engine.llm_layout import DOOR
 from pilotage.engine.serving import serve
 from pilotage.scenario import Scenario
 from pilotage.world.arrivals import Poisson
@@ -173,7 +174,7 @@ def test_a_fleet_with_llm_services_conserves_requests_blocks_and_money(case) -> 
             assert (engines["free"] >= 0).all()
             assert (engines["holders"] <= scenario.services[r].llm.max_batch).all()
             here = int((engines["queued"] + engines["running"] + engines["flying"]).sum()) + int(
-                row.fleet.desk[6]
+                row.fleet.desk[DOOR]
             )
             assert here == inside[r] == int(np.isin(q["state"], (0, 1, 2)).sum())
     assert math.isclose(node_usd, float(cluster.totals["node_usd"].sum()), rel_tol=1e-9, abs_tol=1e-12)
