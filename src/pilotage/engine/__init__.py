@@ -98,9 +98,9 @@ opened.
 *The end.* Requests that are unfinished when a run ends are in flight; those that have died by then are dropped,
 those older than their objective are overdue, which costs what being late costs.
 
-Approximations a user should know: an LLM replica's pace changes at ticks only, and the blocks of a prompt that is handed
-over are free at once; batches that one replica executes together do not slow each other down;
-services meet only at ticks; clients do not retry.
+Approximations a user should know: batches that one replica executes together do not slow each other down;
+services meet only at ticks; clients do not retry; the pace of an LLM replica changes at ticks only, and the blocks of
+a prompt that is handed over are free at once.
 """
 
 from __future__ import annotations
