@@ -61,6 +61,9 @@ reproduce: $(STAMP) bench
 	$(BIN)/python experiments/traffic_fit.py --data $(DATA)
 	$(BIN)/python experiments/fidelity/ray_serve/run.py --data $(DATA)
 	$(BIN)/python experiments/steer/run.py
+	$(BIN)/python experiments/fidelity/vidur/run.py --data $(DATA)
+	$(BIN)/python experiments/fidelity/vllm/run.py --data $(DATA)
+	$(BIN)/python experiments/llm_serving/bench.py --data $(DATA)
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -59,6 +59,23 @@ def attainment(on_time: float, finished: float) -> float:
     return on_time / finished if finished else 1.0
 
 
+def tpot_s(ttft_s: np.ndarray, e2el_s: np.ndarray, output_tokens: np.ndarray) -> np.ndarray:
+    """Time per output token after the first of each request, in seconds, as `vllm bench serve` computes it
+    (vllm-project/vllm `vllm/benchmarks/serve.py`): NaN for an output of one token, which has none."""
+    later = output_tokens - 1
+    return np.divide(e2el_s - ttft_s, later, out=np.full(np.shape(ttft_s), np.nan), where=later > 0)
+
+
+def is_good(
+    ttft_s: np.ndarray, tpot: np.ndarray, e2el_s: np.ndarray, objectives_s: tuple[float, float, float]
+) -> np.ndarray:
+    """Whether requests met all of the objectives for TTFT, TPOT and E2EL (seconds; infinite: none), which is what
+    vLLM's goodput counts: without a TPOT a request meets that one, an unanswered one (NaN) meets none."""
+    ttft, each, e2el = objectives_s
+    with np.errstate(invalid="ignore"):
+        return (ttft_s <= ttft) & (np.nan_to_num(tpot, nan=0.0) <= each) & (e2el_s <= e2el)
+
+
 def jain_index(values: np.ndarray) -> np.ndarray:
     """Fairness among the services along the last axis (Jain, Chiu & Hawe 1984): 1 if all get the same, 1/n if one gets
     everything; 1 where nobody gets anything."""

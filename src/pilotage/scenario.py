@@ -102,7 +102,7 @@ class Scenario(Spec, frozen=True, kw_only=True):
                 if name not in pools:
                     raise SpecError(f"{where} has a latency law for pool {name!r}; {closest(name, pools)}")
                 try:
-                    law.batch_times_s(service.server.max_batch)
+                    service.batch_times_s(law)
                 except SpecError as error:
                     raise SpecError(f"{where}, latency on pool {name!r}: {error}") from None
 
@@ -191,7 +191,12 @@ class Scenario(Spec, frozen=True, kw_only=True):
         """sha256 of everything that determines the simulation, in hexadecimal."""
         import hashlib
 
-        return hashlib.sha256(msgspec.json.encode(self.replace(data=None), order="sorted")).hexdigest()
+        plain = msgspec.to_builtins(self.replace(data=None))
+        for service in plain["services"]:  # what a service does not have leaves its scenario's digest as it was
+            for name in ("llm", "tokens"):
+                if service[name] is None:
+                    del service[name]
+        return hashlib.sha256(msgspec.json.encode(plain, order="sorted")).hexdigest()
 
 
 def _obstacle(service: Service, variant: Variant, pool: Pool) -> str:

@@ -21,7 +21,7 @@ from pilotage.scenario import load, shipped
 from pilotage.world.spec import decode
 
 SHORT = load("quickstart").replace(horizon_h=0.1)
-SYNTHETIC = [stem for stem in shipped() if stem != "azure-chat"]
+SYNTHETIC = [stem for stem in shipped() if stem not in ("azure-chat", "llm-chat")]
 
 
 def two_services():

@@ -108,6 +108,7 @@ from pilotage.engine.relaxation import cheapest, missed_table
 from pilotage.engine.run import Run, simulate, tick_of
 from pilotage.scenario import Scenario
 from pilotage.world.services import Service
+from pilotage.world.spec import SpecError
 
 _MOST_DRAWS = 1_000_000
 _ROUNDING = 1e-9  # dollars add up in another order here than in the engine, and the bound may be met exactly
@@ -133,8 +134,13 @@ def bound(
 
     The lower bound holds for all that decide at the scenario's ticks, and for `policies` at their own; it is lower
     where one of them decides between the scenario's ticks. With a guard it holds for what runs behind that guard, and
-    is higher.
+    is higher. Raises SpecError for a scenario with an LLM service, of which no bound is known.
     """
+    for service in scenario.services:
+        if service.llm is not None:
+            raise SpecError(
+                f"service {service.name!r} is an LLM service, for which there is no bound; leave it out"
+            )
     cluster = Cluster(scenario, [world])
     ticks_s = [scenario.tick_s, *(tick_of(scenario, policy) for policy in policies)]
     problems = [problem_of(cluster, s, ticks_s, guard) for s in range(len(scenario.services))]

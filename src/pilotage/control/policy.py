@@ -174,6 +174,51 @@ FEATURES: Final = (
         "max(max_batch_size{service='$service'})",
         "the batch-size limit in force",
     ),
+    # of LLM services, as vLLM exports them; missing elsewhere
+    Feature(
+        "kv_usage",
+        "share",
+        lambda c: _share(c["kv_used"], c["kv_blocks"]),
+        "avg(vllm:kv_cache_usage_perc{service='$service'})",
+        "KV blocks in use of the ready replicas",
+    ),
+    Feature(
+        "prompt_token_rate",
+        "tokens/s",
+        lambda c: np.where(c["kv_blocks"] > 0, c["prompt_tokens"] / c["seconds"], np.nan),
+        "sum(rate(vllm:prompt_tokens_total{service='$service'}[$window]))",
+        "prompt tokens processed",
+    ),
+    Feature(
+        "output_token_rate",
+        "tokens/s",
+        lambda c: np.where(c["kv_blocks"] > 0, c["output_tokens"] / c["seconds"], np.nan),
+        "sum(rate(vllm:generation_tokens_total{service='$service'}[$window]))",
+        "output tokens produced",
+    ),
+    Feature(
+        "prefix_hit_rate",
+        "share",
+        lambda c: _share(c["hit_tokens"], c["queried_tokens"]),
+        "sum(rate(vllm:prefix_cache_hits_total{service='$service'}[$window]))"
+        " / sum(rate(vllm:prefix_cache_queries_total{service='$service'}[$window]))",
+        "prompt tokens that were found in the prefix cache",
+    ),
+    Feature(
+        "preemption_rate",
+        "requests/s",
+        lambda c: np.where(c["kv_blocks"] > 0, c["preempted"] / c["seconds"], np.nan),
+        "sum(rate(vllm:num_preemptions_total{service='$service'}[$window]))",
+        "requests that lost their KV blocks and are computed anew",
+    ),
+    Feature(
+        "tpot_mean",
+        "s",
+        lambda c: _share(c["tpot_s"], c["tpots"]),
+        "sum(rate(vllm:request_time_per_output_token_seconds_sum{service='$service'}[$window]))"
+        " / sum(rate(vllm:request_time_per_output_token_seconds_count{service='$service'}[$window]))",
+        "mean time per output token of answered requests",
+    ),
 )
 INDEX: Final[Mapping[str, int]] = {feature.name: k for k, feature in enumerate(FEATURES)}
 
@@ -292,7 +337,7 @@ class Situation:
     def batch_times_s(self, pool: str | None = None) -> np.ndarray:
         """Time of a batch of n requests of mean demand, for n from 1 up to the limit; shape (max_batch,)."""
         law = self.service.variants[0].latency[pool or self.service.pools[0]]
-        fixed, variable = law.batch_times_s(self.service.server.max_batch)
+        fixed, variable = self.service.batch_times_s(law)
         times: np.ndarray = (fixed + variable)[1:]
         return times
 

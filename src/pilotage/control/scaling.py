@@ -40,6 +40,7 @@ from pilotage.control.queueing import little, square_root_staffing, staffing_for
 from pilotage.control.queueing import staffing as erlang_staffing
 from pilotage.control.ray_serve import RayServe
 from pilotage.control.sageserve import SageServe
+from pilotage.control.saturation import Saturation
 from pilotage.control.seasonal import PredictiveSeasonal
 from pilotage.control.wva import Wva
 from pilotage.world.spec import Count, Name, Spec, SpecError, closest, decode, named, read_toml
@@ -217,6 +218,7 @@ Scaling = (
     | Faro
     | Mark
     | SageServe
+    | Saturation
     | Wva
     | Autopilot
     | Anticipate

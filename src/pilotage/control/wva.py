@@ -5,9 +5,9 @@ Origin: llm-d-incubation/workload-variant-autoscaler `pkg/analyzer`, `pkg/core/a
 are means: time to first token (waiting and prefill) and inter-token latency.
 
 A batching server is a model whose requests have one token in and one out: `prefill(n) = gamma + delta n` is its batch
-time, there is no decoding, and the time to the first token is the latency. The pools of a service are the
-accelerators; each of upstream's variants is a deployment of its own, so that a change of accelerator orders all
-replicas in one pool and releases all in the other, at once.
+time, there is no decoding, and the time to the first token is the latency; an LLM service is what upstream models. The
+pools of a service are the accelerators; each of upstream's variants is a deployment of its own, so that a change of
+accelerator orders all replicas in one pool and releases all in the other, at once.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from msgspec import Meta
 
 from pilotage.control.fleet import Fleet
 from pilotage.control.policy import Controller, Decision, Observation, Policy, Situation
+from pilotage.world.servers import IterationLaw
 from pilotage.world.spec import Count, Positive
 
 QUEUE_TO_BATCH = 10  # requests that may wait, in batches
@@ -167,11 +168,14 @@ class _Wva:
         self._low = service.min_replicas if policy.min_replicas is None else policy.min_replicas
         self._fleet = Fleet(service.pools)
         target_ms = policy.target_share * service.slo_ms
+        itl_ms = None if service.llm is None else service.llm.objectives.tpot_ms
         self._rps: Mapping[str, float] = {}
         for name in service.pools:
             profile = _profile(situation, name)
             try:
-                rate = profile.highest_rps(ttft_ms=target_ms - situation.pools[name].network_ms)
+                rate = profile.highest_rps(
+                    ttft_ms=target_ms - situation.pools[name].network_ms, itl_ms=itl_ms
+                )
             except Infeasible:
                 continue
             per_slot = profile.analyse(rate).throughput_rps
@@ -198,7 +202,23 @@ class _Wva:
 
 
 def _profile(situation: Situation, pool: str) -> Profile:
-    """A service's batch times on a pool as a line through those of one request and of a full batch."""
+    """A service's batch times on a pool as a line through those of one request and of a full batch; of an LLM service
+    its iteration law at the mean request, half-way through the output."""
+    service = situation.service
+    law = service.variants[0].latency[pool]
+    if service.llm is not None and service.tokens is not None and isinstance(law, IterationLaw):
+        tokens_in, tokens_out = service.tokens.means
+        decode, context = law.decode or law, tokens_in + tokens_out / 2
+        fit = int((law.kv_blocks or service.llm.blocks) * service.llm.block_tokens / context)
+        return Profile(
+            alpha=1e3 * decode.base_s,
+            beta=1e3 * (decode.sequence_s + decode.context_s * context),
+            gamma=1e3 * law.base_s,
+            delta=1e3 * (law.prefill_s + law.square_s * min(tokens_in, service.llm.chunk_tokens)),
+            tokens_in=tokens_in,
+            tokens_out=tokens_out,
+            max_batch=max(1, min(service.server.max_batch, fit)),
+        )
     times_ms = 1e3 * situation.batch_times_s(pool)
     largest = len(times_ms)
     slope = float(times_ms[-1] - times_ms[0]) / (largest - 1) if largest > 1 else 0.0

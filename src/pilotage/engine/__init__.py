@@ -7,7 +7,9 @@ requests are made of, `central`, `bound` and `router` serve the three kinds of t
 service through a tick, `placement` holds the rules that choose a node (`scoring` what they are made of,
 `pricing` the learned ones), `stowing` replays packing problems with
 them, `nodes` keeps nodes, replicas and their bills, and `kernel` puts these together. `cluster` shows a world
-with the same `read`/`apply` face as a live one.
+with the same `read`/`apply` face as a live one. LLM services are served by kernels of their own: `llm_layout` says what
+they are in numbers, `blocks` keeps the KV cache, `batching` runs iterations, `llm` routes, `llm_ticks` takes one
+service through a tick and `llm_rows` all of them; `serving` is one of them by itself.
 
 Semantics, which the plain-Python reference in `tests/traces` repeats event by event:
 
@@ -77,6 +79,13 @@ order of number: to the head of the central queue (closed batches of up to `max_
 or, while no other replica is ready, of the door; else through the router, one by one, to replicas that do not
 die at the same time.
 
+*LLM services.* A request is a sequence of tokens; `batching` says how replicas serve, and plain Python in
+`tests/traces/reference_llm.py` repeats it bit for bit. Replicas are those of any service: they serve from readiness on,
+with an empty cache; when they drain they finish what they have; when they die, what they had starts again from nothing,
+in order of arrival and with the next routing, or is lost. While no replica is ready, requests wait at the door in order
+of arrival. Latency is the time to first token; a request is counted when its last token is there, as late if it missed
+any objective, and at the end of a run as overdue if its first token was, or is, too late.
+
 *Variants.* A switch replaces the replicas of other variants by new ones, at most a quarter of the service's
 replicas (rounded up, at least one) at a time: a replacement is ordered beside them, and when there are more
 ready replicas than the service is to have, one of the old is released, the youngest first (once there are none,
@@ -91,7 +100,8 @@ opened.
 those older than their objective are overdue, which costs what being late costs.
 
 Approximations a user should know: batches that one replica executes together do not slow each other down;
-services meet only at ticks; clients do not retry.
+services meet only at ticks; clients do not retry; the pace of an LLM replica changes at ticks only, and the blocks of
+a prompt that is handed over are free at once.
 """
 
 from __future__ import annotations
@@ -105,7 +115,8 @@ import platformdirs
 import pilotage.metrics
 
 # Numba looks only at the outermost function's file when it decides whether compiled code is stale. A cache
-# folder named after all sources that end up in the kernels cannot serve code from before an edit.
+# folder named after all sources that end up in the kernels cannot serve code from before an edit. The kernels of LLM
+# services have a folder of their own (`llm_layout.compiled`): the others do without them.
 _names = (
     "bound",
     "central",
@@ -123,8 +134,14 @@ _names = (
     "stowing",
     "traffic",
 )
-_sources = [*(Path(__file__).with_name(f"{name}.py") for name in _names), Path(pilotage.metrics.__file__)]
-_digest = hashlib.sha256(b"\0".join(p.read_bytes() for p in _sources) + numba.__version__.encode())
-numba.config.CACHE_DIR = str(
-    Path(platformdirs.user_cache_dir("pilotage")) / "kernels" / _digest.hexdigest()[:16]
-)
+_llm_names = ("batching", "blocks", "llm", "llm_layout")
+
+
+def _cache_folder(names: tuple[str, ...]) -> str:
+    sources = [*(Path(__file__).with_name(f"{name}.py") for name in names), Path(pilotage.metrics.__file__)]
+    digest = hashlib.sha256(b"\0".join(p.read_bytes() for p in sources) + numba.__version__.encode())
+    return str(Path(platformdirs.user_cache_dir("pilotage")) / "kernels" / digest.hexdigest()[:16])
+
+
+LLM_CACHE = _cache_folder(_names + _llm_names)
+numba.config.CACHE_DIR = _cache_folder(_names)

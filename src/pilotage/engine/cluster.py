@@ -34,6 +34,7 @@ from pilotage.engine.layout import (
     TICK,
     State,
 )
+from pilotage.engine.llm_rows import LlmRows
 from pilotage.engine.nodes import POOL_NODES
 from pilotage.engine.numbers import closures, encode, lay_out
 from pilotage.engine.placement import PAIRWISE, RULES, TERMS, WEIGHTS
@@ -126,7 +127,8 @@ class Cluster:
     placement: any function compiled with `engine.placement.rule`, such as a learned scorer; `jointly` (None: as the
     scenario's rule does) chooses the best pair of a pending replica of any service and a node, instead of taking the
     services in turn. `weights` may be changed in place before a `restart`. How far ahead traffic
-    is read (`read_ahead_s`; None: as suits the traffic) changes no result.
+    is read (`read_ahead_s`; None: as suits the traffic) changes no result. Rows of LLM services are served by
+    `llm_rows`, on one thread.
     """
 
     def __init__(
@@ -178,6 +180,8 @@ class Cluster:
             routers=np.zeros(int(self.params["router_hi"][-1]) + 1, ROUTER),
             messages=np.zeros(0, MESSAGE),
         )
+        llm = any(service.llm is not None for service in scenario.services)
+        self._llm = LlmRows(scenario, self.numbers, self.params, self._state) if llm else None
         self._jointly = rule is None and scenario.placement.rule in PAIRWISE if jointly is None else jointly
         self._rule = RULES[scenario.placement.rule] if rule is None else rule
         self.weights = np.array(weights_of(scenario) if weights is None else weights, dtype=np.float64)
@@ -245,6 +249,8 @@ class Cluster:
                 self._sources[r] = source
             self._state.seeds[w] = self.seed_nodes(w)
             self._close(w, closures(scenario, start_s, stream(world.seed, "outages")))
+            if self._llm is not None:
+                self._llm.restart(w)
             kernel.begin(w, w + 1, self._state, self.numbers, self._rule, self.weights, self._jointly)
             mine = slice(w * services, (w + 1) * services)
             for field in ("ready", "pending", "max_batch"):  # what a monitor sees before the first tick
@@ -312,7 +318,15 @@ class Cluster:
         histograms, totals = self.histograms.reshape(w * s, BUCKETS), self.totals.reshape(w * s)
         taken = (np.ascontiguousarray(orders).reshape(w * s), self._blank)
         rule = (self._rule, self.weights, self._jointly)
-        if self._pool is None:
+        if self._llm is not None:
+            self._llm.tell(self.active, self.replicas)
+            if kernel.decide(*books, *taken):
+                kernel.place(*books, *rule)
+            for lo, hi in self._llm.others:
+                kernel.serve(lo, hi, 0, *books, *storage, histograms)
+            self._llm.tick(*books, *storage, histograms, totals)
+            kernel.settle(*books, totals)
+        elif self._pool is None:
             if kernel.advance(*books, *storage, *taken, histograms, totals):
                 kernel.place(*books, *rule)
                 kernel.complete(*books, *storage, histograms, totals)
@@ -338,6 +352,8 @@ class Cluster:
             kernel.finish(
                 k, k + 1, self.clock_s, self._state, self.numbers, self.arrival_storage, self.requests, totals
             )
+            if self._llm is not None:
+                self._llm.finish(int(k), float(self.clock_s[k]), totals)
 
     # --- storage that grows ----------------------------------------------------------------------------
     def _read_arrivals(self) -> None:

@@ -336,8 +336,27 @@ TICK: Final = np.dtype(
         ("node_usd", "f8"),
         ("node_s", "f8"),
         ("replica_s", "f8"),
+        # of LLM services; their latency is the time to first token
+        ("prompt_tokens", "i8"),  # processed
+        ("output_tokens", "i8"),  # produced
+        ("queried_tokens", "i8"),  # of prompts, looked up in the prefix cache
+        ("hit_tokens", "i8"),
+        ("preempted", "i8"),
+        ("tpot_s", "f8"),  # sum over the served that have one
+        ("tpots", "i8"),
+        ("kv_used", "i8"),  # blocks of ready replicas at the tick
+        ("kv_blocks", "i8"),
     ],
     align=True,
+)
+TOKEN_COUNTS: Final = (
+    "prompt_tokens",
+    "output_tokens",
+    "queried_tokens",
+    "hit_tokens",
+    "preempted",
+    "tpot_s",
+    "tpots",
 )
 COUNTS: Final = (
     "seconds",

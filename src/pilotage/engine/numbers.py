@@ -85,7 +85,7 @@ def encode(scenario: Scenario) -> tuple[Numbers, np.ndarray]:
             for name in set(service.pools) & set(variant.latency):
                 law = variant.latency[name]
                 laws[v, pool_names.index(name)] = offset, tables.number(log_normal_table(law.noise_cv))
-                fixed, variable = law.batch_times_s(service.server.max_batch)
+                fixed, variable = service.batch_times_s(law)
                 per_request = variable / np.maximum(np.arange(len(variable)), 1)
                 times.append(np.stack([fixed, per_request], axis=1).reshape(-1))
                 offset += len(times[-1])

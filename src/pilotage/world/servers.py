@@ -155,7 +155,50 @@ class Table(Law, frozen=True, kw_only=True, tag="table"):
         return np.zeros(max_batch + 1), times
 
 
-LatencyLaw = Affine | Table
+Coefficient = Annotated[float, Meta(ge=0, le=1e4)]
+
+
+class IterationLaw(Law, frozen=True, kw_only=True, tag="iteration"):
+    """Seconds of one iteration (forward pass) of an LLM replica; the five-term law of Vidur-like simulators.
+
+    `base_s + prefill_s p + sequence_s d + context_s k + square_s s`, from left to right in double precision: `p`
+    prefill tokens in the batch, `d` sequences that decode, `k` tokens that all members have in the KV cache already,
+    `s` the sum of the squares of the prefill chunks. `decode` (None: the same) is the law of iterations without a
+    prefill. `kv_blocks` (None: as the server says) are the KV blocks of a replica on this pool's GPUs.
+    """
+
+    base_s: Coefficient
+    prefill_s: Coefficient
+    sequence_s: Coefficient
+    context_s: Coefficient
+    square_s: Coefficient = 0.0
+    decode: IterationLaw | None = None
+    kv_blocks: Annotated[int, Meta(ge=2, le=100_000_000)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.base_s + self.sequence_s <= 0:
+            raise SpecError("base_s and sequence_s are both 0: a decode would take no time; give one of them")
+        if self.noise_cv:
+            raise SpecError("noise_cv is given, but the time of an iteration has no noise; leave it out")
+
+    def batch_times_s(self, max_batch: int) -> tuple[np.ndarray, np.ndarray]:
+        raise SpecError("an iteration law has no batch times by itself; a service has, of its mean request")
+
+    @property
+    def vector(self) -> tuple[float, ...]:
+        return self.base_s, self.prefill_s, self.sequence_s, self.context_s, self.square_s
+
+    def seconds(self, prefill: float, sequences: float, context: float, square: float) -> float:
+        return (
+            self.base_s
+            + self.prefill_s * prefill
+            + self.sequence_s * sequences
+            + self.context_s * context
+            + self.square_s * square
+        )
+
+
+LatencyLaw = Affine | Table | IterationLaw
 
 
 class Variant(Spec, frozen=True, kw_only=True):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import msgspec
+import numpy as np
 from msgspec import Meta
 
 from pilotage.world.arrivals import Traffic
 from pilotage.world.lifecycle import Lifecycle
+from pilotage.world.llm import LLMServer, batch_times_s
 from pilotage.world.pools import Pool
-from pilotage.world.servers import BatchServer, Constant, RequestDemand, Variant
+from pilotage.world.servers import BatchServer, Constant, IterationLaw, LatencyLaw, RequestDemand, Variant
 from pilotage.world.spec import Count, Name, NonNegative, Positive, PositiveCount, Spec, SpecError
+from pilotage.world.tokens import RequestTokens
 
 
 class Economics(Spec, frozen=True, kw_only=True):
@@ -29,6 +33,11 @@ class Service(Spec, frozen=True, kw_only=True):
     A request is late when its latency exceeds `slo_ms`. What executes or waits on a replica that dies is
     served anew from the start (`on_failure` *retry*) or *lost*. A replica's process crashes at a rate of
     `crashes_per_hour` and is restarted on its node. `lifecycle` says how the model decays (None: it does not).
+
+    With `llm`, an LLM service, `tokens` says how long its requests are, and latency laws are those of iterations. Its
+    latency is the time to first token, and `slo_ms` the objective for that; a request is late when it misses this one
+    or another of `llm.objectives`. It has no `server` of its own (that is set to one with its `max_batch`), no `demand`
+    and, as yet, no `lifecycle`, no queue limit and no impatient clients.
     """
 
     name: Name
@@ -47,8 +56,11 @@ class Service(Spec, frozen=True, kw_only=True):
     on_failure: Literal["retry", "lost"] = "retry"
     crashes_per_hour: NonNegative = 0.0
     lifecycle: Lifecycle | None = None
+    llm: LLMServer | None = None
+    tokens: RequestTokens | None = None
 
     def __post_init__(self) -> None:
+        self._check_llm()
         if self.min_replicas > self.max_replicas:
             raise SpecError(f"min_replicas {self.min_replicas} exceeds max_replicas {self.max_replicas}")
         if self.initial_replicas > self.max_replicas:
@@ -85,3 +97,39 @@ class Service(Spec, frozen=True, kw_only=True):
             return 1
         fitting = variant.resources.copies_on(pool.node)
         return fitting if self.max_per_node is None else min(fitting, self.max_per_node)
+
+    def _check_llm(self) -> None:
+        """What belongs to an LLM service stands in one, and what does not, does not."""
+        laws = [law for variant in self.variants for law in variant.latency.values()]
+        if self.llm is None:
+            if self.tokens is not None:
+                raise SpecError("tokens are given without llm; they belong to an LLM service")
+            if any(isinstance(law, IterationLaw) for law in laws):
+                raise SpecError(
+                    "a latency law is of kind 'iteration', which belongs to an LLM service; give llm"
+                )
+            return
+        if self.tokens is None:
+            raise SpecError("llm is given without tokens: how long are its requests?")
+        if not all(isinstance(law, IterationLaw) for law in laws):
+            raise SpecError("an LLM service has latency laws of kind 'iteration' only")
+        if self.lifecycle is not None or self.demand != Constant():
+            raise SpecError(
+                "an LLM service has no demand (its requests have tokens) and, as yet, no lifecycle"
+            )
+        if self.llm.objectives.ttft_ms is not None:
+            raise SpecError("objectives.ttft_ms is slo_ms in a service; leave it out")
+        if self.llm.vidur:
+            raise SpecError("vidur repeats a quirk of a simulator, which no fleet has; leave it out")
+        server = BatchServer(max_batch=min(self.llm.max_batch, 1024))
+        if self.server not in (BatchServer(), server):
+            raise SpecError("server is given beside llm; an LLM service has no other server")
+        msgspec.structs.force_setattr(self, "server", server)
+
+    def batch_times_s(self, law: LatencyLaw) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds of a batch of n requests, the fixed part and the part in proportion to their demand, for n from 0 to
+        the largest batch; of an LLM service, the time in which n requests at once are through."""
+        if self.llm is not None and self.tokens is not None and isinstance(law, IterationLaw):
+            times = batch_times_s(self.llm, law, self.tokens.means, self.server.max_batch)
+            return times, np.zeros_like(times)
+        return law.batch_times_s(self.server.max_batch)

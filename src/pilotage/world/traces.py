@@ -59,6 +59,11 @@ def times_of(path: str, data: Path | None, column: str, sort: bool, duplicates: 
     return _times(*_version(find(path, data)), None if path.endswith(TEXT) else column, sort, duplicates)
 
 
+def lists_of(path: str, data: Path | None, column: str) -> list[np.ndarray]:
+    """Lists of whole numbers from 0 on, joined by semicolons, one list a row, as int64."""
+    return _lists(*_version(find(path, data)), column)
+
+
 def _version(file: Path) -> tuple[Path, int, int]:
     """What a cached column depends on."""
     stat = file.stat()
@@ -105,6 +110,25 @@ def _times(
         rank = np.arange(len(times)) - np.flatnonzero(first)[group]
         times = times + gaps[gaps > 0].min() * rank / np.bincount(group)[group]
     return _shared(times - times[0])
+
+
+@lru_cache(maxsize=2)
+def _lists(file: Path, mtime_ns: int, size: int, column: str) -> list[np.ndarray]:
+    if not file.name.endswith(TABLE):
+        raise SpecError(f"{file}: lists are read from tables only; valid: {', '.join(TABLE)}")
+    found = []
+    try:
+        with _opened(file) as lines:
+            index = _index(file, [name.strip() for name in next(csv.reader(lines), [])], column)
+        for number, row in _rows(file):
+            cell = row[index] if index < len(row) else ""
+            parts = cell.split(";") if cell else []
+            if not all(part.isdecimal() and len(part) < 19 for part in parts):
+                raise SpecError(f"{file}:{number}: {cell[:40]!r}; valid: whole numbers joined by semicolons")
+            found.append(np.array(parts, dtype=np.int64))
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise SpecError(f"{file}: cannot be read ({error}); give an intact file") from None
+    return found
 
 
 def _shared(values: np.ndarray) -> np.ndarray:
