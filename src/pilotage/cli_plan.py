@@ -44,7 +44,7 @@ def plan(
     platforms: tuple[Platform, ...] = get_args(Platform)
     if platform not in platforms:
         raise SpecError(f"--platform {platform!r}: does not exist; {closest(platform, platforms)}")
-    chosen = platforms[platforms.index(platform)]  # type: ignore[arg-type]
+    chosen = platforms[platforms.index(platform)]
     for option, value in (("--rate", rate), ("--slo-ms", slo_ms)):
         if value is not None and not 0 < value < float("inf"):
             raise SpecError(f"{option} {value}: must be a positive number")
@@ -127,7 +127,8 @@ def _show_one(plan: dict[str, Any]) -> None:
 def _show_fleet(plan: dict[str, Any]) -> None:
     print(
         f"together {plan['usd_per_hour']:.4g} $/h on shared nodes; each on nodes of its own "
-        f"{plan['apart_usd_per_hour']:.4g} $/h ({plan['combinations']} combinations packed, {plan['simulated']} simulated)"
+        f"{plan['apart_usd_per_hour']:.4g} $/h ({plan['combinations']} combinations packed, "
+        f"{plan['simulated']} simulated)"
     )
     rows = [
         {"model": m["model"], **m["choice"], **{f"other_{k}": v for k, v in m["verified"].items()}}

@@ -174,7 +174,7 @@ def test_accuracy_budget_and_environment_bind() -> None:
     assert not price_of(accurate, "slo_ms")
     poor = refused(MODEL.replace(usd_per_hour=0.01))
     assert price_of(poor, "usd_per_hour") == pytest.approx(planned().chosen.usd_per_hour)
-    tiny = CPU.replace(name="edge", max_nodes=1, node=Resources(cpu=2.0))
+    tiny = CPU.replace(name="edge", max_nodes=1, node=Resources(cpu=1.0))
     at_edge = SMALL.replace(latency={"edge": SMALL.latency["cpu"], "cpu": SMALL.latency["cpu"]})
     model = MODEL.replace(variants=(at_edge,), environments=("edge",), batch_waits_ms=(0.0,))
     narrow = advise(

@@ -190,8 +190,8 @@ def settings(trials: Trials, chosen: Outcome) -> Autoscaling:
 def _verified(
     asked: Requirements, model: Model, trials: Trials, chosen: Outcome, seed: int
 ) -> tuple[Outcome, Autoscaling, dict[str, Any]]:
-    """The deployment that also meets the objective on other runs, with the next sizes if need be; and what other runs say
-    of it under the platform's autoscaler."""
+    """The deployment that also meets the objective on other runs, with the next sizes if need be; and what other runs
+    say of it under the platform's autoscaler."""
     fresh = Trials(asked, model, platform=trials.platform, seed=seed + OTHER_SEED, longer=1.5)
     c, sizes = chosen.configuration, trials.sizes(chosen.configuration)
     for size in sizes[sizes.index(chosen.size) : sizes.index(chosen.size) + 3]:
@@ -219,8 +219,8 @@ def _notes(asked: Requirements, trials: Trials, chosen: Outcome) -> list[str]:
         seen = per_hour * chosen.node_hours
         if seen < FEWEST_INTERRUPTIONS:
             notes.append(
-                f"{pool.name} is spot: only about {seen:.1f} interruptions fell into the runs; give a longer horizon_h to "
-                "judge them"
+                f"{pool.name} is spot: only about {seen:.1f} interruptions fell into the runs; give a longer horizon_h "
+                "to judge them"
             )
     return notes
 
@@ -232,7 +232,8 @@ def _reason(model: Model, trials: Trials, search: Search, chosen: Outcome) -> st
     cheaper = sum(v.floor_usd < chosen.usd_per_hour and v.outcome is None for v in search.verdicts)
     text = (
         f"cheapest of {len(search.verdicts)} configurations that serves {100 * model.attainment:g} % within "
-        f"{model.slo_ms:g} ms: {chosen.usd_per_hour:.4g} $/h, where full batches at no wait would cost {floor:.4g} $/h there"
+        f"{model.slo_ms:g} ms: {chosen.usd_per_hour:.4g} $/h, where full batches at no wait would cost "
+        f"{floor:.4g} $/h there"
     )
     if rivals:
         best = min(rivals, key=lambda v: search.cost(v.outcome) if v.outcome else math.inf)
@@ -282,7 +283,7 @@ def _sensitivity(
 ) -> list[dict[str, Any]]:
     """What the plan costs, and what would be chosen, with half as much load again, without spot, at other prices."""
     c = chosen.configuration
-    rows = []
+    rows: list[dict[str, Any]] = []
 
     def row(question: str, best: Sequence[Outcome], factor: float = 1.0, stays: str = "") -> None:
         if not best:
@@ -344,7 +345,10 @@ def _relaxations(asked: Requirements, model: Model, platform: Platform, seed: in
     ways: list[tuple[str, list[tuple[str, Requirements, Model]]]] = [
         (
             "slo_ms",
-            [(f"{f * model.slo_ms:g} instead of {model.slo_ms:g}", asked, model.replace(slo_ms=f * model.slo_ms)) for f in LOOSER],
+            [
+                (f"{slo_ms:g} instead of {model.slo_ms:g}", asked, model.replace(slo_ms=slo_ms))
+                for slo_ms in (share * model.slo_ms for share in LOOSER)
+            ],
         ),
         (
             "attainment",

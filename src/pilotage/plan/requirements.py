@@ -31,8 +31,8 @@ SHORTEST_S, LONGEST_S = 600.0, 4 * 3600.0
 class Model(Spec, frozen=True, kw_only=True):
     """A model to be deployed: its builds with their latency laws, what it is asked, and what must hold.
 
-    At least a share of `attainment` of its requests must be served within `slo_ms` (0.99: the 99th percentile of latency
-    is at most the objective, and what is dropped counts as late), by a variant whose accuracy is at least
+    At least a share of `attainment` of its requests must be served within `slo_ms` (0.99: the 99th percentile of
+    latency is at most the objective, and what is dropped counts as late), by a variant whose accuracy is at least
     `min_accuracy`, in one of `environments` (None: wherever a variant has a latency law), for at most `usd_per_hour`.
     `server.max_batch` is the largest batch that is tried, `batch_waits_ms` are the waits.
     """
@@ -78,8 +78,8 @@ class Model(Spec, frozen=True, kw_only=True):
             traffic = self.traffic or Poisson(rate_rps=rate_rps)
             if not hasattr(traffic, "rate_rps"):
                 raise SpecError(
-                    f"--rate {rate_rps:g}: model {self.name!r} has {traffic.label}, whose rate is its own; leave --rate "
-                    "out, or give traffic of kind poisson, gamma or diurnal"
+                    f"--rate {rate_rps:g}: model {self.name!r} has {traffic.label}, whose rate is its own; leave "
+                    "--rate out, or give traffic of kind poisson, gamma or diurnal"
                 )
             changes["traffic"] = traffic.replace(rate_rps=rate_rps)
         elif self.traffic is None:
@@ -121,7 +121,8 @@ class Requirements(Spec, frozen=True, kw_only=True):
             for name in model.environments or ():
                 if name not in self.environments:
                     raise SpecError(
-                        f"model {model.name!r} may run in {name!r}; {closest(name, self.environments or ['(none given)'])}"
+                        f"model {model.name!r} may run in {name!r}; "
+                        f"{closest(name, self.environments) if self.environments else 'the file has no environments'}"
                     )
             for variant in model.variants:
                 for name in variant.latency:

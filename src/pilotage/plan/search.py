@@ -1,10 +1,10 @@
-"""The cheapest deployment that meets what is asked: branch and bound with the simulator, Optuna where there is too much.
+"""The cheapest deployment that meets what is asked: branch and bound with the simulator, Optuna where there is much.
 
-A configuration says how every replica runs; its sizes go from cheap to dear, and what a size meets, a dearer one meets,
-so that the cheapest size that does is found by bisection, from a queueing formula's guess. Configurations are taken in the
-order of their guessed cost, and left out where even full batches at no wait would cost more than what has been found: so
-the result is what simulating every size of every configuration would find, as long as misses fall with size. Where more
-than EXHAUSTIVE configurations could be cheapest, Optuna's TPE chooses among them.
+A configuration says how every replica runs; its sizes go from cheap to dear, and what a size meets, a dearer one
+meets, so that the cheapest size that does is found by bisection, from a queueing formula's guess. Configurations are
+taken in the order of their guessed cost, and left out where even full batches at no wait would cost more than what has
+been found: so the result is what simulating every size of every configuration would find, as long as misses fall with
+size. Where more than EXHAUSTIVE configurations could be cheapest, Optuna's TPE chooses among them.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Verdict:
 class Search:
     """The cheapest deployment under some conditions; what was found stands in `best` (cheapest first) and `verdicts`.
 
-    `slo_s` may be another objective than the model's; `pools` (None: all that are allowed) and `min_accuracy` narrow what
-    is searched; `price` multiplies the prices of pools; `keep` deployments are found; with `shared`, a replica pays for
-    its share of a node only.
+    `slo_s` may be another objective than the model's; `pools` (None: all that are allowed) and `min_accuracy` narrow
+    what is searched; `price` multiplies the prices of pools; `keep` deployments are found; with `shared`, a replica
+    pays for its share of a node only.
     """
 
     trials: Trials

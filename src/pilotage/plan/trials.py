@@ -1,4 +1,4 @@
-"""What the simulator answers to one deployment of one model: dollars, latency, misses, with the same traffic for all."""
+"""What the simulator answers to one deployment of one model: dollars, latency, misses, on the same traffic."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from pilotage.control.queueing import staffing_for_wait
 from pilotage.control.ray_serve import RayServe
 from pilotage.control.scaling import Schedule
 from pilotage.engine.cluster import World, recorded
+from pilotage.engine.layout import COUNTS
 from pilotage.engine.run import Run, simulate
 from pilotage.live.manifests import Autoscaling, Platform
 from pilotage.metrics import BUCKET_MIDPOINTS_S, quantiles_s
@@ -74,7 +75,7 @@ class Outcome:
 
     def missed_at(self, slo_s: float) -> np.ndarray:
         """The share of requests of each run that would be late at another objective (by the histogram: to 0.8 %)."""
-        late = self.histogram[BUCKET_MIDPOINTS_S > slo_s].sum() / max(1, self.histogram.sum())
+        late = self.histogram[slo_s < BUCKET_MIDPOINTS_S].sum() / max(1, self.histogram.sum())
         # runs differ about as they do at the objective that was simulated
         spread = self.missed - self.missed.mean()
         shifted: np.ndarray = late * (1 - self.dropped_share) + self.dropped_share + spread
@@ -102,7 +103,7 @@ class Trials:
         longer: float = 1.0,
     ) -> None:
         self.asked, self.model, self.platform, self.seed = asked, model, platform, seed
-        self.horizon_s = asked.horizon_s(model) * longer
+        self.horizon_s = math.ceil(asked.horizon_s(model) * longer / TICK_S) * TICK_S
         self.slo_s = (model.slo_ms or math.inf) / 1e3
         self.runs = runs
         self.known: dict[tuple[Configuration, float], Outcome] = {}
@@ -275,7 +276,7 @@ class Trials:
             pools=(self.pool(configuration),),
             services=(self.service(configuration, initial),),
             tick_s=TICK_S,
-            horizon_h=math.ceil(self.horizon_s / TICK_S) * TICK_S / 3600,
+            horizon_h=self.horizon_s / 3600,
             start_h=self.asked.start_h,
         )
 
@@ -297,7 +298,8 @@ class Trials:
         key = (configuration, size)
         if key not in self.known:
             if self.model.steady:
-                policy, initial = Schedule(targets=(int(size),)), int(size)
+                policy: Policy = Schedule(targets=(int(size),))
+                initial = int(size)
             else:
                 settings = self.autoscaling(configuration, size)
                 policy, initial = policy_of(settings), self.start(configuration, settings)
@@ -332,7 +334,7 @@ def digest(
     """The outcome of one service from its runs."""
     totals = {
         name: np.array([float(run.totals[name][service]) for run in runs])
-        for name in runs[0].totals.dtype.names
+        for name in COUNTS
     }
     dropped = (
         totals["rejected"] + totals["timed_out"] + totals["abandoned"] + totals["lost"] + totals["overdue"]
@@ -354,11 +356,10 @@ def digest(
 
 def policy_of(settings: Autoscaling) -> Policy:
     """The autoscaler of a platform with those settings, as the simulator runs it."""
-    bounds = {"min_replicas": settings.min_replicas, "max_replicas": settings.max_replicas}
-    target = settings.target_concurrency
+    low, high, target = settings.min_replicas, settings.max_replicas, settings.target_concurrency
     if settings.platform == "kserve":
         whole = max(1, math.ceil(target))  # see `live.manifests`
-        return Kpa(target=whole, target_utilization=target / whole, **bounds)
+        return Kpa(target=whole, target_utilization=target / whole, min_replicas=low, max_replicas=high)
     if settings.platform == "ray-serve":
-        return RayServe(target_ongoing_requests=target, **bounds)
-    return Hpa(metric="concurrency", target_average=target, **bounds)
+        return RayServe(target_ongoing_requests=target, min_replicas=low, max_replicas=high)
+    return Hpa(metric="concurrency", target_average=target, min_replicas=low, max_replicas=high)
