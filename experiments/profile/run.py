@@ -1,9 +1,10 @@
 """Does the law that `pilotage profile` measures predict latency at loads that it was not fitted on?
 
-An ONNX model (a perceptron) is served over the V2 protocol, either by MLServer (`--mlserver PYTHON`: an interpreter that
-has it) or by the small server at the end of this file, on ONNX Runtime, one request at a time. Each run profiles it
-from outside, then sends Poisson requests at shares of the measured capacity, open loop, and sets the simulator's 95th
-percentile beside the measured one. Run it on a quiet machine: what else runs there is in the measurement, not in the law.
+An ONNX model (a perceptron) is served over the V2 protocol, either by MLServer (`--mlserver PYTHON`: an interpreter
+that has it) or by the small server in this file, on ONNX Runtime, one request at a time. Each run profiles it from
+outside, then sends Poisson requests at shares of the measured capacity, open loop, and sets the simulator's 95th
+percentile beside the measured one. Run it on a quiet machine: what else runs there is in the measurement, not in the
+law.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def served(mlserver: str | None, cpu: int | None) -> Iterator[str]:
         else:
             command = [
                 sys.executable,
-                __file__,
+                str(Path(__file__).resolve()),
                 "--serve",
                 str(ports[0]),
                 "--model",
@@ -116,7 +117,12 @@ def served(mlserver: str | None, cpu: int | None) -> Iterator[str]:
             ]
         with (home / "log").open("wb") as log:
             server = subprocess.Popen(
-                command, cwd=home, env=environment, stdout=log, stderr=log, process_group=0
+                command,
+                cwd=home if mlserver else None,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                process_group=0,
             )
             try:
                 if cpu is not None:
@@ -133,7 +139,8 @@ def served(mlserver: str | None, cpu: int | None) -> Iterator[str]:
                         time.sleep(0.2)
                 yield url
             finally:
-                os.killpg(server.pid, 15)
+                if server.poll() is None:
+                    os.killpg(server.pid, 15)
                 server.wait(20)
 
 
