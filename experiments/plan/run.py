@@ -2,7 +2,7 @@
 
 20 cases (`cases.toml`): pools with the prices of real machines, three models of several builds, steady, bursty and
 daily load. Every plan is set beside the exhaustive optimum (every size of every configuration that the file allows,
-from one replica on, simulated on the same traffic and judged in the same way; a configuration is left once its size
+from a tenth below what full batches could carry, simulated on the same traffic and judged in the same way; a configuration is left once its size
 alone costs more than what has been found), and simulated anew on other seeds, for twice as long, under the platform's
 autoscaler.
 The manifests of three platforms are validated: KServe's against its CRD (`--data`), Kubernetes' and Ray Serve's against
@@ -28,7 +28,7 @@ import numpy as np
 from pilotage.live.manifests import PLATFORMS
 from pilotage.plan.advice import Plan, advise
 from pilotage.plan.requirements import Model, Requirements
-from pilotage.plan.trials import Outcome, Trials, policy_of, surely_below
+from pilotage.plan.trials import Configuration, Outcome, Trials, policy_of, surely_below
 from pilotage.results import as_csv, provenance, write_whole
 from pilotage.world.spec import decode, read_toml
 
@@ -54,14 +54,21 @@ def cases() -> list[tuple[Requirements, Model]]:
     return found
 
 
+def least(trials: Trials, c: Configuration) -> int:
+    """Where the exhaustive search begins: a tenth below what could serve the requests in full batches at no wait."""
+    return max(1, math.floor(0.9 * trials.fewest(c)))
+
+
 def exhaustive(asked: Requirements, model: Model, seed: int) -> tuple[Outcome | None, int]:
-    """The cheapest of all, and how many deployments were simulated: no bound but the price of the nodes themselves."""
+    """The cheapest of all, and how many deployments were simulated; the price of the nodes themselves ends a search."""
     trials = Trials(asked, model, platform="kubernetes", seed=seed)
     best: Outcome | None = None
     for c in trials.configurations():
         if trials.variant(c).accuracy < model.min_accuracy:
             continue
-        sizes = list(map(float, range(1, trials.most(c) + 1))) if model.steady else trials.sizes(c)
+        sizes = (
+            list(map(float, range(least(trials, c), trials.most(c) + 1))) if model.steady else trials.sizes(c)
+        )
         for size in sizes:
             if model.steady and best and trials.fixed_usd(c, int(size)) >= best.usd_per_hour * (1 - 1e-9):
                 break
