@@ -2,11 +2,10 @@
 
 20 cases (`cases.toml`): pools with the prices of real machines, three models of several builds, steady, bursty and
 daily load. Every plan is set beside the exhaustive optimum (every size of every configuration that the file allows,
-from a tenth below what full batches could carry, simulated on the same traffic and judged in the same way; a configuration is left once its size
-alone costs more than what has been found), and simulated anew on other seeds, for twice as long, under the platform's
-autoscaler.
-The manifests of three platforms are validated: KServe's against its CRD (`--data`), Kubernetes' and Ray Serve's against
-the types of their packages, where these are installed.
+from a tenth below what full batches could carry, simulated on the same traffic and judged in the same way; a
+configuration is left once its size alone costs more than what has been found), and simulated anew on other seeds, for
+twice as long, under the platform's autoscaler. The manifests of three platforms are validated: KServe's against its CRD
+(`--data`), Kubernetes' and Ray Serve's against the types of their packages, where these are installed.
 """
 
 from __future__ import annotations

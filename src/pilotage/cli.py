@@ -13,7 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from pilotage import __version__, cli_plan, cli_profile, cli_versions
+from pilotage import __version__, cli_calibrate, cli_plan, cli_profile, cli_versions
 from pilotage.console import AsJson, fail, print_json
 from pilotage.world.spec import SpecError
 
@@ -24,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cli_versions.app)
+app.add_typer(cli_calibrate.app)
 app.add_typer(cli_plan.app)
 app.add_typer(cli_profile.app)
 _screen = Console(stderr=True)

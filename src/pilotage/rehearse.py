@@ -8,11 +8,13 @@ start-up (replica-hours), and, where these hold but latency does not, routing an
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 
 from pilotage.control.guard import Guard
@@ -30,6 +32,7 @@ from pilotage.world.arrivals import Counts
 from pilotage.world.pools import Pool
 from pilotage.world.servers import Affine, Variant
 from pilotage.world.services import Service
+from pilotage.world.spec import Spec
 
 QUANTILES: Final = (0.5, 0.95, 0.99)
 TOLERANCE: Final = {"p50": 0.10, "p95": 0.10, "p99": 0.15, "replica_hours": 0.03}
@@ -149,7 +152,9 @@ def _misfits(recorded: dict[str, float], predicted: dict[str, float], fitted: Fi
         found.append(f"start-up: replica-hours {100 * off['replica_hours']:+.3g} %")
     late = [f"{name} {100 * off[name]:+.3g} %" for name in wrong if name != "replica_hours"]
     if late and not found:
-        found.append(f"routing or batching: traffic, law and start-up fit, but {', '.join(late)}")
+        found.append(
+            f"routing, batching or unequal nodes: traffic, law and start-up fit, but {', '.join(late)}"
+        )
     elif late:
         found[-1] += f"; {', '.join(late)}"
     if any("too coarse" in note for note in fitted.notes):
@@ -187,3 +192,38 @@ def rehearse(
         }
         rows.append(row)
     return rows
+
+
+def as_toml(scenario: Scenario) -> str:
+    """A scenario file: what differs from the defaults."""
+    raw = _told(scenario)
+    for key in ("name", "data"):
+        raw.pop(key, None)
+    lines = [f"{key} = {_toml(value)}" for key, value in raw.items() if key not in ("pools", "services")]
+    for table in ("pools", "services"):
+        for item in raw[table]:
+            lines += ["", f"[[{table}]]", *(f"{key} = {_toml(value)}" for key, value in item.items())]
+    return "\n".join([*lines, ""])
+
+
+def _told(value: Any) -> Any:
+    """Builtins of a specification, without fields at their defaults."""
+    if isinstance(value, Spec):
+        config = type(value).__struct_config__
+        out: dict[str, Any] = {str(config.tag_field): config.tag} if config.tag_field else {}
+        for field in msgspec.structs.fields(value):
+            mine = getattr(value, field.name)
+            if mine is not None and (field.required or mine != field.default):
+                out[field.name] = _told(mine)
+        return out
+    if isinstance(value, dict):
+        return {key: _told(inner) for key, inner in value.items()}
+    return [_told(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value)  # of text, numbers and truth, JSON's form is TOML's

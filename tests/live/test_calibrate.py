@@ -190,3 +190,58 @@ def test_a_wrong_routing_is_not_called_good(tmp_path: Path) -> None:
     _, judged, _, _ = recover(REAL.replace(server=others), REAL.server, tmp_path)
     assert not judged.good
     assert "routing" in judged.misfits[0]
+
+
+def test_what_is_written_loads_as_the_scenario_that_was_fitted(tmp_path: Path) -> None:
+    from pilotage.rehearse import as_toml
+    from pilotage.scenario import load
+
+    known = Known(name="ranker", slo_ms=300.0, pool="cpu", server=REAL.server, max_replicas=12)
+    recorded = history()
+    found = [(known, recorded, fit(recorded, 0.3))]
+    source = Prometheus(url="http://127.0.0.1:9090", start="2026-11-20T00:00:00", end="2026-11-21T00:00:00")
+    fleet = Fleet(prometheus=source, pools=(CPU,), services=(known,))
+    scenario = scenario_of(fleet, fleet.pools, found, tmp_path)
+    (tmp_path / "scenario.toml").write_text(as_toml(scenario))
+    again = load(tmp_path / "scenario.toml", tmp_path)
+    assert again.services == scenario.services
+    assert again.pools == scenario.pools
+    assert again.horizon_h == scenario.horizon_h
+    assert sum(map(int, (tmp_path / "ranker.txt").read_text().split())) == int(recorded.arrived.sum())
+
+
+@needs_prometheus
+def test_the_commands_calibrate_and_rehearse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from typer.testing import CliRunner
+
+    from pilotage.cli import app
+
+    scenario = Scenario(title="real", pools=(CPU,), services=(REAL,), tick_s=STEP_S, horizon_h=2.0)
+    began = (time.time() - 3600 * 8) // STEP_S * STEP_S
+    text = open_metrics(scenario, [Hpa(target_utilization=0.6)], World(4), began_s=began)
+    (tmp_path / "prices.csv").write_text("instance_type,usd_per_h_us_east_1\nc5,0.34\n")
+    with remembering(text, tmp_path) as url:
+        start, end = (np.datetime64(int(t), "s").astype(str) for t in (began, began + 7200))
+        (tmp_path / "fleet.toml").write_text(
+            f"[prometheus]\nurl = '{url}'\nstart = '{start}'\nend = '{end}'\nstep_s = {STEP_S}\n"
+            "[[pools]]\nname = 'cpu'\nprice_usd_per_hour = 9.0\nmax_nodes = 20\n"
+            "[prices.cpu]\npath = 'prices.csv'\ninstance_type = 'c5'\n"
+            "[[services]]\nname = 'ranker'\nslo_ms = 300.0\npool = 'cpu'\nmax_replicas = 12\n"
+            "server = {max_batch = 8, batch_wait_ms = 5.0}\neconomics = {late_usd = 0.001, dropped_usd = 0.001}\n"
+        )
+        out = ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
+        done = CliRunner().invoke(app, ["calibrate", str(tmp_path / "fleet.toml"), *out])
+        assert done.exit_code == 0, done.output
+        assert "ranker: good" in done.output
+        assert "price_usd_per_hour = 0.34" in (tmp_path / "out" / "scenario.toml").read_text()
+        done = CliRunner().invoke(
+            app, ["rehearse", str(tmp_path / "fleet.toml"), "--policy", "hpa", "--policy", "predictive", *out]
+        )
+        assert done.exit_code == 0, done.output
+        assert "predictive" in done.output
+        (tmp_path / "fleet.toml").write_text(
+            (tmp_path / "fleet.toml").read_text().replace("'ranker'", "'nobody'")
+        )
+        done = CliRunner().invoke(app, ["calibrate", str(tmp_path / "fleet.toml"), *out])
+    assert done.exit_code == 1
+    assert "has none of: requests_total" in done.output + capsys.readouterr().err
