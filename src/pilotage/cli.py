@@ -14,7 +14,16 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from pilotage import __version__, cli_bundles, cli_explain, cli_steer, cli_versions
+from pilotage import (
+    __version__,
+    cli_bundles,
+    cli_calibrate,
+    cli_explain,
+    cli_plan,
+    cli_profile,
+    cli_steer,
+    cli_versions,
+)
 from pilotage.console import AsJson, fail, print_json
 from pilotage.world.spec import SpecError
 
@@ -28,6 +37,9 @@ app.add_typer(cli_versions.app)
 app.add_typer(cli_bundles.app)
 app.add_typer(cli_explain.app)
 app.add_typer(cli_steer.app)
+app.add_typer(cli_calibrate.app)
+app.add_typer(cli_plan.app)
+app.add_typer(cli_profile.app)
 _screen = Console(stderr=True)
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 

@@ -192,7 +192,9 @@ class Scenario(Spec, frozen=True, kw_only=True):
         import hashlib
 
         plain = msgspec.to_builtins(self.replace(data=None))
-        for service in plain["services"]:  # what a service does not have leaves its scenario's digest as it was
+        for service in plain[
+            "services"
+        ]:  # what a service does not have leaves its scenario's digest as it was
             for name in ("llm", "tokens"):
                 if service[name] is None:
                     del service[name]

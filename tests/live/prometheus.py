@@ -21,7 +21,14 @@ import pytest
 
 from tests.live.conftest import free_port
 
-PROMETHEUS, PROMTOOL = shutil.which("prometheus"), shutil.which("promtool")
+
+def program(name: str) -> str | None:
+    """Where `prometheus` or `promtool` is: in the folder PILOTAGE_PROMETHEUS, or on the path."""
+    folder = os.environ.get("PILOTAGE_PROMETHEUS")
+    return shutil.which(name, path=folder) if folder else shutil.which(name)
+
+
+PROMETHEUS, PROMTOOL = program("prometheus"), program("promtool")
 needs_prometheus = pytest.mark.skipif(
     PROMETHEUS is None or PROMTOOL is None,
     reason="prometheus and promtool are not installed: apt install prometheus",
@@ -100,7 +107,7 @@ class Prometheus:
             self.process = subprocess.Popen(
                 [
                     str(PROMETHEUS), "--config.file=prometheus.yml", "--storage.tsdb.path=data",
-                    "--storage.tsdb.retention.time=3650d", f"--web.listen-address=127.0.0.1:{self.port}",
+                    "--storage.tsdb.retention.time=100y", f"--web.listen-address=127.0.0.1:{self.port}",
                 ],
                 stdout=log, stderr=log, cwd=self.folder, process_group=0,
             )  # fmt: skip
@@ -132,3 +139,14 @@ class Prometheus:
                 self.process.wait(10)
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 continue
+
+
+@contextmanager
+def remembering(text: str, folder: Path) -> Iterator[str]:
+    """The URL of a Prometheus with that history (OpenMetrics), which promtool has written into its blocks."""
+    server = Prometheus(folder, [], text)
+    server.start()
+    try:
+        yield server.url
+    finally:
+        server.stop()

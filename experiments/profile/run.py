@@ -1,0 +1,258 @@
+"""Does the law that `pilotage profile` measures predict latency at loads that it was not fitted on?
+
+An ONNX model (a perceptron) is served over the V2 protocol, either by MLServer (`--mlserver PYTHON`: an interpreter
+that has it) or by the small server in this file, on ONNX Runtime, one request at a time. Each run profiles it from
+outside, then sends Poisson requests at shares of the measured capacity, open loop, and sets the simulator's 95th
+percentile beside the measured one. Run it on a quiet machine: what else runs there is in the measurement, not in the
+law.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pilotage.live.profile import open_loop, profile
+from pilotage.live.profiled import ProfileError, open_model
+from pilotage.predicted import predict_ms
+from pilotage.results import as_csv, provenance, write_whole
+
+SHARES = (0.3, 0.5, 0.7)
+COLUMNS, HIDDEN, LAYERS = 64, 2048, 4  # a few milliseconds a request on one core
+
+
+def write_model(path: Path) -> None:
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+    sizes = [COLUMNS] + [HIDDEN] * LAYERS + [1]
+    nodes, weights, last = [], [], "x"
+    for k in range(len(sizes) - 1):
+        matrix = (rng.standard_normal((sizes[k], sizes[k + 1])) / np.sqrt(sizes[k])).astype(np.float32)
+        weights.append(numpy_helper.from_array(matrix, f"w{k}"))
+        nodes.append(helper.make_node("MatMul", [last, f"w{k}"], [f"h{k}"]))
+        nodes.append(helper.make_node("Relu", [f"h{k}"], [f"a{k}"]))
+        last = f"a{k}"
+    tensor = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes, "mlp", [tensor("x", TensorProto.FLOAT, ["n", COLUMNS])], [tensor(last, TensorProto.FLOAT, ["n", 1])],
+        weights,
+    )  # fmt: skip
+    path.write_bytes(
+        helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8
+        ).SerializeToString()
+    )
+
+
+MLSERVER = """
+import numpy, onnxruntime
+from mlserver import MLModel
+from mlserver.types import InferenceResponse, MetadataModelResponse, MetadataTensor, ResponseOutput
+
+class Perceptron(MLModel):
+    async def load(self):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        self.session = onnxruntime.InferenceSession("model.onnx", options, providers=["CPUExecutionProvider"])
+        return True
+    async def metadata(self):
+        return MetadataModelResponse(name=self.name, platform="onnx",
+            inputs=[MetadataTensor(name="x", datatype="FP32", shape=[-1, %d])], outputs=[])
+    async def predict(self, payload):
+        one = payload.inputs[0]
+        x = numpy.array(one.data, dtype=numpy.float32).reshape(one.shape)
+        y = self.session.run(None, {"x": x})[0]
+        return InferenceResponse(model_name=self.name,
+            outputs=[ResponseOutput(name="y", datatype="FP32", shape=list(y.shape), data=y.ravel().tolist())])
+"""
+
+
+@contextmanager
+def served(mlserver: str | None, cpu: int | None) -> Iterator[str]:
+    """The URL of the model behind a fresh server, pinned to one CPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        write_model(home / "model.onnx")
+        ports = []
+        for _ in range(3):
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                ports.append(probe.getsockname()[1])
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        if mlserver:
+            (home / "perceptron.py").write_text(MLSERVER % COLUMNS)
+            own = {"host": "127.0.0.1", "http_port": ports[0], "grpc_port": ports[1], "metrics_port": ports[2],
+                   "parallel_workers": 0}  # fmt: skip
+            (home / "settings.json").write_text(json.dumps(own))
+            (home / "model-settings.json").write_text(
+                json.dumps({"name": "m", "implementation": "perceptron.Perceptron"})
+            )
+            command = [mlserver, "-m", "mlserver", "start", folder]
+            # its module has no __main__ in every version: the console script stands beside the interpreter
+            script = Path(mlserver).with_name("mlserver")
+            command = [str(script), "start", folder] if script.is_file() else command
+        else:
+            command = [
+                sys.executable,
+                str(Path(__file__).resolve()),
+                "--serve",
+                str(ports[0]),
+                "--model",
+                str(home / "model.onnx"),
+            ]
+        with (home / "log").open("wb") as log:
+            server = subprocess.Popen(
+                command,
+                cwd=home if mlserver else None,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                process_group=0,
+            )
+            try:
+                if cpu is not None:
+                    os.sched_setaffinity(server.pid, {cpu})
+                url = f"http://127.0.0.1:{ports[0]}/v2/models/m"
+                deadline = time.monotonic() + 120
+                while True:
+                    try:
+                        open_model(url).infer(1)
+                        break
+                    except ProfileError:
+                        if server.poll() is not None or time.monotonic() > deadline:
+                            raise RuntimeError((home / "log").read_text()[-2000:]) from None
+                        time.sleep(0.2)
+                yield url
+            finally:
+                if server.poll() is None:
+                    os.killpg(server.pid, 15)
+                server.wait(20)
+
+
+def serve(port: int, model: Path) -> None:
+    """A V2 server of one model on ONNX Runtime; one request at a time."""
+    import threading
+
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    one = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def answer(self, status: int, body: Any) -> None:
+            text = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def do_GET(self) -> None:
+            inputs = [{"name": "x", "datatype": "FP32", "shape": [-1, COLUMNS]}]
+            self.answer(200, {"name": "m", "platform": "onnx", "inputs": inputs, "outputs": []})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if not self.path.endswith("/infer"):
+                self.answer(404, {"error": "no repository"})
+                return
+            given = body["inputs"][0]
+            x = np.array(given["data"], dtype=np.float32).reshape(given["shape"])
+            with one:
+                y = session.run(None, {"x": x})[0]
+            output = {"name": "y", "datatype": "FP32", "shape": list(y.shape), "data": y.ravel().tolist()}
+            self.answer(200, {"model_name": "m", "outputs": [output]})
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, help="not needed: nothing here reads a trace")
+    parser.add_argument("--out", type=Path, default=Path("results/profile"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
+    parser.add_argument(
+        "--mlserver", help="a Python interpreter that has MLServer (default: the small server here)"
+    )
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(options.serve, options.model)
+        return
+    runs, seconds = (2, 3.0) if options.quick else (options.runs, options.seconds)
+    started, rows, lasted = datetime.now(UTC), [], {}
+    options.out.mkdir(parents=True, exist_ok=True)
+    cpus = sorted(os.sched_getaffinity(0))
+    for run in range(runs):
+        began = time.perf_counter()
+        with served(options.mlserver, cpus[-1] if len(cpus) > 1 else None) as url:
+            if len(cpus) > 1:
+                os.sched_setaffinity(0, set(cpus[:-1]))
+            target = open_model(url)
+            found = profile(target, url, max_batch=4, seconds=seconds, seed=options.seed + run)
+            service_ms = found.base_ms[0] + found.per_item_ms[0]
+            for share in SHARES:
+                rate = share * 1e3 * found.slots / service_ms
+                seen = open_loop(target, rate, 2 * seconds, seed=1000 + options.seed + run)
+                said = float(predict_ms(found, seen.due_s, (0.95,))[0])
+                measured = seen.quantile_ms(0.95)
+                rows.append(
+                    {
+                        "run": run, "share": share, "rate_rps": f"{rate:.4g}", "service_ms": f"{service_ms:.4g}",
+                        "overhead_ms": f"{found.overhead_ms:.4g}", "noise_cv": f"{found.law.noise_cv:.4g}",
+                        "slots": found.slots, "measured_p95_ms": f"{measured:.5g}", "predicted_p95_ms": f"{said:.5g}",
+                        "error": f"{said / measured - 1:.4f}", "generator_kept_up": seen.trustworthy,
+                        "load_average": f"{os.getloadavg()[0]:.1f}",
+                    }
+                )  # fmt: skip
+                print(rows[-1], flush=True)
+        os.sched_setaffinity(0, set(cpus))
+        lasted[f"run {run}"] = round(time.perf_counter() - began, 1)
+    errors = np.abs(
+        np.array([[float(r["error"]) for r in rows if r["run"] == run] for run in range(runs)])
+    ).max(axis=1)
+    measured = float(np.median(errors))
+    acceptance = [
+        {"line": "relative error of p95 at loads not fitted on: worst load of a run, median over runs",
+         "asked": "<= 0.1", "measured": f"{measured:.4g}", "low": f"{errors.min():.4g}",
+         "high": f"{errors.max():.4g}", "met": bool(measured <= 0.1)}
+    ]  # fmt: skip
+    print(acceptance)
+    write_whole(options.out / "table.csv", as_csv(rows))
+    write_whole(options.out / "acceptance.csv", as_csv(acceptance))
+    record = provenance("profile", sys.argv, started, lasted)
+    record |= {
+        "server": "mlserver" if options.mlserver else "own V2 server on onnxruntime",
+        "seed": options.seed,
+    }
+    write_whole(options.out / "run.json", json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

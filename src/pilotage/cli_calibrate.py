@@ -1,0 +1,171 @@
+"""The commands that bring a fleet's own history into the simulator: calibrate, rehearse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from pilotage.console import AsJson, fail, print_json
+from pilotage.world.spec import SpecError
+
+if TYPE_CHECKING:
+    from pilotage.live.calibrate import Fit, Fleet, Known
+    from pilotage.live.history import Recording
+    from pilotage.rehearse import Check
+    from pilotage.scenario import Scenario
+
+app = typer.Typer()
+_screen = Console(stderr=True)
+
+Config = Annotated[Path, typer.Argument(help="a TOML file of a fleet; see docs/calibrate.md")]
+Tables = Annotated[
+    Path | None, typer.Option("--data", envvar="PILOTAGE_DATA", help="folder of the price tables")
+]
+Out = Annotated[Path, typer.Option("--out", help="folder for scenario.toml and the traffic")]
+
+
+def _calibrated(
+    config: Path, data: Path | None, out: Path, silent: bool
+) -> tuple[Fleet, Scenario, list[tuple[Known, Recording, Fit]], list[Check]]:
+    from pilotage.live.calibrate import Fleet, fit
+    from pilotage.live.history import HistoryError, read
+    from pilotage.rehearse import as_toml, check, scenario_of
+    from pilotage.results import write_whole
+
+    fleet = Fleet.load(config)
+    pools = fleet.priced(data or config.parent)
+    found = []
+    with _screen.status("") as status:
+        step = (lambda _: None) if silent else status.update
+        try:
+            for known in fleet.services:
+                step(f"reading the history of {known.name}")
+                history = read(fleet.prometheus, known.name)
+                found.append((known, history, fit(history, known.slo_ms / 1e3)))
+        except HistoryError as error:
+            fail(str(error), 1)
+        scenario = scenario_of(fleet, pools, found, out / "traffic")
+        write_whole(out / "scenario.toml", as_toml(scenario))
+        step("replaying what was recorded")
+        return fleet, scenario, found, check(scenario, found)
+
+
+def _as_dict(found: list[tuple[Known, Recording, Fit]], checks: list[Check]) -> list[dict[str, Any]]:
+    rows = []
+    for (known, _, fitted), judged in zip(found, checks, strict=True):
+        numbers = {
+            name: dict(zip(("value", "low", "high"), getattr(fitted, name), strict=True))
+            for name in ("rate_rps", "base_ms", "per_item_ms", "start_up_s")
+        }
+        rows.append(
+            {
+                "service": known.name, "fit": numbers | {"noise_cv": fitted.noise_cv}, "recorded": judged.recorded,
+                "predicted": judged.predicted, "good": judged.good, "misfits": list(judged.misfits),
+                "notes": list(fitted.notes),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        fitted = row["fit"]
+        print(f"{row['service']}: {'good' if row['good'] else 'NOT GOOD'}")
+        for name, unit in (("rate_rps", ""), ("base_ms", ""), ("per_item_ms", ""), ("start_up_s", "")):
+            value = fitted[name]
+            print(f"  {name} {value['value']:.4g} ({value['low']:.4g} to {value['high']:.4g}){unit}")
+        print(f"  noise_cv {fitted['noise_cv']:.3g}")
+        for name in row["recorded"]:
+            scale, unit = (1.0, "") if name == "replica_hours" else (1e3, " ms")
+            seen, said = scale * row["recorded"][name], scale * row["predicted"][name]
+            print(
+                f"  {name}: {seen:.4g}{unit} recorded, {said:.4g}{unit} predicted ({100 * (said / seen - 1):+.2g} %)"
+            )
+        for what in row["misfits"]:
+            print(f"  misfit: {what}")
+        for note in row["notes"]:
+            print(f"  note: {note}")
+
+
+@app.command()
+def calibrate(
+    config: Config, data: Tables = None, out: Out = Path("calibrated"), as_json: AsJson = False
+) -> None:
+    """Fit a scenario to a fleet's own history, and judge the fit by a replay; exit code 3 if it is not good."""
+    _, _, found, checks = _calibrated(config, data, out, as_json)
+    rows = _as_dict(found, checks)
+    if as_json:
+        print_json({"scenario": str(out / "scenario.toml"), "services": rows})
+    else:
+        _show(rows)
+        print(f"scenario: {out / 'scenario.toml'}, traffic below {out / 'traffic'} (give it as --data)")
+    if not all(judged.good for judged in checks):
+        raise typer.Exit(3)
+
+
+@app.command()
+def rehearse(
+    config: Config,
+    policy: Annotated[
+        list[str] | None, typer.Option("--policy", help="policies instead of the file's; repeatable")
+    ] = None,
+    anyway: Annotated[bool, typer.Option("--anyway", help="also where the fit is not good")] = False,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    data: Tables = None,
+    out: Out = Path("calibrated"),
+    as_json: AsJson = False,
+) -> None:
+    """What other policies would have cost on the recorded traffic, and how sure that is."""
+    from pilotage.control.learned import policy_from
+    from pilotage.rehearse import rehearse as run
+
+    named = policy or list(_fleet(config).policies)
+    policies = [(name, policy_from(name)) for name in named]
+    if len(set(named)) < len(named):
+        raise SpecError(f"--policy {', '.join(named)}: one is given twice; give each policy once")
+    _, scenario, found, checks = _calibrated(config, data, out, as_json)
+    rows = _as_dict(found, checks)
+    if not all(judged.good for judged in checks) and not anyway:
+        if as_json:
+            print_json({"services": rows, "policies": None})
+        else:
+            _show(rows)
+        fail(
+            "the fit is not good: what it says of other policies would not be either; --anyway says it all the same",
+            3,
+        )
+    costs = run(scenario, found, policies, seed)
+    if as_json:
+        print_json({"services": rows, "policies": costs})
+        return
+    hours = scenario.ticks * scenario.tick_s / 3600
+    table = Table(title=f"{hours:.4g} h of recorded traffic, dollars", box=SIMPLE_HEAD, title_justify="left")
+    for name in (
+        "policy",
+        "total",
+        "range over the fit's uncertainty",
+        "nodes",
+        "missed",
+        "in time",
+        "p95 ms",
+    ):
+        table.add_column(name)
+    for row in sorted(costs, key=lambda row: row["total_usd"]["mean"]):
+        total, usd = row["total_usd"], row["usd"]
+        table.add_row(
+            row["policy"], f"{total['mean']:,.2f}", f"{total['low']:,.2f}–{total['high']:,.2f}", f"{usd['nodes']:,.2f}",
+            f"{usd['late'] + usd['dropped']:,.2f}", f"{100 * row['slo_attainment']:.2f} %",
+            f"{row['latency_ms']['p95']:,.0f}",
+        )  # fmt: skip
+    Console().print(table)
+
+
+def _fleet(config: Path) -> Fleet:
+    from pilotage.live.calibrate import Fleet
+
+    return Fleet.load(config)

@@ -1,0 +1,229 @@
+"""Does the scenario that was fitted explain what was recorded, and what would other policies have cost?
+
+The replay runs the recorded traffic and the recorded orders of replicas through the simulator, and sets p50, p95, p99
+and replica-hours beside the recorded ones, read from the same buckets. A fit that misses is not called good, and the
+part that misfits is named: traffic (requests that no counter knows), the service law (busy time drifts from it),
+start-up (replica-hours), and, where these hold but latency does not, routing and batching.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+
+from pilotage.control.guard import Guard
+from pilotage.control.policy import Policy
+from pilotage.control.scaling import Schedule
+from pilotage.engine.cluster import World
+from pilotage.engine.run import simulate
+from pilotage.evaluate import summary
+from pilotage.live.calibrate import Fit, Fleet, Known
+from pilotage.live.history import Recording, quantile_s
+from pilotage.metrics import BUCKET_MIDPOINTS_S
+from pilotage.results import write_whole
+from pilotage.scenario import Scenario
+from pilotage.world.arrivals import Counts
+from pilotage.world.pools import Pool
+from pilotage.world.servers import Affine, Variant
+from pilotage.world.services import Service
+from pilotage.world.spec import Spec
+
+QUANTILES: Final = (0.5, 0.95, 0.99)
+TOLERANCE: Final = {"p50": 0.10, "p95": 0.10, "p99": 0.15, "replica_hours": 0.03}
+UNEXPLAINED: Final = 0.03
+DRIFT: Final = 0.08
+SEEDS: Final = 3
+DRAWS: Final = 5  # of the fitted numbers, from their bootstrap
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A service's replay beside its record, and what misfits (empty: nothing)."""
+
+    service: str
+    recorded: dict[str, float]
+    predicted: dict[str, float]
+    misfits: tuple[str, ...]
+
+    @property
+    def good(self) -> bool:
+        return not self.misfits
+
+
+def service_of(
+    known: Known, history: Recording, fitted: Fit, law: tuple[float, float] | None = None
+) -> Service:
+    """A service of the scenario; `law` (base and per item, ms) takes the place of what was fitted."""
+    base, per_item = law or (fitted.base_ms[0], fitted.per_item_ms[0])
+    return Service(
+        name=known.name,
+        traffic=Counts(path=f"{known.name}.txt", interval_s=history.step_s),
+        slo_ms=known.slo_ms,
+        pools=(known.pool,),
+        variants=(
+            Variant(
+                name="live",
+                accuracy=known.accuracy,
+                load_s=fitted.start_up_s[0],
+                load_cv=fitted.start_up_cv,
+                latency={
+                    known.pool: Affine(base_ms=base, per_item_ms=per_item, noise_cv=min(fitted.noise_cv, 3.0))
+                },
+            ),
+        ),
+        server=known.server,
+        demand=known.demand,
+        economics=known.economics,
+        min_replicas=known.min_replicas,
+        max_replicas=max(known.max_replicas, int(history.wanted.max())),
+        initial_replicas=int(history.ready[0]),
+    )
+
+
+def scenario_of(
+    fleet: Fleet, pools: Sequence[Pool], found: Sequence[tuple[Known, Recording, Fit]], folder: Path
+) -> Scenario:
+    """The scenario of a fleet; its traffic is written below `folder`, one count per step and line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for known, history, _ in found:
+        counts = np.diff(
+            np.round(np.cumsum(np.r_[0.0, history.arrived]))
+        )  # whole requests, none lost to rounding
+        write_whole(folder / f"{known.name}.txt", "".join(f"{int(n)}\n" for n in counts))
+    first = found[0][1]
+    return Scenario(
+        title=fleet.title,
+        # what was seen of a start-up is from order to readiness: the variant has it
+        pools=tuple(pool.replace(boot_s=0.0, boot_cv=0.0) for pool in pools),
+        services=tuple(service_of(*one) for one in found),
+        tick_s=first.step_s,
+        horizon_h=first.step_s * len(first.arrived) / 3600,
+        data=str(folder),
+        name="calibrated",
+    )
+
+
+def check(scenario: Scenario, found: Sequence[tuple[Known, Recording, Fit]]) -> list[Check]:
+    """Replays what was recorded, and judges the fit of each service."""
+    schedules = [Schedule(targets=tuple(int(n) for n in history.wanted[1:])) for _, history, _ in found]
+    runs = simulate(scenario, [schedules] * SEEDS, [World(seed) for seed in range(SEEDS)])
+    out = []
+    for s, (known, history, fitted) in enumerate(found):
+        upto = np.searchsorted(BUCKET_MIDPOINTS_S, history.edges_s, side="right")
+        fine = sum(run.histogram[s] for run in runs)
+        cumulative = np.concatenate([[0], np.cumsum(fine)])
+        predicted_counts = np.diff(np.append(cumulative[upto], cumulative[-1]), prepend=0.0)
+        recorded_counts = history.buckets.sum(axis=0)
+        recorded = {f"p{round(100 * p)}": quantile_s(history.edges_s, recorded_counts, p) for p in QUANTILES}
+        predicted = {
+            f"p{round(100 * p)}": quantile_s(history.edges_s, predicted_counts, p) for p in QUANTILES
+        }
+        # ready replicas at both ends of each step: a start within it counts for half
+        recorded["replica_hours"] = float(
+            (history.ready[1:] + history.ready[:-1]).sum() / 2 * history.step_s / 3600
+        )
+        ready_s = np.mean([float(run.totals["ready_s"][s]) for run in runs])
+        predicted["replica_hours"] = float(ready_s) / known.server.batches_in_flight / 3600
+        out.append(Check(known.name, recorded, predicted, _misfits(recorded, predicted, fitted)))
+    return out
+
+
+def _misfits(recorded: dict[str, float], predicted: dict[str, float], fitted: Fit) -> tuple[str, ...]:
+    off = {
+        name: predicted[name] / recorded[name] - 1 if recorded[name] else float("nan") for name in TOLERANCE
+    }
+    wrong = [name for name, limit in TOLERANCE.items() if not abs(off[name]) <= limit]
+    found = []
+    if fitted.unexplained > UNEXPLAINED:
+        found.append(
+            f"traffic: {100 * fitted.unexplained:.3g} % more requests were executed than arrived by the counter"
+        )
+    if fitted.drift > DRIFT:
+        found.append(
+            f"service law: busy time of a tenth of the history is {100 * fitted.drift:.3g} % off the law"
+        )
+    if "replica_hours" in wrong:
+        found.append(f"start-up: replica-hours {100 * off['replica_hours']:+.3g} %")
+    late = [f"{name} {100 * off[name]:+.3g} %" for name in wrong if name != "replica_hours"]
+    if late and not found:
+        found.append(
+            f"routing, batching or unequal nodes: traffic, law and start-up fit, but {', '.join(late)}"
+        )
+    elif late:
+        found[-1] += f"; {', '.join(late)}"
+    if any("too coarse" in note for note in fitted.notes):
+        found.append("buckets: too coarse at the objective to call any fit good")
+    return tuple(found)
+
+
+def rehearse(
+    scenario: Scenario,
+    found: Sequence[tuple[Known, Recording, Fit]],
+    policies: Sequence[tuple[str, Policy]],
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """What each policy would have cost on the recorded traffic, with intervals over draws of the fitted numbers."""
+    rng = np.random.default_rng(seed)
+    draws = [scenario]
+    for _ in range(DRAWS - 1):
+        services = []
+        for known, history, fitted in found:
+            base, per_item = fitted.draws[rng.integers(len(fitted.draws))]
+            services.append(service_of(known, history, fitted, (float(base), float(per_item))))
+        draws.append(scenario.replace(services=tuple(services)))
+    rows = []
+    for label, policy in policies:
+        runs = [
+            simulate(one, [policy], [World(seed + 1000 + k)], guard=Guard(), label=label)[0]
+            for k, one in enumerate(draws)
+        ]
+        row = summary(label, runs)
+        totals = np.array([run.total_usd for run in runs])
+        row["total_usd"] = {
+            "mean": float(totals.mean()),
+            "low": float(totals.min()),
+            "high": float(totals.max()),
+        }
+        rows.append(row)
+    return rows
+
+
+def as_toml(scenario: Scenario) -> str:
+    """A scenario file: what differs from the defaults."""
+    raw = _told(scenario)
+    for key in ("name", "data"):
+        raw.pop(key, None)
+    lines = [f"{key} = {_toml(value)}" for key, value in raw.items() if key not in ("pools", "services")]
+    for table in ("pools", "services"):
+        for item in raw[table]:
+            lines += ["", f"[[{table}]]", *(f"{key} = {_toml(value)}" for key, value in item.items())]
+    return "\n".join([*lines, ""])
+
+
+def _told(value: Any) -> Any:
+    """Builtins of a specification, without fields at their defaults."""
+    if isinstance(value, Spec):
+        config = type(value).__struct_config__
+        out: dict[str, Any] = {str(config.tag_field): config.tag} if config.tag_field else {}
+        for field in msgspec.structs.fields(value):
+            mine = getattr(value, field.name)
+            if mine is not None and (field.required or mine != field.default):
+                out[field.name] = _told(mine)
+        return out
+    if isinstance(value, dict):
+        return {key: _told(inner) for key, inner in value.items()}
+    return [_told(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value)  # of text, numbers and truth, JSON's form is TOML's
