@@ -87,8 +87,8 @@ def export(
 
     `scenarios` are what it was judged on: the ranges that measurements had there are noted, from `runs` runs each,
     and the first gives the self-test. `judged` are figures, `provenance` says where the policy comes from,
-    `explanation` is a summary in words for the card. With a key (given, or configured) the bundle is signed. Raises SpecError if `out` is
-    there already.
+    `explanation` is a summary in words for the card. With a key (given, or configured) the bundle is signed. Raises
+    SpecError if `out` is there already.
     """
     if os.path.lexists(out):
         raise SpecError(f"--out {out}: is there already; give a folder that does not exist yet")
