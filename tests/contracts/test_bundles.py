@@ -188,6 +188,12 @@ def oversize(mine: Path) -> None:
     os.truncate(mine / "policy.onnx", 2**30)
 
 
+def oversize_together(mine: Path) -> None:
+    for name in ("policy.onnx", "policy.base.onnx"):
+        (mine / name).touch()
+        os.truncate(mine / name, 2**26)
+
+
 def link(mine: Path) -> None:
     shutil.move(mine / CARD, mine.parent / CARD)
     (mine / CARD).symlink_to(mine.parent / CARD)
@@ -238,6 +244,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a changed manifest": (spoil_manifest_byte, "manifest.json: is not what manifest.sig says"),
     "cut off": (truncate, "policy.onnx: 1000 bytes; the manifest says"),
     "too large": (oversize, "valid: at most"),
+    "too large in all": (oversize_together, "bytes in all; valid: at most"),
     "a missing file": (lambda mine: (mine / CARD).unlink(), "card.md is missing"),
     "no manifest": (lambda mine: (mine / MANIFEST).unlink(), "manifest.json is missing"),
     "no seal": (lambda mine: (mine / SIGNATURE).unlink(), "manifest.sig is missing"),
@@ -262,7 +269,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "not JSON": (replaced(POLICY, b"\xff{"), "policy.json: not valid JSON"),
     "not UTF-8": (replaced(CARD, b"\xff\xfe"), "card.md: is not text in UTF-8"),
-    "deep JSON": (replaced(POLICY, b'{"a":' * 5000 + b"1" + b"}" * 5000), "nested deeper than 24 levels"),
+    "deep JSON": (replaced(POLICY, b'{"a":' * 5000 + b"1" + b"}" * 5000), "policy.json: is nested too deep"),
+    "a deep policy": (replaced(POLICY, b'{"a":' * 50 + b"1" + b"}" * 50), "nested deeper than 24 levels"),
     "a number that is none": (
         edited(SELFTEST, lambda s: s["cases"][0]["values"][0].__setitem__(0, 10**400)), "selftest.json",
     ),
