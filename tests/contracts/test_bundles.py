@@ -281,6 +281,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a network that is elsewhere": (
         edited(POLICY, lambda p: p.update(network={"onnx": "../policy.onnx"})), "is not a network of its own",
     ),
+    "a network inside the JSON": (
+        lambda mine: (edit(mine / POLICY, lambda p: p.update(network=_plain())), seal(mine)), "valid: an ONNX file",
+    ),
     "a parameter out of bounds": (
         edited(POLICY, lambda p: p.update(scale=99.0)), "policy.json: Expected `float` <= 1.6",
     ),
@@ -299,6 +302,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         edited(SELFTEST, lambda s: s["cases"][0]["pools"][0].update(boot_s=1e12)), "s to start; valid: at most",
     ),
 }  # fmt: skip
+
+
+def _plain() -> Any:
+    return json.loads((ROOT / "src/pilotage/control/learned.json").read_bytes())["network"]
 
 
 def _shifted(mine: Path) -> Any:
@@ -321,11 +328,7 @@ def test_what_is_not_sound_is_refused_with_the_reason(
 
 def test_a_weight_that_differs_fails_the_self_test_even_if_all_hashes_are_right(mine: Path) -> None:
     raw = bytearray((mine / "policy.onnx").read_bytes())
-    at = raw.index(
-        np.float32(
-            json.loads((ROOT / "src/pilotage/control/learned.json").read_bytes())["network"]["biases"][0][0]
-        ).tobytes()
-    )
+    at = raw.index(np.float32(_plain()["biases"][0][0]).tobytes())
     raw[at : at + 4] = np.float32(3.0).tobytes()
     (mine / "policy.onnx").write_bytes(raw)
     seal(mine)

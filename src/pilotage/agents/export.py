@@ -36,6 +36,7 @@ from pilotage.control.bundle import (
     Manifest,
     NetworkTable,
     configured_key,
+    networks_in,
     open_bundle,
     signature_of,
     with_part,
@@ -95,7 +96,7 @@ def export(
     if isinstance(policy, Bundled):
         policy = policy.policy
     guard, key = guard or Guard(), configured_key() if key is None else key
-    networks = {_file(path): (path, owner, network) for path, owner, network in _networks(policy)}
+    networks = {_file(path): (path, owner, network) for path, owner, network in networks_in(policy)}
     contents = {file: encode(network) for file, (_, _, network) in networks.items()}
     runnable = policy
     plain = msgspec.to_builtins(policy)
@@ -161,21 +162,6 @@ def _json(value: Any) -> bytes:
 
 
 # --- networks ----------------------------------------------------------------------------------------------------
-Place = tuple[tuple[str, ...], Spec, Network]
-
-
-def _networks(spec: Spec, path: tuple[str, ...] = ()) -> list[Place]:
-    """Every network in a policy: where it stands, in what, and itself."""
-    found: list[Place] = []
-    for field in spec.__struct_fields__:
-        value = getattr(spec, field)
-        if isinstance(value, Network):
-            found.append(((*path, field), spec, value))
-        elif isinstance(value, Spec):
-            found += _networks(value, (*path, field))
-    return found
-
-
 def _file(path: Sequence[str]) -> str:
     return ".".join(["policy", *path[:-1], "onnx"])
 

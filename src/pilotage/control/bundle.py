@@ -28,6 +28,7 @@ from pilotage.control.guard import Guard
 from pilotage.control.handover import Bundled
 from pilotage.control.intake import Measured
 from pilotage.control.learned import Learned
+from pilotage.control.network import Network
 from pilotage.control.onnx_network import OnnxNetwork
 from pilotage.control.onnx_network import decode as network_from
 from pilotage.control.policy import Policy
@@ -338,6 +339,11 @@ def _policy(contents: Mapping[str, bytes], manifest: Manifest) -> tuple[Policy, 
         policy: Policy = msgspec.convert(read(raw, ()), Scaling | Learned)
     except msgspec.ValidationError as error:
         raise BundleError(f"{POLICY}: {error}") from None
+    for path, _, network in networks_in(policy):
+        if path not in places:
+            raise BundleError(
+                f"{POLICY}: {'.'.join(path)}: {len(network.mean)} inputs here; valid: an ONNX file"
+            )
     spare = (contents.keys() | manifest.networks.keys()) - {POLICY, SELFTEST, CARD, *networks}
     if spare:
         raise BundleError(f"{min(spare)}: is not a network of the policy")
@@ -361,6 +367,18 @@ def _described(network: OnnxNetwork, table: NetworkTable | None, name: str) -> N
         raise BundleError(
             f"{name}: has {len(network.biases[-1])} outputs; the manifest says {len(table.outputs)}"
         )
+
+
+def networks_in(spec: Spec, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Spec, Network]]:
+    """Every network in a policy: the fields that lead to it, what it is a part of, and itself."""
+    found: list[tuple[tuple[str, ...], Spec, Network]] = []
+    for field in spec.__struct_fields__:
+        value = getattr(spec, field)
+        if isinstance(value, Network):
+            found.append(((*path, field), spec, value))
+        elif isinstance(value, Spec):
+            found += networks_in(value, (*path, field))
+    return found
 
 
 def with_part(spec: Any, path: Sequence[str], value: Any) -> Any:
