@@ -93,6 +93,10 @@ def export(
     """
     if os.path.lexists(out):
         raise SpecError(f"--out {out}: is there already; give a folder that does not exist yet")
+    if not scenarios:
+        raise SpecError(
+            "an export needs an environment: without one there is nothing to test the bundle with"
+        )
     if isinstance(policy, Bundled):
         policy = policy.policy
     guard, key = guard or Guard(), configured_key() if key is None else key
