@@ -47,6 +47,7 @@ reproduce: $(STAMP) bench
 	$(BIN)/pilotage study experiments/real_traffic.toml --data $(DATA)
 	$(BIN)/python experiments/placement/run.py
 	$(BIN)/python experiments/ledger.py
+	$(BIN)/python experiments/export/run.py
 	$(BIN)/python experiments/scaling/learn.py --data $(DATA)
 	$(BIN)/python experiments/scaling/tune.py --data $(DATA)
 	$(BIN)/python experiments/scaling/judge.py --data $(DATA) --split validate

@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="not needed: nothing here reads a trace")
     parser.add_argument("--out", type=Path, default=Path("results/export"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=20_000, help="of each short training")
+    parser.add_argument("--steps", type=int, default=8192, help="of each short training")
     parser.add_argument("--observations", type=int, default=10_000)
     parser.add_argument("--mutations", type=int, default=100_000)
     parser.add_argument("--quick", action="store_true", help="a much reduced form, to try things out")

@@ -188,6 +188,12 @@ def oversize(mine: Path) -> None:
     os.truncate(mine / "policy.onnx", 2**30)
 
 
+def oversize_together(mine: Path) -> None:
+    for name in ("policy.onnx", "policy.base.onnx"):
+        (mine / name).touch()
+        os.truncate(mine / name, 2**26)
+
+
 def link(mine: Path) -> None:
     shutil.move(mine / CARD, mine.parent / CARD)
     (mine / CARD).symlink_to(mine.parent / CARD)
@@ -238,6 +244,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a changed manifest": (spoil_manifest_byte, "manifest.json: is not what manifest.sig says"),
     "cut off": (truncate, "policy.onnx: 1000 bytes; the manifest says"),
     "too large": (oversize, "valid: at most"),
+    "too large in all": (oversize_together, "bytes in all; valid: at most"),
     "a missing file": (lambda mine: (mine / CARD).unlink(), "card.md is missing"),
     "no manifest": (lambda mine: (mine / MANIFEST).unlink(), "manifest.json is missing"),
     "no seal": (lambda mine: (mine / SIGNATURE).unlink(), "manifest.sig is missing"),
@@ -262,7 +269,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "not JSON": (replaced(POLICY, b"\xff{"), "policy.json: not valid JSON"),
     "not UTF-8": (replaced(CARD, b"\xff\xfe"), "card.md: is not text in UTF-8"),
-    "deep JSON": (replaced(POLICY, b'{"a":' * 5000 + b"1" + b"}" * 5000), "nested deeper than 24 levels"),
+    "deep JSON": (replaced(POLICY, b'{"a":' * 5000 + b"1" + b"}" * 5000), "policy.json: is nested too deep"),
+    "a deep policy": (replaced(POLICY, b'{"a":' * 50 + b"1" + b"}" * 50), "nested deeper than 24 levels"),
     "a number that is none": (
         edited(SELFTEST, lambda s: s["cases"][0]["values"][0].__setitem__(0, 10**400)), "selftest.json",
     ),
@@ -272,6 +280,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a network that is elsewhere": (
         edited(POLICY, lambda p: p.update(network={"onnx": "../policy.onnx"})), "is not a network of its own",
+    ),
+    "a network inside the JSON": (
+        lambda mine: (edit(mine / POLICY, lambda p: p.update(network=_plain())), seal(mine)), "valid: an ONNX file",
     ),
     "a parameter out of bounds": (
         edited(POLICY, lambda p: p.update(scale=99.0)), "policy.json: Expected `float` <= 1.6",
@@ -291,6 +302,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         edited(SELFTEST, lambda s: s["cases"][0]["pools"][0].update(boot_s=1e12)), "s to start; valid: at most",
     ),
 }  # fmt: skip
+
+
+def _plain() -> Any:
+    return json.loads((ROOT / "src/pilotage/control/learned.json").read_bytes())["network"]
 
 
 def _shifted(mine: Path) -> Any:
@@ -313,11 +328,7 @@ def test_what_is_not_sound_is_refused_with_the_reason(
 
 def test_a_weight_that_differs_fails_the_self_test_even_if_all_hashes_are_right(mine: Path) -> None:
     raw = bytearray((mine / "policy.onnx").read_bytes())
-    at = raw.index(
-        np.float32(
-            json.loads((ROOT / "src/pilotage/control/learned.json").read_bytes())["network"]["biases"][0][0]
-        ).tobytes()
-    )
+    at = raw.index(np.float32(_plain()["biases"][0][0]).tobytes())
     raw[at : at + 4] = np.float32(3.0).tobytes()
     (mine / "policy.onnx").write_bytes(raw)
     seal(mine)

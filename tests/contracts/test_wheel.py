@@ -47,7 +47,7 @@ def installed(wheel: Path, extra: str, home: Path) -> Callable[..., subprocess.C
             env=env,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
 
     return run

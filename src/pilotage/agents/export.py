@@ -36,6 +36,7 @@ from pilotage.control.bundle import (
     Manifest,
     NetworkTable,
     configured_key,
+    networks_in,
     open_bundle,
     signature_of,
     with_part,
@@ -93,10 +94,14 @@ def export(
     """
     if os.path.lexists(out):
         raise SpecError(f"--out {out}: is there already; give a folder that does not exist yet")
+    if not scenarios:
+        raise SpecError(
+            "an export needs an environment: without one there is nothing to test the bundle with"
+        )
     if isinstance(policy, Bundled):
         policy = policy.policy
     guard, key = guard or Guard(), configured_key() if key is None else key
-    networks = {_file(path): (path, owner, network) for path, owner, network in _networks(policy)}
+    networks = {_file(path): (path, owner, network) for path, owner, network in networks_in(policy)}
     contents = {file: encode(network) for file, (_, _, network) in networks.items()}
     runnable = policy
     plain = msgspec.to_builtins(policy)
@@ -162,23 +167,6 @@ def _json(value: Any) -> bytes:
 
 
 # --- networks ----------------------------------------------------------------------------------------------------
-Place = tuple[tuple[str, ...], Spec, Network]
-
-
-def _networks(spec: Spec, path: tuple[str, ...] = ()) -> list[Place]:
-    """Every network in a policy: where it stands, in what, and itself. One with a memory stays in `policy.json`."""
-    found: list[Place] = []
-    for field in spec.__struct_fields__:
-        value = getattr(spec, field)
-        if isinstance(value, Network):
-            if value.memory is not None:
-                continue
-            found.append(((*path, field), spec, value))
-        elif isinstance(value, Spec):
-            found += _networks(value, (*path, field))
-    return found
-
-
 def _file(path: Sequence[str]) -> str:
     return ".".join(["policy", *path[:-1], "onnx"])
 

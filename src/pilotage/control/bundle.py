@@ -28,6 +28,7 @@ from pilotage.control.guard import Guard
 from pilotage.control.handover import Bundled
 from pilotage.control.intake import Measured
 from pilotage.control.learned import Saved
+from pilotage.control.network import Network
 from pilotage.control.onnx_network import OnnxNetwork
 from pilotage.control.onnx_network import decode as network_from
 from pilotage.control.policy import Policy
@@ -50,8 +51,9 @@ _LARGEST: Final[Mapping[str, int]] = {
     CARD: _MIB,
 }
 _LARGEST_NETWORK: Final = 64 * _MIB
+_LARGEST_IN_ALL: Final = 96 * _MIB
 _MOST_FILES: Final = 16
-_DEEPEST: Final = 24  # levels of JSON
+_DEEPEST: Final = 24  # levels of a policy
 _NETWORK_NAME: Final = re.compile(r"policy(\.[a-z_]{1,40}){0,4}\.onnx")
 _Hash = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 _Text = Annotated[str, Meta(max_length=4000)]
@@ -175,8 +177,6 @@ def open_bundle(path: str | Path, key: bytes | None = None) -> Bundle:
     path, key = Path(path), configured_key() if key is None else key
     try:
         return _open(path, key)
-    except BundleError as error:
-        raise BundleError(f"bundle {path}: {error}") from None
     except SpecError as error:
         raise BundleError(f"bundle {path}: {error}") from None
     except OSError as error:
@@ -231,6 +231,8 @@ def _listed(folder: int) -> dict[str, int]:
     for name in (MANIFEST, SIGNATURE, POLICY, SELFTEST, CARD):
         if name not in sizes:
             raise BundleError(f"{name} is missing")
+    if sum(sizes.values()) > _LARGEST_IN_ALL:
+        raise BundleError(f"{sum(sizes.values())} bytes in all; valid: at most {_LARGEST_IN_ALL}")
     return sizes
 
 
@@ -281,29 +283,16 @@ def _differing(sizes: Mapping[str, int], files: Mapping[str, File]) -> str:
 
 # --- contents ----------------------------------------------------------------------------------------------------
 def _typed(raw: bytes, kind: Any, name: str) -> Any:
-    """A file of JSON as a specification, no deeper than it may be and without numbers that are not finite."""
-    depth = 0
-    for bracket in re.finditer(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', raw):
-        first = bracket[0][:1]
-        if first in b"[{":
-            depth += 1
-            if depth > _DEEPEST:
-                raise BundleError(f"{name}: is nested deeper than {_DEEPEST} levels")
-        elif first in b"]}":
-            depth -= 1
+    """A file of JSON as a specification. (Not by `world.spec.decode`, which looks for a remedy: nobody writes these by
+    hand.) Types say how deep it may be nested, and the interpreter stops what goes too deep."""
     try:
-        found = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BundleError(f"{name}: not valid JSON: {error}") from None
-    return _converted(found, kind, name)
-
-
-def _converted(found: Any, kind: Any, name: str) -> Any:
-    """As `world.spec.decode`, without what it does to suggest a remedy: a bundle is not written by hand."""
-    try:
-        return msgspec.convert(found, kind)
+        return msgspec.json.decode(raw, type=kind)
     except msgspec.ValidationError as error:
         raise BundleError(f"{name}: {error}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BundleError(f"{name}: not valid JSON: {error}") from None
+    except RecursionError:
+        raise BundleError(f"{name}: is nested too deep") from None
 
 
 def _manifest(raw: bytes) -> Manifest:
@@ -327,6 +316,8 @@ def _policy(contents: Mapping[str, bytes], manifest: Manifest) -> tuple[Policy, 
     def read(at: Any, path: tuple[str, ...]) -> Any:
         if not isinstance(at, dict):
             return at
+        if len(path) > _DEEPEST:
+            raise BundleError(f"{POLICY}: is nested deeper than {_DEEPEST} levels")
         if at.keys() != {"onnx"}:
             return {name: read(value, (*path, name)) for name, value in at.items()}
         name = at["onnx"]
@@ -344,7 +335,15 @@ def _policy(contents: Mapping[str, bytes], manifest: Manifest) -> tuple[Policy, 
         del plain["model"]
         return plain
 
-    policy: Policy = _converted(read(raw, ()), Scaling | Saved, POLICY)
+    try:
+        policy: Policy = msgspec.convert(read(raw, ()), Scaling | Saved)
+    except msgspec.ValidationError as error:
+        raise BundleError(f"{POLICY}: {error}") from None
+    for path, _, network in networks_in(policy):
+        if path not in places:
+            raise BundleError(
+                f"{POLICY}: {'.'.join(path)}: {len(network.mean)} inputs here; valid: an ONNX file"
+            )
     spare = (contents.keys() | manifest.networks.keys()) - {POLICY, SELFTEST, CARD, *networks}
     if spare:
         raise BundleError(f"{min(spare)}: is not a network of the policy")
@@ -368,6 +367,19 @@ def _described(network: OnnxNetwork, table: NetworkTable | None, name: str) -> N
         raise BundleError(
             f"{name}: has {len(network.biases[-1])} outputs; the manifest says {len(table.outputs)}"
         )
+
+
+def networks_in(spec: Spec, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Spec, Network]]:
+    """Every network in a policy: the fields that lead to it, what it is a part of, and itself. One with a memory is
+    left out: it has no ONNX form here, and stands in the policy's JSON."""
+    found: list[tuple[tuple[str, ...], Spec, Network]] = []
+    for field in spec.__struct_fields__:
+        value = getattr(spec, field)
+        if isinstance(value, Network) and value.memory is None:
+            found.append(((*path, field), spec, value))
+        elif isinstance(value, Spec):
+            found += networks_in(value, (*path, field))
+    return found
 
 
 def with_part(spec: Any, path: Sequence[str], value: Any) -> Any:

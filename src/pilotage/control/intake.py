@@ -110,8 +110,6 @@ class Intake:
         held: set[int] = set()
         if bad.any():
             new = bad & self._may_be_new & (values >= self._low) & (values <= self._high)
-            for service in np.flatnonzero(new.any(axis=1)).tolist():
-                notes[service] = [self._new(values[service], np.flatnonzero(new[service]).tolist())]
             values = values.copy()
             for service, k in np.argwhere(bad & ~new).tolist():
                 value, note, hold = self._treat(service, k, float(values[service, k]))
@@ -120,6 +118,9 @@ class Intake:
                 notes.setdefault(service, []).append(note)
                 if hold:
                     held.add(service)
+            for service in np.flatnonzero(new.any(axis=1)).tolist():
+                note = self._new(values[service], np.flatnonzero(new[service]).tolist())
+                notes.setdefault(service, []).append(note)
             known = values == values
         np.copyto(self._last, values, where=known)
         return Taken(values, notes, changed, held)
