@@ -101,7 +101,7 @@ def _additivity(explained: Sequence[Attribution], gaps: np.ndarray, spread: floa
     for one in explained:
         again = _outcomes(one.choice)
         worst = max(worst, abs(one.phi.sum() - (again[0] - again[1:].mean())))
-    measured = worst / spread
+    measured = float(worst / spread)
     return Check(
         name="additivity", asked=f"<= {ADDITIVE:g} sd", measured=measured, passed=bool(measured <= ADDITIVE),
         note="contributions sum to the choice less the usual one",
