@@ -18,7 +18,7 @@ from pilotage.control.tree import Node, Tree
 from pilotage.engine.cluster import Cluster, World, recorded
 from pilotage.explain.attribution import attribute
 from pilotage.explain.choice import Replay, State, Vector, memory_of, record, visited
-from pilotage.explain.dollars import weigh
+from pilotage.explain.dollars import split, weigh
 from pilotage.explain.sight import sight_of
 from pilotage.explain.trust import check
 from pilotage.scenario import load
@@ -141,10 +141,9 @@ def test_a_replay_repeats_the_decision_and_swaps_whole_states(policy):
 def test_the_split_sums_to_the_total_and_what_was_decided_is_the_first():
     (found,) = weigh(SCENARIO, Predictive(), World(5), [40], futures=6, horizon_s=120.0)
     np.testing.assert_allclose(found.usd.sum(axis=-1), found.totals)
-    parts = found.split()
+    parts = split(found.usd[0])
     items = [name for name in parts if name != "total"]
     assert sum(parts[name]["mean"] for name in items) == pytest.approx(parts["total"]["mean"])
-    assert found.more(0)["total"]["mean"] == 0
     assert [d.order - d.release - (found.options[0].order - found.options[0].release) for d in found.options] == [
         0, -1, 1,
     ]  # fmt: skip
@@ -154,7 +153,7 @@ def test_one_replica_more_costs_its_node():
     """Of a policy that never changes anything, in a scenario without load to speak of: the price, from the order on."""
     static = policy_from("static:replicas=4")
     (found,) = weigh(SCENARIO, static, World(6), [40], futures=4, horizon_s=150.0)
-    more = found.more(2)["nodes"]
+    more = split(found.usd[2] - found.usd[0])["nodes"]
     # the policy releases it again at the next tick: one tick of 15 s at 1.2 $/h
     assert more["mean"] == pytest.approx(15 * 1.2 / 3600, rel=1e-6)
 

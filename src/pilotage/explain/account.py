@@ -17,10 +17,19 @@ from pilotage.control.retraining import Retraining
 from pilotage.control.scaling import parse
 from pilotage.engine.canary import Candidate, rehearse
 from pilotage.engine.cluster import World
-from pilotage.evaluate import interval
 from pilotage.explain.attribution import Attribution, attribute, relevant
-from pilotage.explain.choice import Choice, Recording, Replay, State, memory_of, record, visited, words
-from pilotage.explain.dollars import Weighed, changed_by, weigh
+from pilotage.explain.choice import (
+    Choice,
+    Recording,
+    Replay,
+    State,
+    memory_of,
+    record,
+    visited,
+    within_bounds,
+    words,
+)
+from pilotage.explain.dollars import Weighed, changed_by, split, weigh
 from pilotage.explain.nearest import Flip, nearest
 from pilotage.explain.sight import chosen, relearned, sight_of
 from pilotage.explain.trust import Check, check
@@ -31,7 +40,6 @@ from pilotage.explain.versions import (
     rollout_words,
     weigh_retraining,
 )
-from pilotage.metrics import ITEMS
 from pilotage.retraining_env import streams_of
 from pilotage.scenario import Scenario
 from pilotage.world.spec import Spec, SpecError
@@ -197,6 +205,7 @@ def scaling(
         tick = pick(run, first)
     if not first <= tick < len(run.seen):
         raise SpecError(f"--tick {tick}: valid: {first} to {len(run.seen) - 1}")
+    horizon_s = min(horizon_s, (scenario.ticks - tick) * scenario.tick_s)  # nobody knows what comes after
     state = State(run, tick)
     one = attribute(of.choice(state), of.players, seed=of.seed)
     of._say("weighing the alternatives")
@@ -231,7 +240,7 @@ def _flip(of: Scaling, state: State) -> Flip | None:
     background = [one for one in of.background if one.tick >= ticks]
     replay = Replay(of.policy, state, background, ticks)
     as_decided = replay.outcome(np.zeros((1, len(replay.names)), int))
-    if int(as_decided[0]) != state.seen.replicas + state.change:
+    if within_bounds(state, as_decided[0]) != state.seen.replicas + state.change:
         return None  # the replay is too short for this state, so a flip of it would prove nothing
     players = of.players if of.replays else relevant([replay], of.seed, 12)
     one = Attribution(replay, np.zeros(len(replay.names)), float("nan"), float(as_decided[0]), "")
@@ -334,13 +343,8 @@ def _options(names: Sequence[str], usd: np.ndarray) -> tuple[Option, ...]:
     found = []
     for k, name in enumerate(names):
         more = usd[k] - usd[0]
-        found.append(Option(decision=name, usd=_split(usd[k]), more_usd=_split(more)))
+        found.append(Option(decision=name, usd=split(usd[k]), more_usd=split(more)))
     return tuple(found)
-
-
-def _split(usd: np.ndarray) -> dict[str, dict[str, float]]:
-    parts = {item: interval(usd[:, k]) for k, item in enumerate(ITEMS)}
-    return parts | {"total": interval(usd.sum(axis=1))}
 
 
 def _contributions(one: Attribution) -> tuple[Contribution, ...]:

@@ -116,8 +116,7 @@ class Choice:
     """A decision as a function of its inputs.
 
     `names` are the players, `units` theirs; `shown` has shape (1 + background, players): what they were, NaN where a
-    player is no single number. `label` turns outcomes into decisions that can be told apart. `hidden` are changes of
-    the policy under test, see `trust`.
+    player is no single number. `label` turns outcomes into decisions that can be told apart.
     """
 
     names: tuple[str, ...]
@@ -261,16 +260,16 @@ def memory_of(policy: Policy, states: Sequence[State], shortest: int = 24) -> tu
         again = 0
         for state in states:
             found = Replay(policy, state, [], ticks).outcome(np.zeros((1, len(_NAMES) + 2), int))[0]
-            again += int(_limited(state, found)) == state.seen.replicas + state.change
+            again += within_bounds(state, found) == state.seen.replicas + state.change
         if again >= 0.98 * len(states) or ticks == longest:
             return ticks, again / len(states)
         ticks *= 2
 
 
-def _limited(state: State, wanted: float) -> float:
+def within_bounds(state: State, wanted: float) -> int:
     """What the guard's bounds leave of a number of replicas wanted."""
     low, high = Guard().limits(state.run.situation)
-    return float(np.clip(wanted, low, high))
+    return int(np.clip(wanted, low, high))
 
 
 def words(state: State) -> str:

@@ -49,16 +49,12 @@ class Weighed(NamedTuple):
         """Shape (alternatives, futures)."""
         return np.asarray(self.usd.sum(axis=-1))
 
-    def split(self, option: int = 0) -> dict[str, dict[str, float]]:
-        """Expected dollars of an alternative by item, and in total, with 95 % intervals over futures."""
-        parts = {item: interval(self.usd[option, :, k]) for k, item in enumerate(ITEMS)}
-        return parts | {"total": interval(self.totals[option])}
 
-    def more(self, option: int) -> dict[str, dict[str, float]]:
-        """How much more an alternative costs than what was decided, by item and in total, future by future."""
-        less = self.usd[option] - self.usd[0]
-        parts = {item: interval(less[:, k]) for k, item in enumerate(ITEMS)}
-        return parts | {"total": interval(less.sum(axis=-1))}
+def split(usd: np.ndarray) -> dict[str, dict[str, float]]:
+    """Expected dollars by item and in total, with 95 % intervals over futures; `usd` has shape (futures, ITEMS). Of the
+    difference of two alternatives it is how much more one costs, future by future."""
+    parts = {item: interval(usd[:, k]) for k, item in enumerate(ITEMS)}
+    return parts | {"total": interval(usd.sum(axis=1))}
 
 
 def changed_by(chosen: Decision, change: int, replicas: int) -> Decision:

@@ -153,21 +153,21 @@ def retraining_choices(
     ]
     if isinstance(policy, LearnedRetraining):
         return _learned(policy, some, known, background, rng), some
-    choices: list[Choice] = []
+    told = []
     for batch in some:
         n = len(batch.seen.errors)
-        others = [
-            _as_old(policy, life, n, batch.seen.age, rng)
-            for life in lives
-            if life[0].stream is not batch.stream
-        ]
-        others = [one for one in others if one is not None]
-        picked = rng.permutation(len(others))[:background]
-        choices.append(RuleReplay(policy, batch, [others[k] for k in picked]))
-    return choices, some
+        lives_of_others = [life for life in lives if life[0].stream is not batch.stream]
+        drawn = [lives_of_others[k] for k in rng.integers(len(lives_of_others), size=background)]
+        others = [_as_old(life, n, batch.seen.age, rng) for life in drawn]
+        if all(others):
+            told.append((batch, others))
+    if not told:
+        raise ValueError("no other deployment lasts as long as these versions; give more, or longer ones")
+    choices: list[Choice] = [RuleReplay(policy, batch, others) for batch, others in told]
+    return choices, [batch for batch, _ in told]
 
 
-def _as_old(policy: Retraining, life: list[Batch], n: int, age: int, rng: np.random.Generator) -> Any:
+def _as_old(life: list[Batch], n: int, age: int, rng: np.random.Generator) -> Any:
     """A version of another deployment at that age: any that could have been trained there."""
     stream = life[0].stream
     latest = stream.stakes.batches - age
