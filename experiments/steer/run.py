@@ -106,7 +106,7 @@ def main() -> None:
         cases = ticks_of(folder, services, timed)
         lap("ticks")
         decisions, differ, idle_writes, writes = shadow_against_act(
-            folder / "modes", 200 if options.quick else 2000, options.seed
+            folder / "modes", 200 if options.quick else 1000, options.seed
         )
         lap("shadow against act")
         command = [

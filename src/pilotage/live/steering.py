@@ -94,7 +94,7 @@ class Steering:
         self._target = target or setup.begin_target()
         self._coming: Reading | None = None
         self._last_repeated: dict[str, str] = {}
-        self._print = setup.fingerprint()
+        self._print = self._looked = setup.fingerprint()
         self._equip()
         changed_s = [self._last_change_s(name) for name in setup.names] if self._cools() else None
         self._helm = Helm(
@@ -332,13 +332,15 @@ class Steering:
         for k, order, intent, answer in zip(changes, orders, intents, said, strict=True):
             failed = isinstance(answer, Exception)
             outcomes[k] = "failed" if failed else "applied"
-            if failed:
-                self._fault("target", str(answer))
-            else:
+            if not failed:
                 for name in ("max_batch", "variant"):
                     if (value := getattr(order, name)) is not None:
                         self._in_force[k][name] = value
             done.append(result(intent, outcomes[k], str(answer)))
+        failures = [str(answer) for answer in said if isinstance(answer, Exception)]
+        if failures:
+            more = f" (and {len(failures) - 1} more orders)" if failures[1:] else ""
+            self._fault("target", failures[0] + more)
         self._note([*done, *others])
 
     def _scale(self, orders: Sequence[ScaleOrder]) -> Sequence[str | Exception]:
@@ -449,7 +451,8 @@ class Steering:
         if self._reload is None:
             return
         seen = self.setup.fingerprint()
-        if seen == self._print and not self.reload_asked.is_set():
+        if not self.reload_asked.is_set() and (seen == self._print or seen != self._looked):
+            self._looked = seen  # what has changed since the last look may still be being written
             return
         self._print = seen
         self.reload_asked.clear()
