@@ -23,9 +23,10 @@ from soak import Fleet, Soak, audit, setup_of
 
 from pilotage.control.policy import Decision
 from pilotage.control.steer import steer
+from pilotage.live.clock import Clock
 from pilotage.live.recordings import Recording
 from pilotage.live.status import Log
-from pilotage.live.steering import Clock, Steering
+from pilotage.live.steering import Steering
 from pilotage.results import as_csv, provenance, write_whole
 
 CASES = (

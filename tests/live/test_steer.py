@@ -27,12 +27,13 @@ from pilotage.control.policy import INDEX, Decision, Observation
 from pilotage.control.scaling import Schedule
 from pilotage.control.steer import steer
 from pilotage.live.advice import AnswerFile, Terminal
+from pilotage.live.clock import Clock
 from pilotage.live.ledger import Ledger
 from pilotage.live.monitors import Reading
 from pilotage.live.recordings import Recording
 from pilotage.live.status import Log, Status
 from pilotage.live.steer_config import SteerConfig, load
-from pilotage.live.steering import Clock, Steering
+from pilotage.live.steering import Steering
 from pilotage.live.targets import ScaleOrder, TargetError
 from pilotage.world.spec import SpecError
 from tests.live.conftest import free_port

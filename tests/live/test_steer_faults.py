@@ -25,12 +25,13 @@ from experiments.steer.soak import Chaos, Fleet, Soak, audit, setup_of, soak
 from pilotage.control.policy import INDEX, Controller, Decision, Observation, Policy, Situation
 from pilotage.control.scaling import Schedule
 from pilotage.control.steer import steer
+from pilotage.live.clock import Clock
 from pilotage.live.entries import Entry, Record
 from pilotage.live.lease import FileLease, LeaseError
 from pilotage.live.ledger import Ledger
 from pilotage.live.monitors import Prometheus, Reading
 from pilotage.live.status import Log
-from pilotage.live.steering import Clock, Steering
+from pilotage.live.steering import Steering
 from pilotage.live.targets import ScaleOrder, TargetError
 from tests.live import prometheus as real
 from tests.live.prometheus import found, needs_prometheus, send, serving
