@@ -172,7 +172,7 @@ class Steering:
             return Reading.nothing(self._clock.now(time.time() - MONDAY_S), len(self.setup.services))
         values, age_s = found.values.copy(), found.age_s.copy()
         self._count(values, age_s, counts)
-        return Reading(self._clock.now(found.now_s), values, age_s)
+        return Reading(self._clock.now(float(found.now_s)), values, age_s)
 
     def _counts(self) -> Mapping[str, int] | None:
         """Replicas ordered, by service; None where the target does not say."""
@@ -227,6 +227,12 @@ class Steering:
 
     # --- apply -------------------------------------------------------------------------------------------------
     def apply(self, decisions: Sequence[Decision]) -> None:
+        try:
+            self._apply(decisions)
+        except Exception as error:  # what was intended and has no result is settled at the next tick
+            self._fault("apply", f"{type(error).__name__}: {error}")
+
+    def _apply(self, decisions: Sequence[Decision]) -> None:
         seen, mode = self._seen, self.setup.config.mode
         counts = np.stack([one.values for one in seen])[:, [_READY, _STARTING, _PENDING]].sum(axis=1)
         counted = np.isfinite(counts)
@@ -263,10 +269,8 @@ class Steering:
         """What a decision wants other than it is, besides counts."""
         found: dict[str, int | str] = {}
         in_force = self._in_force[k]
-        if one.max_batch is not None and one.max_batch != in_force.get(
-            "max_batch", self._seen[k]["max_batch"]
-        ):
-            found["max_batch"] = one.max_batch
+        if one.max_batch and one.max_batch != in_force.get("max_batch", self._seen[k]["max_batch"]):
+            found["max_batch"] = int(one.max_batch)
         if one.variant is not None and one.variant != in_force.get("variant"):
             found["variant"] = one.variant
         return found
@@ -292,6 +296,7 @@ class Steering:
             refused = [_with(records[k], outcome="refused", response={"target": why}) for k in changes]
             self._note([*others, *refused])
             return
+        self._open |= {intent.service: intent for intent in intents}
         orders = [
             ScaleOrder(
                 service=self.setup.names[k],
@@ -316,6 +321,8 @@ class Steering:
             more = f" (and {len(failures) - 1} more orders)" if failures[1:] else ""
             self._fault("target", failures[0] + more)
         self._note([*done, *others])
+        for intent in intents:
+            self._open.pop(intent.service, None)
 
     def _scale(self, orders: Sequence[ScaleOrder]) -> Sequence[str | Exception]:
         try:
