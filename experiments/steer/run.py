@@ -23,9 +23,10 @@ from soak import Fleet, Soak, audit, setup_of
 
 from pilotage.control.policy import Decision
 from pilotage.control.steer import steer
+from pilotage.live.clock import Clock
 from pilotage.live.recordings import Recording
 from pilotage.live.status import Log
-from pilotage.live.steering import Clock, Steering
+from pilotage.live.steering import Steering
 from pilotage.results import as_csv, provenance, write_whole
 
 CASES = (
@@ -103,20 +104,24 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        cases = ticks_of(folder, services, timed)
-        lap("ticks")
-        decisions, differ, idle_writes, writes = shadow_against_act(
-            folder / "modes", 200 if options.quick else 2000, options.seed
-        )
-        lap("shadow against act")
+        # the soak needs time and not quiet, so that it runs beside the rest
         command = [
             sys.executable,
             str(Path(__file__).with_name("soak.py")),
             str(folder / "soak"),
             str(soaked),
         ]
-        done = subprocess.run([*command, str(options.seed)], capture_output=True, text=True, check=True)
-        found = json.loads(done.stdout)
+        soaking = subprocess.Popen([*command, str(options.seed)], stdout=subprocess.PIPE, text=True)
+        cases = ticks_of(folder, services, timed)
+        lap("ticks")
+        decisions, differ, idle_writes, writes = shadow_against_act(
+            folder / "modes", 200 if options.quick else 1000, options.seed
+        )
+        lap("shadow against act")
+        printed, _ = soaking.communicate()
+        if soaking.returncode:
+            raise SystemExit(f"the soak ended with code {soaking.returncode}")
+        found = json.loads(printed)
         lap("soak")
     print(found, flush=True)
     rows = [

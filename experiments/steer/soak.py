@@ -22,12 +22,13 @@ import numpy as np
 from pilotage.control.hpa import Hpa
 from pilotage.control.policy import INDEX, Controller, Decision, Observation, Policy, Situation
 from pilotage.control.steer import steer
+from pilotage.live.clock import Clock
 from pilotage.live.entries import Entry, Record, entry_of
 from pilotage.live.ledger import Ledger
 from pilotage.live.monitors import MonitorError, Reading
 from pilotage.live.status import Log
 from pilotage.live.steer_config import Setup, load
-from pilotage.live.steering import Clock, Steering
+from pilotage.live.steering import Steering
 from pilotage.live.targets import ScaleOrder, TargetError
 
 TICK_S, WARM_UP = 15.0, 0.2

@@ -34,8 +34,8 @@ def steer(
     from pilotage.live.entries import LedgerError
     from pilotage.live.lease import LeaseError
     from pilotage.live.monitors import MonitorError
+    from pilotage.live.process import run
     from pilotage.live.steer_config import load
-    from pilotage.live.steering import run
     from pilotage.world.spec import SpecError
 
     if mode not in (None, "shadow", "advise", "act"):

@@ -301,9 +301,12 @@ def _row(entry: Entry) -> dict[str, Any]:
 def _show(result: dict[str, Any]) -> None:
     for entry in result.get("entries", []):
         move = f" {entry['alias']}: {entry.get('expected_version')} ->" if "alias" in entry else " version"
+        what = f"{move} {entry.get('new_version')}"
+        if "to" in entry.get("decision", {}):  # of a fleet that is steered
+            what = f" replicas: {entry['decision'].get('from')} -> {entry['decision']['to']}"
         print(
-            f"{entry['seq']:>6} {entry['time'][:19]}Z {entry['kind']} {entry['outcome']}{move} "
-            f"{entry.get('new_version')} by {entry['actor']['name']}: {entry['reason']}"
+            f"{entry['seq']:>6} {entry['time'][:19]}Z {entry['kind']} {entry['outcome']}{what} "
+            f"by {entry['actor']['name']}: {entry['reason']}"
         )
     if "live" in result:
         live = result["live"]

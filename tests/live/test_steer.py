@@ -27,12 +27,13 @@ from pilotage.control.policy import INDEX, Decision, Observation
 from pilotage.control.scaling import Schedule
 from pilotage.control.steer import steer
 from pilotage.live.advice import AnswerFile, Terminal
+from pilotage.live.clock import Clock
 from pilotage.live.ledger import Ledger
 from pilotage.live.monitors import Reading
 from pilotage.live.recordings import Recording
 from pilotage.live.status import Log, Status
 from pilotage.live.steer_config import SteerConfig, load
-from pilotage.live.steering import Clock, Steering
+from pilotage.live.steering import Steering
 from pilotage.live.targets import ScaleOrder, TargetError
 from pilotage.world.spec import SpecError
 from tests.live.conftest import free_port
@@ -265,6 +266,8 @@ def test_a_new_configuration_is_taken_over_and_an_invalid_one_is_not(tmp_path: P
     assert helm.check is not None
     path.write_text(BASE + "[guard]\nmax_replicas = 20\nhold = true\n")
     steer(here, here, 1)
+    assert not here.setup.config.guard.hold  # it may still be being written
+    steer(here, here, 1)
     assert here._helm is helm
     assert here._helm._asked is controllers  # what policies remember is kept
     assert entries(tmp_path)[-1]["reason"] == "held: everything: hold is set"
@@ -275,10 +278,11 @@ def test_a_new_configuration_is_taken_over_and_an_invalid_one_is_not(tmp_path: P
     ):
         path.write_text(bad)
         before = here.setup
-        steer(here, here, 2)
+        steer(here, here, 3)
         assert here.setup is before
     assert here.status.errors["reload"] == 3  # each once, not at every tick
     path.write_text('mode = "act"\npolicy = "predictive"\n' + BASE + "[guard]\nmax_replicas = 20\n")
+    here.reload_asked.set()  # as SIGHUP does: at once
     steer(here, here, 1)
     assert here.setup.config.mode == "act"
     assert here._helm is not helm

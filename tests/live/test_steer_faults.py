@@ -25,12 +25,13 @@ from experiments.steer.soak import Chaos, Fleet, Soak, audit, setup_of, soak
 from pilotage.control.policy import INDEX, Controller, Decision, Observation, Policy, Situation
 from pilotage.control.scaling import Schedule
 from pilotage.control.steer import steer
+from pilotage.live.clock import Clock
 from pilotage.live.entries import Entry, Record
 from pilotage.live.lease import FileLease, LeaseError
 from pilotage.live.ledger import Ledger
 from pilotage.live.monitors import Prometheus, Reading
 from pilotage.live.status import Log
-from pilotage.live.steering import Clock, Steering
+from pilotage.live.steering import Steering
 from pilotage.live.targets import ScaleOrder, TargetError
 from tests.live import prometheus as real
 from tests.live.prometheus import found, needs_prometheus, send, serving
@@ -149,13 +150,19 @@ def test_a_real_prometheus_that_dies_and_comes_back(tmp_path: Path) -> None:
 
 
 # --- policies ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("order", [10_000, math.nan, -5, 10**12, 1.5, "5"])
-def test_a_policy_that_orders_nonsense_orders_nothing_out_of_bounds(tmp_path: Path, order: object) -> None:
+@pytest.mark.parametrize(
+    ("order", "max_batch"),
+    [(n, 4) for n in (10_000, math.nan, -5, 10**12, 1.5, "5", np.int64(10_000))]
+    + [(0, math.nan), (0, -1), (0, "x")],
+)
+def test_a_policy_that_orders_nonsense_orders_nothing_out_of_bounds(
+    tmp_path: Path, order: object, max_batch: object
+) -> None:
     class Wild(Policy, frozen=True, kw_only=True, tag="wild-in-a-test"):
         def begin(self, situation: Situation) -> Controller:
             class Controls:
                 def decide(self, seen: Observation) -> Decision:
-                    return Decision(order=order, reason="wild\n\x1b[31m")  # type: ignore[arg-type]
+                    return Decision(order=order, max_batch=max_batch, reason="wild\n\x1b[31m")  # type: ignore[arg-type]
 
             return Controls()
 
@@ -190,6 +197,20 @@ def test_a_half_applied_tick_is_finished_by_the_next_from_what_is_there(tmp_path
     text = (tmp_path / "ledger" / "ledger.jsonl").read_text() + here._log._out.getvalue()  # type: ignore[attr-defined]
     assert "abcdef0123456789" not in text
     assert "[withheld]" in text
+
+
+def test_a_bug_of_ours_between_intent_and_result_is_settled_at_the_next_tick(tmp_path: Path) -> None:
+    here = steering(tmp_path, targets=(5,))
+    scale, here._scale = here._scale, lambda orders: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+    steer(here, here, 1)
+    assert here.status.errors["apply"] == 1
+    here._scale = scale  # type: ignore[method-assign]
+    steer(here, here, 1)
+    assert here.fleet.ordered == {"s0": 5, "s1": 5}
+    assert [e["outcome"] for e in entries(tmp_path) if e["service"] == "s0"] == [
+        "intent", "abandoned", "intent", "applied",
+    ]  # fmt: skip
+    assert not Ledger(tmp_path / "ledger").open_intents()
 
 
 def test_a_target_whose_counts_are_unknown_is_not_touched(tmp_path: Path) -> None:

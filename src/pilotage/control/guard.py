@@ -236,7 +236,11 @@ class Check:
             return f"variant is not one of the service's: {wanted.variant!r}"
         if wanted.pool is not None and wanted.pool not in self._pools[k]:
             return f"pool is not one the service may use: {wanted.pool!r}"
-        for what, count in (("order", wanted.order), ("release", wanted.release)):
+        for what, count in (
+            ("order", wanted.order),
+            ("release", wanted.release),
+            ("max_batch", wanted.max_batch or 0),
+        ):
             if not (isinstance(count, int | np.integer) and 0 <= count <= _ABSURD):
                 return f"{what} is not a sensible number: {count!r}"
         wait_s = wanted.batch_wait_s
@@ -283,12 +287,14 @@ class Check:
             order = self._affordable(order, release, guard.max_total_usd_per_hour)
         self._most = np.maximum(self._most, self._most + order - release)
         return [
-            one if (o, r) == (one.order, one.release) else self._changed(one, o, r)
+            one
+            if o == one.order and r == one.release and type(one.order) is type(one.release) is int
+            else self._changed(one, o, r)
             for one, o, r in zip(chosen, order.tolist(), release.tolist(), strict=True)
         ]
 
     def _changed(self, one: Decision, order: int, release: int) -> Decision:
-        if one.reason.startswith("held: "):
+        if one.reason.startswith("held: ") or (order, release) == (one.order, one.release):
             return replace(one, order=order, release=release)
         self.interventions["limited"] += 1
         return replace(one, order=order, release=release, reason=f"{one.reason}; limited by guard")

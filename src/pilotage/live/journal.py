@@ -123,12 +123,12 @@ class Story:
         columns = np.column_stack([values, oldest_s])
         evidence = np.round(columns, 6).tolist()
         money = np.round(np.stack([current, wanted], axis=1) * self._usd[:, None], 6).tolist()
-        subject = {"tick": tick, "mode": mode, "now_s": round(seen[0].now_s, 3)}
+        subject = {"tick": tick, "mode": mode, "now_s": round(float(seen[0].now_s), 3)}
         out = []
         for k, decision in enumerate(decisions):
             made: dict[str, Any] = {"from": current[k], "to": wanted[k]}
-            if decision.max_batch is not None:
-                made["max_batch"] = decision.max_batch
+            if decision.max_batch:
+                made["max_batch"] = int(decision.max_batch)
             if decision.pool is not None:
                 made["pool"] = decision.pool
             if decision.variant is not None:
@@ -140,7 +140,7 @@ class Story:
                     outcome=outcomes[k],  # type: ignore[arg-type]
                     service=self._names[k],
                     actor=self._actors[k],
-                    reason=decision.reason[:2000] or "the policy gives no reason",
+                    reason=str(decision.reason)[:2000] or "the policy gives no reason",
                     subject=subject,
                     decision=made,
                     evidence=dict(zip(_EVIDENCE, evidence[k], strict=True)),  # what is missing is null

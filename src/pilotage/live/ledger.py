@@ -325,10 +325,9 @@ def _texts(records: Sequence[Record]) -> set[str]:
                 if part and id(part) not in known:
                     known.add(id(part))
                     found.update(part)
-                    found.update(
-                        [v if type(v) is str else _as_text(v) for v in part.values() if type(v) not in _PLAIN]
-                    )
-            elif part is not None and id(part) not in known:
+                    if not _PLAIN.issuperset(map(type, part.values())):
+                        found.update(v if type(v) is str else _as_text(v) for v in part.values())
+            elif type(part) not in _PLAIN and id(part) not in known:
                 known.add(id(part))
                 found.add(_as_text(part))
     return found

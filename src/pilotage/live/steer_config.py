@@ -137,15 +137,13 @@ class Setup:
 
 def load(path: Path, mode: Mode | None = None) -> Setup:
     """What a configuration file says; a SpecError says what is wrong, where, and what would be valid."""
-    config = decode(read_toml(path, "a steer configuration"), SteerConfig, str(path))
     folder = path.parent
-    monitor = config.monitor
-    if isinstance(monitor, Recording):
-        monitor = monitor.replace(path=str(folder / monitor.path))
-    guard = config.guard
-    if guard.hold_file is not None:
-        guard = guard.replace(hold_file=str(folder / guard.hold_file))
-    config = config.replace(mode=mode or config.mode, monitor=monitor, guard=guard)
+    raw = read_toml(path, "a steer configuration")
+    for part in ("monitor", "target", "guard"):
+        if isinstance(raw.get(part), dict):
+            raw[part] = {key: _beside(key, value, folder) for key, value in raw[part].items()}
+    config = decode(raw, SteerConfig, str(path))
+    config = config.replace(mode=mode or config.mode)
     at, files = folder / config.scenario, [path]
     if at.suffix == ".toml":
         files.append(at)
@@ -181,8 +179,14 @@ def load(path: Path, mode: Mode | None = None) -> Setup:
         ledger=folder / config.ledger,
         files=tuple(files),
     )
-    Check(guard, setup.situations())  # limits that no service can have are found now
+    Check(config.guard, setup.situations())  # limits that no service can have are found now
     return setup
+
+
+def _beside(key: str, value: Any, folder: Path) -> Any:
+    """A value of a table; the path of a file becomes that of one beside the configuration, unless it is absolute."""
+    names_file = key == "path" or key.endswith("_file") or (key == "metrics" and str(value).endswith(".toml"))
+    return str(folder / value) if names_file and isinstance(value, str) else value
 
 
 def _policy(text: str, folder: Path, where: str) -> tuple[Policy, Actor]:

@@ -12,60 +12,34 @@ configuration that is invalid is refused. The loop goes on until it is stopped o
 from __future__ import annotations
 
 import math
-import signal
 import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 
 import msgspec
 import numpy as np
 
 from pilotage.control.guard import Check
 from pilotage.control.policy import INDEX, Decision, Observation
-from pilotage.control.steer import Helm, steer
-from pilotage.live.advice import AnswerFile, Answers, Terminal
+from pilotage.control.steer import Helm
+from pilotage.live.advice import Answers
+from pilotage.live.clock import Clock
 from pilotage.live.entries import Entry, Record
 from pilotage.live.journal import Journal, JournalError, Story, result, settled
-from pilotage.live.lease import FileLease, Lease, LeaseError
+from pilotage.live.lease import Lease, LeaseError
 from pilotage.live.ledger import Ledger
 from pilotage.live.monitors import MONDAY_S, Monitor, MonitorError, Reading
 from pilotage.live.recordings import Recorder
-from pilotage.live.status import Log, Status, serve
-from pilotage.live.steer_config import Mode, Setup, load
+from pilotage.live.status import Log, Status
+from pilotage.live.steer_config import Setup
 from pilotage.live.targets import DryRunTarget, Scaled, ScaleOrder, TargetError
 from pilotage.world.spec import SpecError
 
 _READY, _STARTING, _PENDING = (INDEX[f"replicas_{what}"] for what in ("ready", "starting", "pending"))
 _SHOWN = 20  # changes of one tick in the log
-
-
-class Clock:
-    """The services' time (0 is Monday 00:00 UTC): it follows a clock that may jump, but neither leaps nor goes back.
-
-    It runs with the monotonic clock, and makes good what it is behind or ahead at a quarter of its pace.
-    """
-
-    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
-        self._monotonic = monotonic
-        self._at_s: float | None = None
-        self._last_s = 0.0
-
-    def now(self, said_s: float) -> float:
-        """The time at which somebody says that it is `said_s`."""
-        now_s = self._monotonic()
-        if self._at_s is None:
-            self._at_s = said_s
-        else:
-            passed_s = now_s - self._last_s
-            behind_s = said_s - (self._at_s + passed_s)
-            self._at_s += passed_s + min(max(behind_s, -passed_s / 4), passed_s / 4)
-        self._last_s = now_s
-        return self._at_s
 
 
 class Steering:
@@ -94,7 +68,7 @@ class Steering:
         self._target = target or setup.begin_target()
         self._coming: Reading | None = None
         self._last_repeated: dict[str, str] = {}
-        self._print = setup.fingerprint()
+        self._print = self._looked = setup.fingerprint()
         self._equip()
         changed_s = [self._last_change_s(name) for name in setup.names] if self._cools() else None
         self._helm = Helm(
@@ -198,7 +172,7 @@ class Steering:
             return Reading.nothing(self._clock.now(time.time() - MONDAY_S), len(self.setup.services))
         values, age_s = found.values.copy(), found.age_s.copy()
         self._count(values, age_s, counts)
-        return Reading(self._clock.now(found.now_s), values, age_s)
+        return Reading(self._clock.now(float(found.now_s)), values, age_s)
 
     def _counts(self) -> Mapping[str, int] | None:
         """Replicas ordered, by service; None where the target does not say."""
@@ -253,6 +227,12 @@ class Steering:
 
     # --- apply -------------------------------------------------------------------------------------------------
     def apply(self, decisions: Sequence[Decision]) -> None:
+        try:
+            self._apply(decisions)
+        except Exception as error:  # what was intended and has no result is settled at the next tick
+            self._fault("apply", f"{type(error).__name__}: {error}")
+
+    def _apply(self, decisions: Sequence[Decision]) -> None:
         seen, mode = self._seen, self.setup.config.mode
         counts = np.stack([one.values for one in seen])[:, [_READY, _STARTING, _PENDING]].sum(axis=1)
         counted = np.isfinite(counts)
@@ -289,10 +269,8 @@ class Steering:
         """What a decision wants other than it is, besides counts."""
         found: dict[str, int | str] = {}
         in_force = self._in_force[k]
-        if one.max_batch is not None and one.max_batch != in_force.get(
-            "max_batch", self._seen[k]["max_batch"]
-        ):
-            found["max_batch"] = one.max_batch
+        if one.max_batch and one.max_batch != in_force.get("max_batch", self._seen[k]["max_batch"]):
+            found["max_batch"] = int(one.max_batch)
         if one.variant is not None and one.variant != in_force.get("variant"):
             found["variant"] = one.variant
         return found
@@ -318,6 +296,7 @@ class Steering:
             refused = [_with(records[k], outcome="refused", response={"target": why}) for k in changes]
             self._note([*others, *refused])
             return
+        self._open |= {intent.service: intent for intent in intents}
         orders = [
             ScaleOrder(
                 service=self.setup.names[k],
@@ -332,14 +311,18 @@ class Steering:
         for k, order, intent, answer in zip(changes, orders, intents, said, strict=True):
             failed = isinstance(answer, Exception)
             outcomes[k] = "failed" if failed else "applied"
-            if failed:
-                self._fault("target", str(answer))
-            else:
+            if not failed:
                 for name in ("max_batch", "variant"):
                     if (value := getattr(order, name)) is not None:
                         self._in_force[k][name] = value
             done.append(result(intent, outcomes[k], str(answer)))
+        failures = [str(answer) for answer in said if isinstance(answer, Exception)]
+        if failures:
+            more = f" (and {len(failures) - 1} more orders)" if failures[1:] else ""
+            self._fault("target", failures[0] + more)
         self._note([*done, *others])
+        for intent in intents:
+            self._open.pop(intent.service, None)
 
     def _scale(self, orders: Sequence[ScaleOrder]) -> Sequence[str | Exception]:
         try:
@@ -386,41 +369,28 @@ class Steering:
         decisions: Sequence[Decision],
     ) -> None:
         """Metrics and logs of the tick."""
-        status, hours = self.status, self.setup.tick_s / 3600
+        status, hours, names = self.status, self.setup.tick_s / 3600, self.setup.names
         for what, counts in (("actual", current), ("wanted", wanted)):
             status.usd[what] += float(np.sum(np.array(counts) * self._usd)) * hours
         status.replicas = {
             name: (float(now), float(then)) if known else (math.nan, math.nan)
-            for name, now, then, known in zip(
-                self.setup.names, current, wanted, counted.tolist(), strict=True
-            )
+            for name, now, then, known in zip(names, current, wanted, counted.tolist(), strict=True)
         }
         status.outcomes.update(outcomes)
         seconds = time.perf_counter() - self._began_s
         status.ticked(seconds)
-        shown = [k for k, outcome in enumerate(outcomes) if outcome != "kept"]
-        for k in shown[:_SHOWN]:
+        for k in [k for k, outcome in enumerate(outcomes) if outcome != "kept"][:_SHOWN]:
             self._log(
-                "decision",
-                tick=self._tick,
-                service=self.setup.names[k],
-                outcome=outcomes[k],
-                replicas=current[k],
-                wanted=wanted[k],
-                usd_per_hour=round((wanted[k] - current[k]) * float(self._usd[k]), 4),
+                "decision", tick=self._tick, service=names[k], outcome=outcomes[k], replicas=current[k],
+                wanted=wanted[k], usd_per_hour=round((wanted[k] - current[k]) * float(self._usd[k]), 4),
                 reason=decisions[k].reason,
-            )
+            )  # fmt: skip
         held = sum(one.reason.startswith("held: ") for one in decisions)
+        usd = {what: round(dollars, 4) for what, dollars in status.usd.items()}
         self._log(
-            "tick",
-            tick=self._tick,
-            mode=status.mode,
-            seconds=round(seconds, 4),
-            outcomes=dict(Counter(outcomes)),
-            held=held,
-            usd_actual=round(status.usd["actual"], 4),
-            usd_wanted=round(status.usd["wanted"], 4),
-        )
+            "tick", tick=self._tick, mode=status.mode, seconds=round(seconds, 4), outcomes=dict(Counter(outcomes)),
+            held=held, usd=usd,
+        )  # fmt: skip
 
     # --- wait --------------------------------------------------------------------------------------------------
     def wait(self) -> None:
@@ -449,7 +419,8 @@ class Steering:
         if self._reload is None:
             return
         seen = self.setup.fingerprint()
-        if seen == self._print and not self.reload_asked.is_set():
+        if not self.reload_asked.is_set() and (seen == self._print or seen != self._looked):
+            self._looked = seen  # what has changed since the last look may still be being written
             return
         self._print = seen
         self.reload_asked.clear()
@@ -503,60 +474,5 @@ class Steering:
             self._log("fault", level="warning", part=part, why=why, tick=self._tick)
 
 
-def run(path: Path, mode: Mode | None = None, ticks: int | None = None, log: Log | None = None) -> Status:
-    """Steers by a configuration file until it is told to stop (SIGTERM, SIGINT), a recording is over, or so many ticks
-    have passed. SIGHUP reads the configuration again. Raises SpecError for bad input, LeaseError for a lease that is
-    somebody else's or was lost."""
-    log = log or Log()
-    setup = load(path, mode)
-    lease = FileLease(setup.ledger / "steer.lock")
-    lease.acquire()
-    server = None
-    try:
-        answers = _answers(setup, path)
-        steering = Steering(setup, log=log, reload=lambda: load(path, mode), lease=lease, answers=answers)
-        with _signals(steering, log):
-            if setup.config.listen:
-                server = serve(steering.status, setup.config.listen)
-            log("started", mode=setup.config.mode, services=len(setup.services), tick_s=setup.tick_s)
-            steer(steering, steering, ticks, going=steering.going)
-        steering.journal.note([])
-        steering.journal.catch_up()
-        log("stopped", ticks=steering.status.ticks, ledger_waiting=steering.journal.waiting)
-        if steering.lost is not None:
-            raise steering.lost
-        return steering.status
-    finally:
-        if server is not None:
-            server.shutdown()
-            server.server_close()
-        lease.release()
-
-
 def _with(record: Record, **changes: object) -> Record:
     return msgspec.structs.replace(record, **changes)
-
-
-def _answers(setup: Setup, path: Path) -> Answers | None:
-    if setup.config.mode != "advise":
-        return None
-    return AnswerFile(path.parent / setup.config.answers) if setup.config.answers else Terminal()
-
-
-@contextmanager
-def _signals(steering: Steering, log: Log) -> Iterator[None]:
-    """Signals do no more than leave word: a tick that has begun is finished."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    asked = {
-        signal.SIGTERM: steering.stop.set,
-        signal.SIGINT: steering.stop.set,
-        signal.SIGHUP: steering.reload_asked.set,
-    }
-    before = {which: signal.signal(which, lambda *_, do=do: do()) for which, do in asked.items()}
-    try:
-        yield
-    finally:
-        for which, handler in before.items():
-            signal.signal(which, handler)
