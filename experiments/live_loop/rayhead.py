@@ -30,6 +30,8 @@ def missing() -> str | None:
     """Why Ray Serve cannot run here, if so."""
     if not (RAY / "bin" / "ray").exists():
         return f"no ray[serve] in {RAY.name}; `make demo-live` installs it"
+    if shutil.which("prometheus") is None:
+        return "no prometheus is installed; in Debian: apt-get install prometheus"
     if subprocess.run([*inside(["true"])], capture_output=True).returncode:
         return "no network namespace is allowed here, and Ray must not listen on a real network"
     return None
