@@ -28,8 +28,10 @@ POLICY = "learned"
 START_S = 1.0  # what the constructor of a replica takes, besides the process itself
 ALONE = 40  # requests one at a time
 GAP_S = 0.0006  # between two batches of a replica (reference: Ray Serve's semantics, section 2)
-# the busiest second, as the simulator counts it: what the shipped mapping asks for is smoothed over four scrapes
-PEAK = "max_over_time(sum(rate(ray_serve_num_router_requests_total{deployment='$service'}[2s]))[$window:1s])"
+# A scrape of Ray takes a third of a second of a core, and on a busy machine more than a second; a rate needs four.
+SCRAPE_S, WINDOW_S = 2.0, 8.0
+# The busiest seconds, as nearly as scrapes can tell: what the shipped mapping asks for is smoothed over four of them.
+PEAK = "max_over_time(sum(rate(ray_serve_num_router_requests_total{deployment='$service'}[4s]))[$window:2s])"
 
 
 # --- the load ----------------------------------------------------------------------------------------------------
