@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-full conformance check bench reproduce clean
+.PHONY: install demo demo-live ray test test-full conformance check bench reproduce clean
 
 install: $(STAMP)
 
@@ -17,6 +17,18 @@ $(STAMP): pyproject.toml
 # install, tune, train, compare against production autoscalers and the clairvoyant bound, write the report
 demo: $(STAMP)
 	$(BIN)/pilotage study experiments/quickstart.toml
+
+# the closed loop on real parts: Ray Serve (in .ray), Prometheus, steer; at most 6 minutes once they are installed
+demo-live: $(STAMP) ray
+	command -v prometheus > /dev/null || { apt-get update && RUNLEVEL=1 apt-get install -y --no-install-recommends prometheus; } > /dev/null
+	$(BIN)/python experiments/live_loop/run.py --out runs/live_loop
+
+# a Ray Serve of its own, as what it needs does not go together with MLflow
+ray: .ray/.installed
+.ray/.installed:
+	test -x .ray/bin/python || $(PYTHON) -m venv .ray
+	.ray/bin/pip install --quiet "ray[serve]==2.60.0"
+	touch $@
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not full"
@@ -65,6 +77,7 @@ reproduce: $(STAMP) bench
 	$(BIN)/python experiments/fidelity/vidur/run.py --data $(DATA)
 	$(BIN)/python experiments/fidelity/vllm/run.py --data $(DATA)
 	$(BIN)/python experiments/llm_serving/bench.py --data $(DATA)
+	$(BIN)/python experiments/live_loop/run.py --thorough
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

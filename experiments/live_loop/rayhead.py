@@ -30,6 +30,8 @@ def missing() -> str | None:
     """Why Ray Serve cannot run here, if so."""
     if not (RAY / "bin" / "ray").exists():
         return f"no ray[serve] in {RAY.name}; `make demo-live` installs it"
+    if shutil.which("prometheus") is None:
+        return "no prometheus is installed; in Debian: apt-get install prometheus"
     if subprocess.run([*inside(["true"])], capture_output=True).returncode:
         return "no network namespace is allowed here, and Ray must not listen on a real network"
     return None
@@ -129,10 +131,10 @@ def settled(url: str, applications: Sequence[str]) -> bool:
 
 
 @contextmanager
-def prometheus(folder: Path) -> Iterator[str]:
-    """The URL of a Prometheus that scrapes Ray every second."""
+def prometheus(folder: Path, scrape_s: float) -> Iterator[str]:
+    """The URL of a Prometheus that scrapes Ray."""
     config = {
-        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "global": {"scrape_interval": f"{scrape_s:g}s", "scrape_timeout": f"{scrape_s:g}s"},
         "scrape_configs": [{"job_name": "ray", "static_configs": [{"targets": [f"127.0.0.1:{METRICS}"]}]}],
     }
     (folder / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML

@@ -288,6 +288,16 @@ def test_a_dry_run_says_what_would_change_and_remembers_it() -> None:
     assert dry.counts(["ranker", "other"]) == {"ranker": 5, "other": 2}
 
 
+def test_targets_load_no_heavy_client() -> None:
+    heavy = "kubernetes", "ray", "requests", "mlflow", "numba", "torch", "gymnasium"
+    program = (
+        "import sys, pilotage.live.kubernetes, pilotage.live.ray_serve\n"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.full
 def test_against_a_real_ray_serve(tmp_path: Path) -> None:
     why = missing()
