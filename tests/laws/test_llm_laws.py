@@ -53,9 +53,9 @@ def test_no_token_before_its_time_and_the_future_changes_nothing(server, request
     found = serve(server, LAW, requests)
     done = ~np.isnan(found.e2el_s)
     least = LAW.seconds(1.0, 0.0, 0.0, 1.0)
-    assert (found.ttft_s[done] >= least).all()
+    assert (found.ttft_s[done] >= least - 1e-9).all()  # differences of times are rounded
     later = found.e2el_s[done] - found.ttft_s[done]
-    assert (later >= (requests.output_tokens[done] - 1) * LAW.base_s * (1 - 1e-12)).all()
+    assert (later >= (requests.output_tokens[done] - 1) * LAW.base_s - 1e-9).all()
     cut = len(requests) // 2
     past = Requests(
         requests.arrival_s[:cut], requests.prompt_tokens[:cut], requests.output_tokens[:cut],

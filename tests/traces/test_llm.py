@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from pilotage.engine.serving import serve, serve_apart
 from pilotage.metrics import BUCKETS, bucket_of
 from pilotage.world.llm import LLMServer
 from pilotage.world.servers import IterationLaw
+from pilotage.world.spec import SpecError
 from pilotage.world.tokens import Requests, read_requests
 from tests.traces import reference_llm
 from tests.traces.reference_llm import Replica, Request
@@ -228,3 +230,19 @@ def test_traces_with_block_ids_are_read(tmp_path: Path) -> None:
     assert requests.arrival_s.tolist() == [0.0, 1.0, 1.0]
     assert requests.prefix_ids.tolist() == [7, 8, 7, 9]
     assert requests.prefix_lo.tolist() == [0, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("6,8,1,7;8", "t.csv': request 1: 2 block ids for a prompt of 8 tokens; valid: 1"),
+        ("6,0,1,7", "t.csv': request 1: 0 prompt tokens"),
+        ("6,8,0,7", "t.csv': request 1: 0 output tokens"),
+        ("6,99999999,1,7", "99999999 prompt tokens; valid: whole numbers from 1 to 10000000"),
+        ("6,8,1,x", "t.csv:3: 'x'; valid: whole numbers joined by semicolons"),
+    ],
+)
+def test_traces_that_make_no_sense_are_refused(tmp_path: Path, row: str, message: str) -> None:
+    (tmp_path / "t.csv").write_text(f"arrival_s,input_tokens,output_tokens,ids\n5,10,2,7;8\n{row}\n")
+    with pytest.raises(SpecError, match=re.escape(message)):
+        read_requests("t.csv", tmp_path, ids="ids", prefix_block_tokens=8)

@@ -134,7 +134,7 @@ _names = (
     "stowing",
     "traffic",
 )
-_llm_names = ("batching", "blocks", "llm", "llm_layout")
+_llm_names = ("batching", "blocks", "llm", "llm_layout", "llm_ticks")
 
 
 def _cache_folder(names: tuple[str, ...]) -> str:

@@ -79,18 +79,23 @@ def read_requests(
     of block ids joined by semicolons. Rows stay in order; times are kept as they are, whether or not they are equal."""
     arrival_s = traces.times_of(path, data, "arrival_s", False, "keep")
     prompt, output = (traces.counts_of(path, data, name) for name in ("input_tokens", "output_tokens"))
-    if ids is None:
-        return Requests(arrival_s, prompt, output)
-    listed = traces.lists_of(path, data, ids)
-    lo = np.cumsum([0, *map(len, listed)])
-    return Requests(arrival_s, prompt, output, np.concatenate(listed), lo, prefix_block_tokens)
+    try:
+        if ids is None:
+            return Requests(arrival_s, prompt, output)
+        listed = traces.lists_of(path, data, ids)
+        lo = np.cumsum([0, *map(len, listed)])
+        return Requests(arrival_s, prompt, output, np.concatenate(listed), lo, prefix_block_tokens)
+    except SpecError as error:
+        raise SpecError(f"trace {path!r}: {error}") from None
 
 
 # --- sources for the requests of a service ----------------------------------------------------------------------
 def draws(seed: int, numbers: np.ndarray) -> np.ndarray:
     """Uniform numbers in [0, 1), one per number: `engine.randomness.uniform` for arrays."""
     with np.errstate(over="ignore"):
-        z = np.uint64(seed) + np.uint64(0x9E3779B97F4A7C15) * (numbers.astype(np.uint64) + np.uint64(1))
+        z = np.uint64(seed % 2**64) + np.uint64(0x9E3779B97F4A7C15) * (
+            numbers.astype(np.uint64) + np.uint64(1)
+        )
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
