@@ -1,9 +1,10 @@
 """Does the scenario that was fitted explain what was recorded, and what would other policies have cost?
 
 The replay runs the recorded traffic and the recorded orders of replicas through the simulator, and sets p50, p95, p99,
-replica-hours and the mean batch beside the recorded ones, quantiles read from the same buckets. A fit that misses is not called good, and the
-part that misfits is named: traffic (requests that no counter knows), the service law (busy time drifts from it),
-start-up (replica-hours), and, where these hold but latency does not, routing and batching.
+replica-hours and the mean batch beside the recorded ones, quantiles read from the same buckets. A fit that misses is
+not called good, and the part that misfits is named: traffic (requests that no counter knows), the service law (busy
+time drifts from it), start-up (replica-hours), and, where these hold but batches or latency do not, routing and
+batching.
 """
 
 from __future__ import annotations
