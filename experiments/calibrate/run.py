@@ -3,9 +3,9 @@
 Recordings are simulated runs (`pilotage.recording`) of services drawn at random, and measurements of a real Ray Serve
 (`--data`, fidelity/ray_serve). All pass through a real Prometheus: promtool writes them into blocks, a server reads
 them, and `live.history` asks it. Judged: the recovered numbers against those that made the recording; the replayed 95th
-percentile against the recorded one; how many of 20 wrong fits (routing that is not as claimed, requests that the counter
-of arrivals does not see, nodes of which some are slow) are called bad, and how many of 20 right ones good. At last, how
-long a rehearsal of a week of 50 services takes, its history already read.
+percentile against the recorded one; how many of 20 wrong fits (routing that is not as claimed, requests that the
+counter of arrivals does not see, nodes of which some are slow) are called bad, and how many of 20 right ones good. At
+last, how long a rehearsal of a week of 50 services takes, its history already read.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def remembering(texts: list[str], folder: Path) -> Iterator[str]:
     place = os.environ.get("PILOTAGE_PROMETHEUS")
     programs = [shutil.which(name, path=place) for name in ("prometheus", "promtool")]
     if None in programs:
-        raise SystemExit("error: no prometheus and promtool on the path; install them, or name their folder in PILOTAGE_PROMETHEUS")  # fmt: skip
+        raise SystemExit(
+            "error: no prometheus and promtool on the path, nor in the folder PILOTAGE_PROMETHEUS"
+        )
     body = "\n".join(text.removesuffix("\n").removesuffix("# EOF").rstrip("\n") for text in texts)
     (folder / "history.om").write_text(body + "\n# EOF\n")
     (folder / "prometheus.yml").write_text("global: {scrape_interval: 1h}\n")
@@ -163,7 +165,8 @@ def simulated(seed: int, count: int, lasted: dict[str, float]) -> list[dict[str,
                     "law_error": f"{(fitted.base_ms[0] + fitted.per_item_ms[0] * size) / true_ms - 1:.5f}",
                     "base_error": f"{fitted.base_ms[0] / law.base_ms - 1:.4f}",
                     "per_item_error": f"{fitted.per_item_ms[0] / law.per_item_ms - 1:.4f}",
-                    "start_up_error": f"{fitted.start_up_s[0] / real.variants[0].load_s - 1:.4f}" if history.start_ups else "",
+                    "start_up_error": f"{fitted.start_up_s[0] / real.variants[0].load_s - 1:.4f}"
+                    if history.start_ups else "",
                     "start_ups": history.start_ups,
                     "p95_error": f"{verdict.predicted['p95'] / verdict.recorded['p95'] - 1:.4f}",
                     "p99_error": f"{verdict.predicted['p99'] / verdict.recorded['p99'] - 1:.4f}",
@@ -225,12 +228,12 @@ def ray(data: Path) -> list[dict[str, Any]]:
     for case in RAY:
         text, hours, about = ray_text(folder, case, began_s)
         config = about["config"]
-        low = about["low_load_ms"]
+        low = about["low_load"]["parts_ms_p50"]
         server = BatchServer(
             max_batch=config["max_batch"], batch_wait_ms=1e3 * config["wait"], former="closed", routing="ray-serve",
             router=Router(max_ongoing_requests=config["max_ongoing"]),
-            # what a request spends outside its batch while nothing else is there: measured before the case, one at a time
-            overhead_ms=max(0.0, low["total"] - low["batch_exec"] - 1e3 * config["wait"]) if "total" in low else 0.0,
+            # on the way while nothing else is there: measured before the case, one request at a time
+            overhead_ms=low["client_to_handler"] + low["batch_end_to_client"],
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as home, remembering([text], Path(home)) as url:
             source = source_of(url, began_s, hours, RAY_STEP_S)
@@ -264,7 +267,8 @@ def week(count: int, hours: float) -> float:
         batches = np.ceil(arrived / 1.5)
         history = Recording(
             f"s{k}", step_s, arrived, arrived, np.zeros(steps), edges, np.zeros((steps, len(edges) + 1)), batches,
-            arrived, 0.05 * batches + 0.02 * arrived, np.full(steps + 1, 2.0), np.full(steps + 1, 2.0), 5, 40.0, 0.1, 0.0,
+            arrived, 0.05 * batches + 0.02 * arrived, np.full(steps + 1, 2.0), np.full(steps + 1, 2.0), 5, 40.0, 0.1,
+            0.0,
         )  # fmt: skip
         known = Known(name=f"s{k}", slo_ms=500.0, pool="cpu", server=BatchServer(max_batch=8),
                       economics=Economics(late_usd=0.001, dropped_usd=0.001))  # fmt: skip
@@ -289,9 +293,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("results/calibrate"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--quick", action="store_true", help="three right and three wrong fits, a day of ten services"
-    )
+    parser.add_argument("--week", action="store_true", help="also time a rehearsal of a week of 50 services")
+    parser.add_argument("--quick", action="store_true", help="three right and three wrong fits")
     options = parser.parse_args()
     started, lasted = datetime.now(UTC), {}
     options.out.mkdir(parents=True, exist_ok=True)
@@ -304,7 +307,8 @@ def main() -> None:
         return max(abs(float(r[name])) for r in right if r[name] != "")
 
     lines = [
-        (f"largest relative error of {what}, {len(right)} simulated recordings", f"<= {limit}", worst(name), worst(name) <= limit)
+        (f"largest relative error of {what}, {len(right)} simulated recordings", f"<= {limit}", worst(name),
+         worst(name) <= limit)
         for what, name, limit in (
             ("the rate", "rate_error", 0.03), ("the service law at the mean batch", "law_error", 0.05),
             ("the start-up delay", "start_up_error", 0.10), ("the replayed p95", "p95_error", 0.05),
@@ -332,16 +336,13 @@ def main() -> None:
                 most <= 0.15,
             )
         )
-    took_s = week(10, 24.0) if options.quick else week(50, 168.0)
-    lasted["week of 50 services"] = round(took_s, 1)
-    lines.append(
-        (
-            "seconds of a rehearsal of a week of 50 services, two policies, history read",
-            "<= 120",
-            took_s,
-            took_s <= 120,
-        )
-    )
+    asked = "seconds of a rehearsal of a week of 50 services, two policies, history read"
+    if options.week:
+        took_s = week(50, 168.0)
+        lasted["week of 50 services"] = round(took_s, 1)
+        lines.append((asked, "<= 120", took_s, took_s <= 120))
+    else:
+        lines.append((f"{asked} (not run: give --week)", "<= 120", float("nan"), False))
     acceptance = [
         {"line": line, "asked": asked, "measured": f"{got:.4g}", "low": "", "high": "", "met": bool(ok)}
         for line, asked, got, ok in lines

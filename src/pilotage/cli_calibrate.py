@@ -81,7 +81,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
             print(f"  {name} {value['value']:.4g} ({value['low']:.4g} to {value['high']:.4g}){unit}")
         print(f"  noise_cv {fitted['noise_cv']:.3g}")
         for name in row["recorded"]:
-            scale, unit = (1.0, "") if name == "replica_hours" else (1e3, " ms")
+            scale, unit = (1e3, " ms") if name.startswith("p") else (1.0, "")
             seen, said = scale * row["recorded"][name], scale * row["predicted"][name]
             print(
                 f"  {name}: {seen:.4g}{unit} recorded, {said:.4g}{unit} predicted ({100 * (said / seen - 1):+.2g} %)"

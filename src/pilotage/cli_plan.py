@@ -14,7 +14,6 @@ from pilotage.console import AsJson, fail, print_json
 from pilotage.world.spec import SpecError, closest
 
 if TYPE_CHECKING:
-    from pilotage.plan.advice import Plan, Refusal
     from pilotage.plan.together import FleetPlan
 
 app = typer.Typer()
@@ -37,7 +36,7 @@ def plan(
 ) -> None:
     """Choose pool, variant, batch, replicas and autoscaler for a model, and say why; several models share pools."""
     from pilotage.live.manifests import Platform, as_yaml
-    from pilotage.plan.advice import Refusal, advise
+    from pilotage.plan.advice import Plan, Refusal, advise
     from pilotage.plan.requirements import Requirements
     from pilotage.plan.together import plan_together
 
@@ -64,7 +63,7 @@ def plan(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         names = [m.name for m in asked.models]
-        all_manifests = [found.manifests()] if not isinstance(found.manifests, list) else found.manifests  # type: ignore[operator]
+        all_manifests = [found.manifests()] if isinstance(found, Plan) else found.manifests
         for name, documents in zip(names, all_manifests, strict=True):
             (out / f"{name}.yaml").write_text(as_yaml(documents))
     if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -45,7 +45,7 @@ def profile(
         if not 0 < rate < 1e5:
             raise SpecError(f"--load {rate}: must be a positive number of requests per second")
     pinned = pin(cpu)
-    rows = []
+    rows: list[dict[str, Any]] = []
     try:
         with _screen.status("") as status:
             step = (lambda _: None) if as_json else status.update

@@ -43,7 +43,7 @@ def predict_ms(found: Profile, due_s: np.ndarray, quantiles: tuple[float, ...]) 
     )
     worlds = [World(seed, 0.0, (Recorded(due_s),)) for seed in range(5)]
     runs = simulate(scenario, [Schedule(targets=(1,))] * len(worlds), worlds)
-    return 1e3 * quantiles_s(sum(run.histogram[0] for run in runs), quantiles)  # type: ignore[arg-type]
+    return 1e3 * quantiles_s(sum(run.histogram[0] for run in runs), quantiles)
 
 
 def draw_fit(found: Profile, path: Path) -> None:

@@ -316,3 +316,44 @@ def test_what_webhooks_would_refuse_is_refused_here() -> None:
         Autoscaling(min_replicas=3, max_replicas=2)
     with pytest.raises(SpecError, match="whole GPUs"):
         written(SCALINGS[0], FULL.replace(resources=Resources(gpus=0.5)))
+
+
+# --- the command -------------------------------------------------------------------------------------------
+FILE = """
+[[pools]]
+name = "cpu"
+price_usd_per_hour = 0.34
+max_nodes = 4
+[[models]]
+name = "ranker"
+server = {max_batch = 4}
+batch_waits_ms = [0.0]
+[[models.variants]]
+name = "int8"
+latency.cpu = {kind = "affine", base_ms = 6.0, per_item_ms = 12.0}
+"""
+
+
+def test_the_command_writes_manifests_and_says_what_binds(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from pilotage.cli import app
+
+    path = tmp_path / "model.toml"
+    path.write_text(FILE)
+    command = ["plan", str(path), "--rate", "40", "--slo-ms"]
+    done = CliRunner().invoke(
+        app, [*command, "100", "--platform", "kserve", "--out", str(tmp_path / "out"), "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    plan = json.loads(done.stdout)
+    assert plan["choice"]["pool"] == "cpu"
+    assert plan["verified"]["meets"]
+    yaml = pytest.importorskip("yaml")
+    [written_out] = yaml.safe_load_all((tmp_path / "out" / "ranker.yaml").read_text())
+    assert written_out["spec"]["predictor"]["minReplicas"] == plan["choice"]["replicas"]
+    done = CliRunner().invoke(app, [*command, "10", "--json"])
+    assert done.exit_code == 1
+    refused = json.loads(done.stdout)
+    assert refused["choice"] is None
+    assert any(row["constraint"] == "slo_ms" and row["usd_per_hour"] for row in refused["relaxations"])

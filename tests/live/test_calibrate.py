@@ -245,3 +245,29 @@ def test_the_commands_calibrate_and_rehearse(tmp_path: Path, capsys: pytest.Capt
         done = CliRunner().invoke(app, ["calibrate", str(tmp_path / "fleet.toml"), *out])
     assert done.exit_code == 1
     assert "has none of: requests_total" in done.output + capsys.readouterr().err
+
+
+def test_an_explosion_of_labels_is_refused_and_long_spans_are_asked_in_pieces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from pilotage.live import history as module
+
+    source = Prometheus(url="http://127.0.0.1:9090", start="2026-11-20T00:00:00", end="2026-11-20T00:10:00")
+    asked: list[tuple[float, float]] = []
+
+    def ask(self: Prometheus, query: str, start_s: float, end_s: float) -> list[dict[str, Any]]:
+        asked.append((start_s, end_s))
+        return [{"metric": {"pod": str(k)}, "values": [[start_s, "1"], [end_s, "NaN"]]} for k in range(5)]
+
+    monkeypatch.setattr(Prometheus, "_ask", ask)
+    monkeypatch.setattr(module, "MOST_POINTS", 4)
+    found = source.range("up")
+    assert len(found) == 5
+    assert len(asked) == 3  # of eleven points
+    assert found[0].values[0] == 1.0
+    assert math.isnan(found[0].values[1])
+    monkeypatch.setattr(module, "MOST_SERIES", 3)
+    with pytest.raises(HistoryError, match="recording rule"):
+        source.range("up")
+    with pytest.raises(SpecError, match="ISO 8601"):
+        Prometheus(url="http://x", start="yesterday", end="2026-11-20")

@@ -59,7 +59,7 @@ class Known(Spec, frozen=True, kw_only=True):
 class Fleet(Spec, frozen=True, kw_only=True):
     """A file of `pilotage calibrate`: where the history is, the pools, the services.
 
-    A pool's `price_usd_per_hour` is looked up where `prices` names it; what the file says itself overrides nothing.
+    Where `prices` names a pool, its price is looked up; where not, it is the `price_usd_per_hour` that the file says.
     """
 
     title: str = "calibrated fleet"

@@ -130,8 +130,9 @@ def increases(values: np.ndarray) -> np.ndarray:
 class Recording:
     """One service's history: of each step what was counted (n,), at each point what was there (n + 1,).
 
-    `buckets` counts answers by latency, shape (n, len(edges_s) + 1): up to each edge, and beyond the last.
-    `start_up_s` are (count, sum, sum of squares' stand-in by buckets) reduced to mean and coefficient of variation.
+    `buckets` counts answers by latency, shape (n, len(edges_s) + 1): up to each edge, and beyond the last. Of start-ups
+    there are a number, the mean and the coefficient of variation (NaN if there were none). `missing_share` of the
+    points had no replica count.
     """
 
     service: str

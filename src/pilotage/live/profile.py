@@ -221,8 +221,8 @@ def fit_law(
         law = Table(batch_ms=tuple(round(float(t), 4) for t in every), noise_cv=min(noise_cv, 3.0))
     return (
         law,
-        (float(base), *map(float, (low[0], high[0]))),
-        (float(per_item), *map(float, (low[1], high[1]))),
+        (float(base), float(low[0]), float(high[0])),
+        (float(per_item), float(low[1]), float(high[1])),
         misfit,
     )
 

@@ -342,7 +342,7 @@ def digest(
         size=size,
         usd=totals["node_usd"] / (horizon_s / 3600),
         missed=(totals["late"] + dropped) / asked,
-        histogram=sum(run.histogram[service] for run in runs),  # type: ignore[arg-type]
+        histogram=sum(run.histogram[service] for run in runs),
         dropped_share=float(dropped.sum() / asked.sum()),
         replicas=float(totals["replica_s"].mean() / horizon_s),
         concurrency=float(totals["inside_s"].sum() / max(1e-9, totals["replica_s"].sum())),
