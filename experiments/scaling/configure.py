@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/scaling"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--policy", type=Path, help="a configured.json: judge it, train nothing")
+    parser.add_argument("--deployments", type=int, default=TEST, help="to judge on")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -142,7 +143,7 @@ def main() -> None:
         write_whole(options.out / "configured.json", msgspec.json.encode(policy).decode() + "\n")
         lap("training")
 
-    count, hours = (4, 1.0) if options.quick else (TEST, TEST_H)
+    count, hours = (4, 1.0) if options.quick else (options.deployments, TEST_H)
     one_part = partial(judge, policy, replicas, options.seed, count, hours, work)
     rows = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:

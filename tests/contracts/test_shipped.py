@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
+import pilotage.control
+from pilotage.control.configuring import Configured
 from pilotage.control.foresight import Foresight
 from pilotage.control.guard import Guard
 from pilotage.control.learned import policy_from
@@ -27,3 +31,11 @@ def test_the_shipped_policy_is_cheaper_than_the_rules_on_traffic_with_bursts() -
         for name in ("learned", "hpa", "predictive")
     }
     assert usd["learned"] < 0.9 * min(usd["hpa"], usd["predictive"])
+
+
+def test_the_shipped_configurations_are_what_the_experiment_trained() -> None:
+    trained = Path(__file__).parents[2] / "results" / "scaling" / "configured.json"
+    assert (Path(pilotage.control.__file__).parent / "configured.json").read_bytes() == trained.read_bytes()
+    shipped = policy_from("configured")
+    assert isinstance(shipped, Configured)
+    assert describe(shipped) == "configured:network=<network>"

@@ -129,7 +129,13 @@ def test_the_exported_policy_acts_as_the_sb3_model(algo: str, tmp_path: Path) ->
     env = VecNormalize(plain)
     settings = Settings(algo=algo, steps=1024, rollout_ticks=32, minibatches=2, learning_rate=1e-2)
     model = algorithms.fresh(settings, env, tmp_path)
-    model.learn(512)
+    draws = torch.Generator().manual_seed(7)
+    with torch.no_grad():  # as if it had learned something
+        for weights in model.policy.parameters():
+            weights += 0.2 * torch.randn(weights.shape, generator=draws)
+    env.reset()
+    for _ in range(4):  # the normaliser sees something, too
+        env.step(np.array([env.action_space.sample() for _ in range(4)]))
     env.training = False
     policy = algorithms.exported(model, env, WASTEFUL)
     forward = Forward(policy.network)

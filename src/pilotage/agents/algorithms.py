@@ -187,7 +187,7 @@ def network(model: BaseAlgorithm, env: VecNormalize) -> Network:
         count = int(model.action_space.n)
         shape = (policy.quantile_net.n_quantiles, count)
         out = (last.weight.view(*shape, -1).mean(dim=0), last.bias.view(*shape).mean(dim=0))
-    elif isinstance(model, SAC):
+    elif isinstance(model, SAC | TQC):
         hidden, out = policy.actor.latent_pi, (policy.actor.mu.weight, policy.actor.mu.bias)
     else:
         hidden, out = policy.mlp_extractor.policy_net, (policy.action_net.weight, policy.action_net.bias)
@@ -206,7 +206,7 @@ def network(model: BaseAlgorithm, env: VecNormalize) -> Network:
         clip=env.clip_obs,
         weights=tuple(_rows(weight) for weight, _ in layers),
         biases=tuple(_row(bias) for _, bias in layers),
-        squashed=isinstance(model, SAC),
+        squashed=isinstance(model, SAC | TQC),
         memory=memory,
     )
 
