@@ -186,7 +186,9 @@ class FairnessGate(Spec, frozen=True, kw_only=True, tag="fairness-gate", tag_fie
             return GateVerdict("insufficient", reason, *known)
         if failed:
             bound = f"(upper bound {failed[0].upper:.4f}; so {len(failed)} of {of} checks)"
-            reason = f"{_told(failed[0])} apart, no rise is shown within {failed[0].limit:g}, nor above {bound}"
+            reason = (
+                f"{_told(failed[0])} apart, no rise is shown within {failed[0].limit:g}, nor above {bound}"
+            )
             return GateVerdict("insufficient", f"{reason}; let both answer the same requests", *known)
         return GateVerdict("pass", f"all {of} checks are within limits", *known)
 

@@ -174,8 +174,8 @@ class Belief:
         return np.stack(np.broadcast_arrays(*columns), axis=-1).astype(float)
 
     def _believed(self, logs: np.ndarray) -> np.ndarray:
-        """Posterior over GRID: beforehand as often worse as makes `prior_bad` of all metrics together, better in half of
-        the rest, each spread evenly."""
+        """Posterior over GRID: beforehand as often worse as makes `prior_bad` of all metrics together, better in half
+        of the rest, each spread evenly."""
         bad = 1 - (1 - np.asarray(self._terms.prior_bad)[..., None]) ** (1 / len(METRICS))
         prior = np.where(np.arange(len(GRID)) > _SAME, bad / len(RATIOS), (1 - bad) / (2 * _SAME))
         prior = np.where(np.arange(len(GRID)) == _SAME, (1 - bad) / 2, prior)
