@@ -4,7 +4,8 @@ A fifth of the versions are bad: more errors, slower, or wrong more often, 1.5 t
 little better in their answers. Labels come for a fifth of the answers, in most markets half an hour late. What is
 decided lasts for two hours from the beginning, so exposure and delay are both dollars, and so is never deciding. The
 loss is what is paid beside knowing the version at once. All rules judge the same rollouts; they are told the same
-prices as far as they ask for any. `learned-rollout` was trained on rollouts at random (`agents.rollouts`), with other seeds and ranges.
+prices as far as they ask for any. `learned-rollout` was trained on rollouts at random (`agents.rollouts`), with other
+seeds and ranges.
 """
 
 from __future__ import annotations

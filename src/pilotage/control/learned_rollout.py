@@ -114,8 +114,10 @@ class Belief:
     def act(self, actions: np.ndarray) -> np.ndarray:
         """Outcomes of actions, and the next share. An interval without traffic in one of the arms is waited out; what a
         test that is valid at any time rejects is aborted, and nothing is promoted on fewer than LEAST requests."""
-        log = np.max([_mean_exp(test.logs[..., _SAME + 1 :]) for test in self._tests.values()], axis=0)
-        rejected = log >= math.log(len(METRICS) / self._terms.alpha)
+        rejected = np.zeros((), bool)
+        for test in self._tests.values():
+            log = _mean_exp(test.logs[..., _SAME + 1 :])
+            rejected = rejected | (log >= math.log(len(METRICS) / self._terms.alpha))
         more = np.asarray(actions) < len(SHARES)
         moved = more & ~self._quiet & ~rejected
         self.share = np.where(moved, np.array(SHARES)[np.where(more, actions, 0)], self.share)

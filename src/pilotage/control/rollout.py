@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
+import msgspec
 import numpy as np
 from msgspec import Meta
 
@@ -273,8 +274,7 @@ def rollout_from(text: str) -> Rule:
             return learned
         given = named(f"prices:{parameters}", {"prices": _Prices}, "rollout", SHIPPED)
         changes = {k: v for k in given.__struct_fields__ if (v := getattr(given, k)) is not None}
-        known: Rule = learned.replace(**changes)
-        return known
+        return decode(msgspec.to_builtins(learned) | changes, LearnedRollout, f"rollout {text!r}")
     if text.endswith(".json"):
         return _read(Path(text))
     return named(text, BY_NAME, "rollout", f"{SHIPPED}, or a rollout.json")
