@@ -371,7 +371,7 @@ def profile(
         base = (base[0] - taken, max(0.0, base[1] - taken), max(0.0, base[2] - taken))
         if isinstance(law, Affine):
             law = law.replace(base_ms=max(base[0], 0.0)) if base[0] + per_item[0] > 0 else law
-        else:
+        elif isinstance(law, Table):
             law = law.replace(batch_ms=tuple(max(1e-3, t - taken) for t in law.batch_ms))
         notes.append("memory of a server is not seen from outside: give resources yourself")
     step("load time")
