@@ -74,6 +74,8 @@ reproduce: $(STAMP) bench
 	$(BIN)/python experiments/traffic_fit.py --data $(DATA)
 	$(BIN)/python experiments/fidelity/ray_serve/run.py --data $(DATA)
 	$(BIN)/python experiments/steer/run.py
+	$(BIN)/python experiments/workers.py
+	$(BIN)/python experiments/cleanrl_ppo.py
 	$(BIN)/python experiments/fidelity/vidur/run.py --data $(DATA)
 	$(BIN)/python experiments/fidelity/vllm/run.py --data $(DATA)
 	$(BIN)/python experiments/llm_serving/bench.py --data $(DATA)

@@ -47,9 +47,9 @@ class Sizes(NamedTuple):
     futures: int = 8
     brute: int = 24
     horizon_s: float = 180.0
-    leaves: tuple[int, ...] = (8, 15, 31)
-    rounds: int = 2
-    worlds: int = 10  # of training and of validation each; twice as many are judged
+    leaves: tuple[int, ...] = (4, 8, 15, 31)
+    rounds: int = 3
+    worlds: int = 10  # of training, of validation, and to be judged
 
 
 QUICK = Sizes(hours=0.6, states=10, weighed=24, futures=4, brute=8, leaves=(4, 8), rounds=1, worlds=2)
@@ -191,10 +191,7 @@ def tree(scenario: Scenario, sizes: Sizes, seed: int, out: Path) -> list[dict]:
     """Leaves against agreement and return, on unseen runs."""
     teacher, reference = policy_from(QUICKSTART), policy_from("hpa")
     worlds = {
-        use: [
-            World(SEED + 10_000 * k + 100 * seed + w)
-            for w in range(sizes.worlds * (2 if use == "test" else 1))
-        ]
+        use: [World(SEED + 10_000 * k + 100 * seed + w) for w in range(sizes.worlds)]
         for k, use in enumerate(("train", "validate", "test"), start=1)
     }
     settings = distil.Settings(rounds=sizes.rounds, gap_states=max(12, 5 * sizes.worlds), seed=seed)
@@ -272,8 +269,7 @@ def main() -> None:
         facts = provenance("explain", sys.argv, started, lasted) | {
             "part": part, "seed": options.seed, "sizes": sizes._asdict(), "scenario_sha256": scenario.digest(),
         }  # fmt: skip
-        name = "run.json" if part == "trust" else f"{part}_run.json"
-        write_whole(options.out / name, json.dumps(facts, indent=2) + "\n")
+        write_whole(options.out / f"{part}_run.json", json.dumps(facts, indent=2) + "\n")
         write_whole(options.out / f"{part}_acceptance.csv", as_csv(lines))
         for row in lines:
             print(row, flush=True)

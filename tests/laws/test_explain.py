@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -61,7 +64,9 @@ def failed(checks):
 
 
 def test_explanations_of_a_network_pass():
-    assert not failed(check(explained(network(1)), range(4)))
+    checks = check(explained(network(1)), range(4))
+    assert not failed(checks)
+    assert json.loads(msgspec.json.encode(checks))[0]["name"] == "additivity"
 
 
 def test_a_policy_that_rolls_dice_is_refused():
