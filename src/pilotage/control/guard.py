@@ -299,9 +299,10 @@ class Check:
         the same share of every other order, rounded down.
 
         A service that cannot be counted costs what it did when it could be, with all that was ordered since; if it
-        never could be, all that it may.
+        never could be, all that it may. What is released pays for orders of the same service only: of others it is not
+        known yet whether it will go.
         """
-        kept = self._most - release
+        kept = self._most - np.minimum(order, release)
         needed = np.clip(self._limits[:, 0] - kept, 0, order)
         shape = (-1, self._fleet)
         left = ceiling - ((kept + needed) * self._usd).reshape(shape).sum(axis=1)
