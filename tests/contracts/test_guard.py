@@ -107,8 +107,7 @@ def test_no_order_takes_the_total_over_its_ceiling(rows, ceiling) -> None:
     found = check(now, [Decision(order=o, release=min(r, n)) for n, o, r, _ in rows])
     orders, releases = np.array([d.order for d in found]), np.array([d.release for d in found])
     kept = before - np.minimum(orders, releases)  # what others release may fail to go
-    floor = np.maximum(kept, 1)  # what is there stays, and the fewest replicas are not cut
-    assert float((kept + orders) @ prices) <= max(ceiling, float(floor @ prices)) + 1e-6
+    assert float((kept + orders) @ prices) <= max(ceiling, float(before @ prices)) + 1e-6
     asked = np.array([o if known else 0 for _, o, _, known in rows])
     if float((before - np.minimum(asked, releases) + asked) @ prices) <= ceiling:
         assert orders.tolist() == asked.tolist()  # what can be afforded is not cut

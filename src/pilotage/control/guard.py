@@ -302,8 +302,9 @@ class Check:
         never could be, all that it may. What is released pays for orders of the same service only: of others it is not
         known yet whether it will go.
         """
-        kept = self._most - np.minimum(order, release)
-        needed = np.clip(self._limits[:, 0] - kept, 0, order)
+        replaced = np.minimum(order, release)
+        kept = self._most - replaced
+        needed = np.maximum(np.clip(self._limits[:, 0] - kept, 0, order), replaced)
         shape = (-1, self._fleet)
         left = ceiling - ((kept + needed) * self._usd).reshape(shape).sum(axis=1)
         asked = ((order - needed) * self._usd).reshape(shape).sum(axis=1)
