@@ -105,13 +105,12 @@ def test_no_order_takes_the_total_over_its_ceiling(rows, ceiling) -> None:
     # then some cannot be counted: they cost what they did
     now = [seen(15, n if known else math.nan) for n, _, _, known in rows]
     found = check(now, [Decision(order=o, release=min(r, n)) for n, o, r, _ in rows])
-    after = before + np.array([d.order - d.release for d in found])
-    kept = before - np.array([d.release for d in found])
-    floor = np.maximum(kept, 1)  # what is there stays, and the fewest replicas are not cut
-    assert float(after @ prices) <= max(ceiling, float(floor @ prices)) + 1e-6
+    orders, releases = np.array([d.order for d in found]), np.array([d.release for d in found])
+    kept = before - np.minimum(orders, releases)  # what others release may fail to go
+    assert float((kept + orders) @ prices) <= max(ceiling, float(before @ prices)) + 1e-6
     asked = np.array([o if known else 0 for _, o, _, known in rows])
-    if float((kept + asked) @ prices) <= ceiling:
-        assert [d.order for d in found] == asked.tolist()  # what can be afforded is not cut
+    if float((before - np.minimum(asked, releases) + asked) @ prices) <= ceiling:
+        assert orders.tolist() == asked.tolist()  # what can be afforded is not cut
     for (_, _, _, known), d in zip(rows, found, strict=True):
         assert known or (d.order, d.release) == (0, 0)
 

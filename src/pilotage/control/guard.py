@@ -304,10 +304,12 @@ class Check:
         the same share of every other order, rounded down.
 
         A service that cannot be counted costs what it did when it could be, with all that was ordered since; if it
-        never could be, all that it may.
+        never could be, all that it may. What is released pays for orders of the same service only: of others it is not
+        known yet whether it will go.
         """
-        kept = self._most - release
-        needed = np.clip(self._limits[:, 0] - kept, 0, order)
+        replaced = np.minimum(order, release)
+        kept = self._most - replaced
+        needed = np.maximum(np.clip(self._limits[:, 0] - kept, 0, order), replaced)
         shape = (-1, self._fleet)
         left = ceiling - ((kept + needed) * self._usd).reshape(shape).sum(axis=1)
         asked = ((order - needed) * self._usd).reshape(shape).sum(axis=1)
