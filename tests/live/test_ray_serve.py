@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 
 from experiments.live_loop.rayhead import inside, missing
+from pilotage.live.kubernetes import Kubernetes
 from pilotage.live.ray_serve import RayServe, RayServeTarget
 from pilotage.live.registries import Version
 from pilotage.live.targets import DryRun, ScaleOrder, TargetError
@@ -286,6 +289,18 @@ def test_a_dry_run_says_what_would_change_and_remembers_it() -> None:
     assert "valid: 0 to 1000" in str(refused)
     assert dry.scale(orders[:1]) == ["ranker is as ordered"]
     assert dry.counts(["ranker", "other"]) == {"ranker": 5, "other": 2}
+
+
+def test_the_tables_of_the_guide_are_valid() -> None:
+    text = (ROOT / "docs" / "targets.md").read_text()
+    tables = [
+        tomllib.loads(block)["target"] for block in re.findall(r"^```toml\n(.*?)^```", text, re.M | re.S)
+    ]
+    kinds = {"kubernetes": Kubernetes, "ray-serve": RayServe}
+    assert [decode(table, kinds[table["kind"]], "guide").begin() is not None for table in tables] == [
+        True,
+        True,
+    ]
 
 
 def test_targets_load_no_heavy_client() -> None:
