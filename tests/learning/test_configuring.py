@@ -83,8 +83,9 @@ def test_training_finds_the_optimum_of_a_known_cost_and_repeats_itself() -> None
     score = Forward(network)
     chosen = [int(score(one.features)[:, 0].argmin()) for one in fresh]
     regret = regrets(fresh)[np.arange(len(fresh)), chosen]
-    assert regret.mean() < 0.15  # of a choice by chance 2.5
-    assert regrets(fresh)[:, 0].mean() > 1
+    by_chance = regrets(fresh).mean()
+    assert by_chance > 1
+    assert regret.mean() < 0.2 * by_chance
 
 
 def test_deployments_are_of_all_kinds_and_the_same_again() -> None:
