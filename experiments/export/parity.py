@@ -10,8 +10,9 @@ import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecNormalize
 
+from pilotage.agents.algorithms import Settings, fresh, network
 from pilotage.agents.export import export
-from pilotage.agents.train import SB3VecEnv, Settings, _model, network
+from pilotage.agents.train import SB3VecEnv
 from pilotage.control.bundle import Bundle
 from pilotage.control.guard import Guard
 from pilotage.control.learned import Learned, Residual
@@ -38,7 +39,7 @@ def trained(scenario: Scenario, algo: str, steps: int, seed: int, out: Path) -> 
     settings = Settings(
         algo=algo, steps=steps, seed=seed, rollout_ticks=32, minibatches=4, learning_rate=3e-3, log_std=-0.5
     )
-    model = _model(settings, env, out.parent / f"tensorboard-{algo}")
+    model = fresh(settings, env, out.parent / f"tensorboard-{algo}")
     model.learn(steps)
     env.training = False
     policy = Learned(base=Predictive(), network=network(model, env))

@@ -14,6 +14,7 @@ from pilotage.control.guard import Guard
 from pilotage.control.learned import OBSERVATIONS, Learned, policy_from
 from pilotage.control.network import Network
 from pilotage.control.policy import FEATURES, INDEX, Decision, Observation, Situation
+from pilotage.control.saturation import Saturation
 from pilotage.control.scaling import (
     Anticipate,
     Autopilot,
@@ -57,6 +58,7 @@ POLICIES = [
     PredictiveSeasonal(), Kpa(), Kpa(metric="arrival_rate", scale_down_delay_s=60.0), Keda(),
     Keda(metric="queue_length", fallback_replicas=3, idle_replicas=0), RayServe(), InferLine(), Faro(), Mark(),
     Anticipate(), Foresight(), SageServe(), SageServe(gates="lt-ua"), SageServe(gates="reactive"), Wva(), Autopilot(),
+    Saturation(),
     Learned(base=Predictive(), network=SILENT),
 ]  # fmt: skip
 named = pytest.mark.parametrize(

@@ -174,6 +174,7 @@ def test_choices_begin_with_the_base_and_masks_leave_what_the_guard_allows() -> 
     assert wide.allowed(choices).all()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("algo", "steps", "rate"),
     [

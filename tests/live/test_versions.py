@@ -392,7 +392,7 @@ def test_death_at_every_step_of_a_promotion_leaves_all_in_agreement(
         again.rollback(service, **WHY)
         assert agree(again, service) == "1"
         step += 1
-    assert step > (20 if inside else 10)
+    assert step > 10
     assert seen == {"1", "2"}
 
 
@@ -428,7 +428,7 @@ def test_death_at_every_step_of_other_changes(change: str, member: Member, versi
         assert set(kept) == {e.new_version for e in entries if e.kind == "register"}
         assert {n for n, why in kept.items() if why} == {e.new_version for e in entries if e.kind == "retire"}
         step += 1
-    assert step > (15 if inside else 5)
+    assert step > 5
 
 
 def test_a_time_within_an_unfinished_move_is_in_doubt(tmp_path: Path) -> None:

@@ -100,6 +100,9 @@ class Chosen(VecEnvWrapper):
             return [self.action_masks] * self.num_envs
         return super().get_attr(attr_name, indices)
 
+    def has_attr(self, attr_name: str) -> bool:
+        return attr_name == "action_masks" or bool(super().has_attr(attr_name))
+
     def env_method(
         self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any
     ) -> list[Any]:

@@ -198,9 +198,8 @@ class _Learned:
         self._new, self._gain, self._before, self._retrained = True, 0.0, math.nan, 0
         self._out = np.zeros(len(FEATURES))
 
-    def decide(self, seen: Seen) -> bool:
-        if seen.age == 0 or len(seen.errors) == 0:
-            return False
+    def look(self, seen: Seen) -> np.ndarray:
+        """What the network is shown of a version with labels; shape (len(FEATURES),), overwritten by the next look."""
         probed = len(seen.probe) > 0
         probe = seen.probe if probed else np.ones(len(seen.errors))
         if self._new:
@@ -209,13 +208,20 @@ class _Learned:
             ratio = ratio_of(self._fresh, self._beyond)
             self._gain = 0.0 if math.isnan(self._before) else self._before - (own - ratio * float(probe[0]))
             self._new = False
-        ratio = ratio_of(self._fresh, self._beyond)
         features_of(
-            np.asarray(seen.errors), probe, float(probed), ratio, seen.age, seen.left, self._gain, self._retrained,
-            self._stakes.price, self._stakes.batch_size, self._stakes.label_delay, self._summary, self._out,
+            np.asarray(seen.errors), probe, float(probed), ratio_of(self._fresh, self._beyond), seen.age, seen.left,
+            self._gain, self._retrained, self._stakes.price, self._stakes.batch_size, self._stakes.label_delay,
+            self._summary, self._out,
         )  # fmt: skip
-        if float(self._forward(self._out[None])[0, 0]) <= 0:
+        return self._out
+
+    def decide(self, seen: Seen) -> bool:
+        if seen.age == 0 or len(seen.errors) == 0:
             return False
+        if float(self._forward(self.look(seen)[None])[0, 0]) <= 0:
+            return False
+        probe = seen.probe if len(seen.probe) else np.ones(len(seen.errors))
+        ratio = ratio_of(self._fresh, self._beyond)
         self._before, self._new = float(np.mean((seen.errors - ratio * probe)[-3:])), True
         self._retrained += 1
         return True

@@ -27,7 +27,6 @@ from pilotage.engine.cluster import World
 from pilotage.engine.lifetimes import Stream
 from pilotage.explain.choice import Choice, Vector
 from pilotage.metrics import ITEMS
-from pilotage.retraining_env import RetrainingVecEnv
 from pilotage.scenario import Scenario
 
 # --- retraining ----------------------------------------------------------------------------------------------
@@ -186,19 +185,15 @@ def _learned(
     background: int,
     rng: np.random.Generator,
 ) -> list[Choice]:
-    """What the network sees comes from the environment, which drives the same policy through the same deployments."""
+    """Choices of the network: what it saw before a batch, and before batches of other deployments."""
     forward = Forward(policy.network)
     at = {name: k for k, name in enumerate(FEATURES)}
     groups = {name: [at[one] for one in members] for name, members in _GROUPS.items()}
-    views: dict[int, np.ndarray] = {}
-    for batch in known:
-        if id(batch.stream) not in views:
-            views[id(batch.stream)] = _views(forward, batch.stream)
     others = [known[k] for k in rng.permutation(len(known))]
     choices: list[Choice] = []
     for batch in some:
         rest = [one for one in others if one.stream is not batch.stream][:background]
-        values = np.stack([views[id(one.stream)][one.at] for one in [batch, *rest]])
+        values = np.stack([_view(one) for one in [batch, *rest]])
         choices.append(
             Vector(
                 lambda vectors: forward(vectors)[:, 0], values, groups, "logit to retrain", {},
@@ -208,15 +203,10 @@ def _learned(
     return choices
 
 
-def _views(forward: Forward, stream: Stream) -> np.ndarray:
-    """What the network sees before every batch of a deployment that it steers; shape (batches, FEATURES)."""
-    env = RetrainingVecEnv([stream], 1)
-    seen, _ = env.reset(seed=0)
-    out = []
-    for _ in range(stream.stakes.batches):
-        out.append(seen[0].astype(float))
-        seen, *_ = env.step((forward(out[-1][None])[:, 0] > 0).astype(int))
-    return np.array(out)
+def _view(batch: Batch) -> np.ndarray:
+    """What the network saw before a batch."""
+    seen: np.ndarray = copy.deepcopy(batch.before).look(batch.seen)  # type: ignore[attr-defined]
+    return seen.copy()
 
 
 def weigh_retraining(
