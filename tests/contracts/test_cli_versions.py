@@ -66,6 +66,7 @@ COMPARISON = {
         },
         "lineage": {"type": "object"}, "recommendation": {"enum": ["a", "b", "undecided"]},
         "reasons": {"type": "array", "items": TEXT, "minItems": 1},
+        "attention": {"type": ["object", "null"]},
     },
 }  # fmt: skip
 

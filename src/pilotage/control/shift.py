@@ -13,7 +13,6 @@ from typing import Annotated, Final, NamedTuple
 
 import numpy as np
 from msgspec import Meta
-from scipy.stats import chi2_contingency, ks_2samp
 
 from pilotage.world.spec import Spec
 
@@ -148,6 +147,10 @@ def _tested(name: str, reference: np.ndarray, batch: np.ndarray) -> Moved:
     there, here = _present(reference), _present(batch)
     gone = np.array([[there.sum(), (~there).sum()], [here.sum(), (~here).sum()]])
     missing_effect = abs(float((~there).mean() - (~here).mean()))
+    from scipy.stats import (
+        chi2_contingency,  # only when a test is asked for: what reads names alone stays quick
+    )
+
     missing_p = float(chi2_contingency(gone).pvalue) if (gone.sum(axis=0) > 0).all() else 1.0
     a, b = reference[there], batch[here]
     if min(len(reference), len(batch)) < _FEWEST:
@@ -174,11 +177,15 @@ def _present(column: np.ndarray) -> np.ndarray:
 
 
 def _numbers(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    from scipy.stats import ks_2samp
+
     found = ks_2samp(a, b, method="auto" if max(len(a), len(b)) <= 1000 else "asymp")
     return float(found.statistic), float(found.pvalue)
 
 
 def _categories(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    from scipy.stats import chi2_contingency
+
     known, index = np.unique(a.astype(str), return_inverse=True)
     place = {name: k for k, name in enumerate(known.tolist())}
     seen = np.array([place.get(name, len(known)) for name in b.astype(str).tolist()])

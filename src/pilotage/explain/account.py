@@ -6,6 +6,7 @@ the global plots are made of, the explanations of many states of the same policy
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
@@ -133,7 +134,7 @@ class Scaling:
         self.background = visited(self.runs, background, max(first, self.ticks), seed + 1)
         self.states = visited(self.runs, states, max(first, self.ticks), seed + 2)
         some = [self.choice(state) for state in self.states[:: max(1, len(self.states) // 4)]]
-        self.players = relevant(some, seed, 12 if self.replays else 24)
+        self.players = relevant(some, seed, 48 if self.replays else 24)
 
     def choice(self, state: State) -> Choice:
         """The choice in a state, before the background of this study."""
@@ -349,7 +350,9 @@ def _options(names: Sequence[str], usd: np.ndarray) -> tuple[Option, ...]:
 
 def _contributions(one: Attribution) -> tuple[Contribution, ...]:
     choice = one.choice
-    usual = np.nanmedian(np.where(np.isnan(choice.shown[1:]), np.nan, choice.shown[1:]), axis=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # what was never measured has no usual value either
+        usual = np.nanmedian(choice.shown[1:], axis=0)
     return tuple(
         Contribution(
             input=choice.names[k], value=_known(choice.shown[0, k]), usual=_known(usual[k]), unit=choice.units[k],
