@@ -42,15 +42,29 @@ Gate = Annotated[
         "--gate", help="the bias gate and its limits, as fairness-gate:wider_gap=0.02,small_groups=hold"
     ),
 ]
+TargetFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--target",
+        help="TOML file with the [target] that serves the model, as for `steer`; without one it follows the alias",
+    ),
+]
 _HOME = Path(".pilotage")
 _GATE = "fairness-gate:small_groups=report"
 
 
-def _versions(home: Path, registry: str | None, gate: str = _GATE) -> Versions:
+def _versions(home: Path, registry: str | None, gate: str = _GATE, target: Path | None = None) -> Versions:
     from pilotage.live.ledger import Ledger
     from pilotage.live.versions import Versions
 
-    return Versions(Ledger(home), _registry(home, registry), gate=_gate(gate))
+    serving = None
+    if target is not None:
+        from pilotage.live.targets import target_of
+        from pilotage.world.spec import read_toml
+
+        found = read_toml(target, "a file with a [target]")
+        serving = target_of(found.get("target"), f"{target}: target").begin()
+    return Versions(Ledger(home), _registry(home, registry), serving, gate=_gate(gate))
 
 
 def _gate(text: str) -> FairnessGate:
@@ -186,6 +200,7 @@ def promote(
     ] = None,
     alias: Annotated[str, typer.Option()] = "champion",
     gate: Gate = _GATE,
+    target: TargetFile = None,
     home: Home = _HOME,
     registry: Where = None,
     as_json: AsJson = False,
@@ -194,7 +209,7 @@ def promote(
     from pilotage.live.tracking import whoever
 
     with _reported():
-        versions = _versions(home, registry, gate)
+        versions = _versions(home, registry, gate, target)
         done = versions.promote(
             service, version, actor=whoever(), reason=reason, alias=alias, override=override
         )
@@ -212,6 +227,7 @@ def rollback(
     ] = None,
     reason: Annotated[str, typer.Option(help="why; kept in the ledger")] = "rollback by hand",
     alias: Annotated[str, typer.Option()] = "champion",
+    target: TargetFile = None,
     home: Home = _HOME,
     registry: Where = None,
     as_json: AsJson = False,
@@ -220,7 +236,7 @@ def rollback(
     from pilotage.live.tracking import whoever
 
     with _reported():
-        versions = _versions(home, registry)
+        versions = _versions(home, registry, target=target)
         done = versions.rollback(service, to, actor=whoever(), reason=reason, alias=alias)
     if as_json:
         print_json(_row(done))

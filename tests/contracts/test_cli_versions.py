@@ -187,6 +187,17 @@ def test_a_ledger_is_verified_without_its_registry(home: Path) -> None:
     )
 
 
+def test_a_rollback_reaches_the_target_that_a_file_names(home: Path) -> None:
+    (home / "steer.toml").write_text('[target]\nkind = "dry-run"\n')
+    done = asked("rollback", "fraud", "--target", "steer.toml", home=home, schema=ENTRY)
+    assert "by 1 (no artifact)" in str(done["response"])
+    (home / "bad.toml").write_text('[target]\nkind = "kubernets"\n')
+    assert "did you mean 'kubernetes'" in refused("rollback", "fraud", "--target", "bad.toml", home=home)
+    (home / "none.toml").write_text("")
+    assert "kind None does not exist" in refused("rollback", "fraud", "--target", "none.toml", home=home)
+    assert "cannot be read" in refused("promote", "fraud", "2", "--target", "absent.toml", home=home)
+
+
 def test_bad_input_is_refused_with_what_would_be_valid(home: Path) -> None:
     assert "knows no such service" in refused("history", "freud", home=home)
     assert "ISO 8601" in refused("history", "fraud", "--at", "noon", home=home)

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,17 +45,12 @@ from pilotage.live.entries import Actor
 from pilotage.live.monitors import Monitor, Prometheus
 from pilotage.live.promql import Subject
 from pilotage.live.recordings import Recording
-from pilotage.live.targets import Scaled
+from pilotage.live.targets import Scaled, target_of
 from pilotage.world.pools import Pool
 from pilotage.world.services import Service
 from pilotage.world.spec import Name, NonNegative, Positive, Spec, SpecError, closest, decode, read_toml
 
 Mode = Literal["shadow", "advise", "act"]
-TARGETS: Final = {  # the clients of outside systems are imported where one is used
-    "dry-run": ("pilotage.live.targets", "DryRun"),
-    "kubernetes": ("pilotage.live.kubernetes", "Kubernetes"),
-    "ray-serve": ("pilotage.live.ray_serve", "RayServe"),
-}
 _LONGEST_REASON: Final = 200
 
 
@@ -175,7 +169,7 @@ def load(path: Path, mode: Mode | None = None) -> Setup:
         policies=tuple(chosen[text][0] for text in texts),
         actors=tuple(chosen[text][1] for text in texts),
         subjects=tuple(subjects),
-        target=_target(config.target, f"{path}: target"),
+        target=target_of(config.target, f"{path}: target"),
         ledger=folder / config.ledger,
         files=tuple(files),
     )
@@ -206,14 +200,6 @@ def _files_of(text: str, folder: Path) -> list[Path]:
     if beside.is_dir():
         return sorted(path for path in beside.iterdir() if path.is_file())
     return [beside] if beside.is_file() else []
-
-
-def _target(raw: dict[str, Any], where: str) -> Any:
-    kind = raw.get("kind")
-    if kind not in TARGETS:
-        raise SpecError(f"{where}: kind {kind!r} does not exist; {closest(str(kind), TARGETS)}")
-    module, name = TARGETS[kind]
-    return decode(raw, getattr(importlib.import_module(module), name), where)
 
 
 def _state(path: Path) -> Any:

@@ -11,15 +11,16 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import msgspec
 from msgspec import Struct
 
 from pilotage.live.registries import Version
-from pilotage.world.spec import Count, PositiveCount, Spec
+from pilotage.world.spec import Count, PositiveCount, Spec, SpecError, closest, decode
 
 MOST_REPLICAS: Final = 1000  # of one service; more is taken for a mistake
 
@@ -157,3 +158,19 @@ class DryRunTarget:
         if challenger is None:
             return f"would send all requests of {service} to version {self._running.get(service)}"
         return f"would send {share:.3g} of the requests of {service} to version {challenger.version}"
+
+
+_KINDS: Final = {  # the clients of outside systems are imported where one is used
+    "dry-run": ("pilotage.live.targets", "DryRun"),
+    "kubernetes": ("pilotage.live.kubernetes", "Kubernetes"),
+    "ray-serve": ("pilotage.live.ray_serve", "RayServe"),
+}
+
+
+def target_of(raw: Any, where: str) -> Any:
+    """The target that a table of a configuration describes, which `begin` makes. SpecError: it describes none."""
+    kind = raw.get("kind") if isinstance(raw, dict) else None
+    if kind not in _KINDS:
+        raise SpecError(f"{where}: kind {kind!r} does not exist; {closest(str(kind), _KINDS)}")
+    module, name = _KINDS[kind]
+    return decode(raw, getattr(importlib.import_module(module), name), where)
