@@ -275,6 +275,7 @@ trials = {trials}
 """
 
 
+@pytest.mark.full
 def test_a_study_that_was_interrupted_resumes_and_leaves_nothing_half_written(
     scenario: Path, tmp_path: Path
 ) -> None:

@@ -211,6 +211,7 @@ def test_traffic_that_cannot_be_split_leaves_a_bad_version_on_trial_until_it_can
     assert member.registry.aliases(service) == {"champion": "1"}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("errors", [0.03, 0.001])
 def test_death_at_every_step_of_the_end_of_a_rollout(
     errors: float, member: Member, versions: Versions, tmp_path: Path
