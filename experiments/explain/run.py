@@ -81,7 +81,7 @@ def trust(scenario: Scenario, sizes: Sizes, seed: int, out: Path) -> list[dict]:
     *_, study = rollout(
         "sequential",
         Sequential(),
-        scenario.replace(horizon_h=1.2),
+        scenario.replace(horizon_h=2.0),  # a verdict may take an hour
         worlds=2 if sizes == QUICK else 4,
         seed=seed,
     )
