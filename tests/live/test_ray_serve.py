@@ -319,7 +319,7 @@ def test_against_a_real_ray_serve(tmp_path: Path) -> None:
     if why is not None:
         pytest.skip(why)
     done = subprocess.run(
-        inside([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "tests/live/ray_serve_cases.py"]),
+        inside([sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "tests/live/ray_serve_cases.py"]),
         cwd=ROOT, capture_output=True, text=True, timeout=580, env=os.environ | {"PILOTAGE_INSIDE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
