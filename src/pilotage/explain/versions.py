@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from pilotage.control.canary import ABORT, CONTINUE, METRICS, PROMOTE, Arm, Evidence, Judge, Rule
+from pilotage.control.guard import Guard
 from pilotage.control.learned_retraining import FEATURES, LearnedRetraining
 from pilotage.control.network import Forward
 from pilotage.control.policy import Policy
@@ -283,7 +284,7 @@ def canaries(
     for candidate in candidates:
         kept: list[list[Evidence]] = []
         outcomes = rehearse(
-            scenario, scaling, candidate, _Listening(rule=rule, kept=kept), worlds, trial=trial
+            scenario, scaling, candidate, _Listening(rule=rule, kept=kept), worlds, trial=trial, guard=Guard()
         )
         found += [
             Heard(candidate, evidence, outcome) for evidence, outcome in zip(kept, outcomes, strict=True)
