@@ -436,7 +436,9 @@ def test_a_tick_loads_no_simulator_and_little_memory(tmp_path: Path) -> None:
     assert measured["heavy"] == []
     assert measured["rss_mib"] < 200
     assert 0 < measured["changed"] < 1
-    assert measured["cpu_ms"][0] < 150  # an order of magnitude: the machine may be busy; results/steer has the figure
+    assert (
+        measured["cpu_ms"][0] < 150
+    )  # an order of magnitude: the machine may be busy; results/steer has the figure
 
 
 def test_the_default_is_to_touch_nothing() -> None:
