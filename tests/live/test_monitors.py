@@ -112,6 +112,7 @@ def test_prometheus_own_parser_takes_every_expression_with_hostile_names(system:
         ({"matchers": {'a="b"} or up{': "x"}}, "not a label's name"),
         ({"url": "http://user:pass@host"}, "matching regex"),
         ({"url": "http://prometheus:9090", "token_env": "T"}, "in the clear"),
+        ({"url": "http://127.example.org:9090", "token_env": "T"}, "in the clear"),
         ({"token_env": "T", "token_file": "f"}, "give one"),
         ({"user": "me"}, "belong together"),
     ],

@@ -72,7 +72,7 @@ class Endpoint(Spec, frozen=True, kw_only=True):
             raise SpecError("token_file and token_env are both given; give one")
         if bool(self.cert_file) != bool(self.key_file):
             raise SpecError("cert_file and key_file belong together; give both or neither")
-        if (self.token_file or self.token_env) and where.scheme == "http" and not _loopback(where.hostname):
+        if (self.token_file or self.token_env) and where.scheme == "http" and not loopback(where.hostname):
             raise SpecError(f"url {self.url!r}: a token would be sent in the clear; valid: https://")
 
     def token(self) -> str | None:
@@ -271,7 +271,8 @@ def _cut(sock: socket.socket) -> None:
         )  # below TLS, whose own farewell is not for another thread
 
 
-def _loopback(host: str) -> bool:
+def loopback(host: str) -> bool:
+    """Whether what is sent there stays on this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -23,6 +23,7 @@ from msgspec import Meta
 
 from pilotage.control.policy import FEATURES, INDEX
 from pilotage.live import promql
+from pilotage.live.endpoint import loopback
 from pilotage.live.secrets import without_secrets
 from pilotage.world.spec import Positive, Spec, SpecError
 
@@ -112,8 +113,7 @@ class Prometheus(Spec, frozen=True, kw_only=True, tag_field="kind", tag="prometh
         if bool(self.cert_file) != bool(self.key_file):
             raise SpecError("cert_file and key_file belong together; give both or neither")
         host = urlsplit(self.url)
-        loopback = host.hostname in ("localhost", "::1") or (host.hostname or "").startswith("127.")
-        if given and host.scheme == "http" and not loopback:
+        if given and host.scheme == "http" and not loopback(host.hostname or ""):
             raise SpecError(f"url {self.url!r}: credentials would be sent in the clear; valid: https://")
         promql.check_labels(self.matchers)
         promql.templates(self.metrics, self.queries)
