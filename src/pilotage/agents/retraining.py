@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import numpy as np
@@ -116,6 +116,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 Progress = Callable[[int, float], None]
+P = TypeVar("P")
 
 
 def train(settings: Settings, progress: Progress = lambda steps, ratio: None) -> LearnedRetraining:
@@ -134,24 +135,49 @@ def train(settings: Settings, progress: Progress = lambda steps, ratio: None) ->
         return best
     env = SB3VecEnv(RetrainingVecEnv(streams_at_random(third, settings.streams), settings.worlds))
     model = _ppo(policy.network, env, settings)
-    every = max(1, settings.steps // settings.evaluations)
+    keep = KeepBest(
+        lambda: _read(model, policy.network),
+        lambda found: typical_ratio(found, judged),
+        (best, least),
+        settings.steps // settings.evaluations,
+        settings.worlds * settings.rollout_batches,
+        progress,
+    )
+    model.learn(settings.steps, callback=keep)
+    return keep.best
 
-    class Judge(BaseCallback):
-        def _on_step(self) -> bool:
-            return True
 
-        def _on_rollout_end(self) -> None:
-            nonlocal best, least
-            rollout = settings.worlds * settings.rollout_batches
-            if self.num_timesteps % every < rollout:
-                found = _read(model, policy.network)
-                ratio = typical_ratio(found, judged)
-                progress(self.num_timesteps, ratio)
-                if ratio < least:
-                    best, least = found, ratio
+class KeepBest(BaseCallback, Generic[P]):
+    """Judges what a training has come to about every so many steps, and keeps the `best`: that of the least cost.
 
-    model.learn(settings.steps, callback=Judge())
-    return best
+    `read` gives the policy as it is now, `judge` its cost; `start` is a policy with its cost, a `rollout` is so many
+    steps. `progress(steps, cost)` is called after every judgement.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], P],
+        judge: Callable[[P], float],
+        start: tuple[P, float],
+        every: int,
+        rollout: int,
+        progress: Progress,
+    ) -> None:
+        super().__init__()
+        self._policy, self._cost, self._every, self._rollout = read, judge, max(1, every), rollout
+        self.best, self._least = start
+        self._progress = progress
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        if self.num_timesteps % self._every < self._rollout:
+            found = self._policy()
+            cost = self._cost(found)
+            self._progress(self.num_timesteps, cost)
+            if cost < self._least:
+                self.best, self._least = found, cost
 
 
 def typical_ratio(policy: LearnedRetraining, streams: Sequence[Stream]) -> float:

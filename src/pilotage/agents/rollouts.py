@@ -22,9 +22,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from scipy.special import ndtr
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback
 
-from pilotage.agents.retraining import Normalised
+from pilotage.agents.retraining import KeepBest, Normalised, Progress
 from pilotage.agents.train import SB3VecEnv
 from pilotage.control.canary import ABORT, PROMOTE
 from pilotage.control.learned_rollout import (
@@ -118,9 +117,6 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     seed: int = 0
 
 
-Progress = Callable[[int, float], None]
-
-
 def train(settings: Settings, progress: Progress = lambda steps, lost: None) -> LearnedRollout:
     """Learns a policy from rollouts at random; the one that is best on others is kept.
 
@@ -133,23 +129,16 @@ def train(settings: Settings, progress: Progress = lambda steps, lost: None) -> 
     best, least = LearnedRollout(network=start), loss_of(Forward(start), judged)
     progress(0, least)
     model = _ppo(SB3VecEnv(env), start, settings)
-    every = max(1, settings.steps // settings.evaluations)
-
-    class Keep(BaseCallback):
-        def _on_step(self) -> bool:
-            return True
-
-        def _on_rollout_end(self) -> None:
-            nonlocal best, least
-            if self.num_timesteps % every < settings.worlds * settings.rollout_intervals:
-                found = _read(model, start)
-                lost = loss_of(Forward(found.network), judged)
-                progress(self.num_timesteps, lost)
-                if lost < least:
-                    best, least = found, lost
-
-    model.learn(settings.steps, callback=Keep())
-    return best
+    keep = KeepBest(
+        lambda: _read(model, start),
+        lambda found: loss_of(Forward(found.network), judged),
+        (best, least),
+        settings.steps // settings.evaluations,
+        settings.worlds * settings.rollout_intervals,
+        progress,
+    )
+    model.learn(settings.steps, callback=keep)
+    return keep.best
 
 
 def loss_of(scores: Callable[[np.ndarray], np.ndarray], cases: Cases, seed: int = 0) -> float:
