@@ -88,15 +88,18 @@ class Workers:
         **options: Any,
     ) -> list[Run]:
         """`engine.run.simulate`, with the worlds divided among the workers."""
-        threads = (os.cpu_count() or 1) if self._kind == "" else 1
         if self._kind == "":
+            threads = os.cpu_count() or 1
             return simulate(scenario, policies, worlds, retraining=retraining, threads=threads, **options)
-        if retraining is None or isinstance(retraining, Retraining):
-            retraining = [retraining] * len(worlds)  # type: ignore[list-item]
+        if isinstance(retraining, Retraining):
+            retraining = [retraining] * len(worlds)
         # two parts for each worker, so that one that is quicker gets more to do
         size = math.ceil(len(worlds) / (2 * self.count))
         parts = [slice(k, k + size) for k in range(0, len(worlds), size)]
-        tasks = [(scenario, policies[p], worlds[p], retraining[p], options) for p in parts]
+        tasks = [
+            (scenario, policies[p], worlds[p], None if retraining is None else retraining[p], options)
+            for p in parts
+        ]
         return [run for runs in self.map(_simulated, tasks) for run in runs]
 
     def close(self) -> None:
@@ -123,11 +126,10 @@ def _simulated(
     scenario: Scenario,
     policies: Sequence[Policy | Sequence[Policy]],
     worlds: Sequence[World],
-    retraining: Sequence[Any],
+    retraining: Sequence[Retraining | Sequence[Retraining]] | None,
     options: dict[str, Any],
 ) -> list[Run]:
-    known = None if None in retraining else retraining
-    return simulate(scenario, policies, worlds, retraining=known, **options)
+    return simulate(scenario, policies, worlds, retraining=retraining, **options)
 
 
 def _dask(address: str) -> tuple[Any, int]:
