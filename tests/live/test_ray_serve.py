@@ -35,6 +35,8 @@ class Dashboard:
         self.log: list[tuple[str, str, Any]] = []
         self.fault: Callable[[str], int | None] = lambda method: None
         self.forgetful = False  # accepts a declaration and does not act on it
+        self.lag = 0  # readings until a declaration is in force
+        self._pending: list[Any] = []
         self.applications: dict[str, Any] = {}
         for name, scaler, declared in (
             ("ranking", True, True),
@@ -70,11 +72,18 @@ class Dashboard:
         if status is not None:
             return status, {"error": "injected"}
         if method == "GET":
+            if self._pending and sum(one[0] == "GET" for one in self.log[self._pending[0] :]) > self.lag:
+                _, self.applications = self._pending
+                self._pending = []
             return 200, {"proxy_location": "HeadOnly", "applications": self.applications}
         if method == "PUT":
             if not self.forgetful:
                 adhoc = {n: a for n, a in self.applications.items() if a["deployed_app_config"] is None}
-                self.applications = adhoc | {c["name"]: self.deployed(c) for c in body["applications"]}
+                after = adhoc | {c["name"]: self.deployed(c) for c in body["applications"]}
+                if self.lag:
+                    self._pending = [len(self.log), after]
+                else:
+                    self.applications = after
             return 200, None
         *_, application, _, deployment, _ = path.split("/")
         found = self.applications.get(application)
@@ -174,6 +183,18 @@ def test_all_declarations_of_a_tick_are_one_write(dashboard: Dashboard) -> None:
     assert ranker["user_config"] == {"max_batch": 2, "x": 1, "model_uri": "s3://m/int8"}
     assert ranker["ray_actor_options"] == {"resources": {"gpu-node": 0.5}}
     assert list(target(dashboard).scale(orders)) == ["ranker is as ordered", "plain is as ordered"]
+
+
+def test_a_declaration_is_carried_over_a_moment_after_it_was_accepted(dashboard: Dashboard) -> None:
+    dashboard.lag = 2
+    steered = target(dashboard, ready_within_s=2.0)
+    orders = [ScaleOrder("ranker", 2, max_batch=2), ScaleOrder("plain", 2)]
+    assert list(steered.scale(orders)) == [
+        "declared ranker: replicas 1 -> 2, max_batch -> 2",
+        "declared plain: replicas 1 -> 2",
+    ]
+    assert steered.deploy("ranker", Version(service="ranker", version="7", artifact="a")).endswith("was told")
+    assert steered.running("ranker") == "7", "healthy, but with what it was before, is not ready"
 
 
 @pytest.mark.parametrize(

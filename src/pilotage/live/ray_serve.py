@@ -33,6 +33,7 @@ from pilotage.world.spec import NonNegative, Positive, PositiveCount, Spec, Spec
 
 _DECLARED: Final = "/api/serve/applications/"
 _KEPT: Final = ("proxy_location", "http_options", "grpc_options", "target_capacity")
+_IN_FORCE_WITHIN_S: Final = 5.0
 _POOL: Final = "pool of replicas"  # among the changes; no deployment calls a setting so
 Json = dict[str, Any]
 RayName = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
@@ -131,18 +132,26 @@ class RayServeTarget:
     def _declared(
         self, seen: _Seen, declared: Mapping[str, ScaleOrder], deadline_s: float
     ) -> dict[str, TargetError]:
-        """Sends what was declared, all at once, and reads it back; the services for which that failed, and why."""
+        """Sends what was declared, all at once, and reads it back; the services for which that failed, and why. Ray
+        accepts a declaration first, and its controller carries it over to the deployments in its next round.
+        """
+        end = min(deadline_s - self.spec.timeout_s, time.monotonic() + _IN_FORCE_WITHIN_S)
         try:
             self._put(seen, deadline_s)
-            after = _Seen(self._read(deadline_s), self.spec)
-            failed = {}
-            for service, order in declared.items():
-                left = [*after.changes(order)]
-                if after.count(service) != order.replicas:
-                    left.append("replicas")
-                if left:
-                    failed[service] = TargetError(f"{service}: declared, but not in force: {', '.join(left)}")
-            return failed
+            while True:
+                after = _Seen(self._read(deadline_s), self.spec)
+                failed = {}
+                for service, order in declared.items():
+                    left = [*after.changes(order)]
+                    if after.count(service) != order.replicas:
+                        left.append("replicas")
+                    if left:
+                        failed[service] = TargetError(
+                            f"{service}: declared, but not in force: {', '.join(left)}"
+                        )
+                if not failed or time.monotonic() >= end:
+                    return failed
+                time.sleep(0.1)
         except TargetError as error:
             return dict.fromkeys(declared, error)
 
@@ -164,14 +173,15 @@ class RayServeTarget:
             seen.declare(service, seen.count(service), changes)
             self._put(seen, deadline_s)
         if self.spec.ready_within_s:
-            self._await_healthy(service)
+            self._await_healthy(service, wanted)
         return f"version {version.version}: {service} " + ("was told" if changes else "is as ordered")
 
-    def _await_healthy(self, service: str) -> None:
+    def _await_healthy(self, service: str, wanted: Mapping[str, str]) -> None:
         end = time.monotonic() + self.spec.ready_within_s
         while True:
-            status, why = _Seen(self._read(self._api.deadline()), self.spec).status(service)
-            if status == "HEALTHY":
+            seen = _Seen(self._read(self._api.deadline()), self.spec)
+            status, why = seen.status(service)
+            if status == "HEALTHY" and wanted.items() <= seen.user_config(service).items():
                 return
             if time.monotonic() >= end or status in ("UNHEALTHY", "DEPLOY_FAILED"):
                 raise TargetError(
