@@ -141,9 +141,9 @@ def node_kinds(draw):
                 None,
                 None,
                 None,
-                Spot(market=Hazard(per_hour=800.0), notice_s=0.9),
+                Spot(market=Hazard(per_hour=800.0), notice_s=0.9, grace_s=0.2),
                 Spot(market=Hazard(per_hour=2000.0), notice_s=0.0),
-                Spot(market=MARKET, notice_s=0.6),
+                Spot(market=MARKET, notice_s=0.6, grace_s=0.0),
             )
         ),
     }
@@ -300,7 +300,8 @@ def scenarios(draw, max_ticks=12, max_services=3, clusters=True, routed=True) ->
 def placements(draw):
     rule = draw(one_of(*WEIGHTS, "linear", "linear", "learned-placement", "learned-placement"))
     count = draw(st.sampled_from(WEIGHTS[rule]))
-    return Placement(rule=rule, weights=tuple(draw(one_of(0.0, 1.0, 2.0, -0.3)) for _ in range(count)))
+    weights = tuple(draw(one_of(0.0, 1.0, 2.0, -0.3)) for _ in range(count))
+    return Placement(rule=rule, weights=weights, at_notice=draw(one_of(None, "drain", "replace-first")))
 
 
 @st.composite

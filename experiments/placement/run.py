@@ -31,13 +31,14 @@ from pilotage.evaluate import interval, ratio_interval
 from pilotage.metrics import attainment
 from pilotage.results import as_csv, provenance, write_whole
 from pilotage.scenario import Placement, load
+from pilotage.world.spec import decode
 
 KUBERNETES = "kubernetes"  # its default resource scores; see engine.placement
 HEURISTICS = ("least-allocated", "balanced", "most-allocated", "best-fit", "first-fit", "cheapest", "spread")
 PACKING = (RULE, KUBERNETES, *(name for name in HEURISTICS if name != "spread"))
 ENVS = {"spot-fleet": 4, "multi-tenant": 1}  # paired runs are so many times --seeds
 SCALERS = ("hpa", "predictive")
-RULES = (RULE, KUBERNETES, "cheapest", "best-fit")
+RULES = (RULE, f"{RULE}, drain", KUBERNETES, f"{KUBERNETES}, replace-first", "cheapest", "best-fit")
 QUICK = Settings(
     instances=40, fleets=8, validation_instances=20, validation_fleets=4, generations_packing=10, generations=3,
     instances_per_generation=20, fleets_per_generation=4, fleet_hours=1.0, evaluations=1,
@@ -55,6 +56,13 @@ def met(runs: list[Run], world: int) -> float:
 
 def shown(ratio: dict[str, float]) -> dict[str, str]:
     return {key: f"{ratio[key]:.5g}" for key in ("mean", "low", "high")}
+
+
+def placement(name: str, learned: LearnedPlacement) -> Placement:
+    """A rule by its name; of those that drain at a notice, or that replace first, whatever they do by themselves."""
+    rule, _, at_notice = name.partition(", ")
+    weights, own = (learned.weights_of(TERMS), learned.at_notice) if rule == RULE else ((), "drain")
+    return decode({"rule": rule, "weights": weights, "at_notice": at_notice or own}, Placement, "placement")
 
 
 def pack(weights: tuple[float, ...], seed: int, count: int) -> tuple[list[dict], dict[str, dict[str, float]]]:
@@ -136,9 +144,7 @@ def main() -> None:
         for scaler in SCALERS:
             usd, attained = {}, {}
             for rule in RULES:
-                placed = scenario.replace(
-                    placement=Placement(rule=rule, weights=weights if rule == RULE else ())
-                )
+                placed = scenario.replace(placement=placement(rule, learned))
                 runs = simulate(
                     placed,
                     [parse(scaler)] * runs_each,

@@ -1,10 +1,11 @@
 """Where the dollars of `spot-fleet` go, service by service, and what any placement could save at most.
 
 `spot.py --out DIR` runs the environment on paired seeds under each scaling policy: with Kubernetes' scores, with the
-learned placement, with one service after another on demand only, and with Kubernetes' scores on markets that never take
-a node back, that always meet an order, or both. The last is what placement could save at most by what it does about
-interruptions and failed orders: a clairvoyant scheduler that always found a node that comes and stays, at the price of
-the first market. The seeds are none that `run.py` judges on.
+learned placement, each with replicas that drain at a notice and with ones that are replaced first, with one service
+after another on demand only, and with Kubernetes' scores on markets that never take a node back, that always meet an
+order, or both. The last is what placement could save at most by what it does about interruptions and failed orders: a
+clairvoyant scheduler that always found a node that comes and stays, at the price of the first market. The seeds are
+none that `run.py` judges on.
 """
 
 from __future__ import annotations
@@ -32,8 +33,12 @@ ENV, SEED = "spot-fleet", 500_000
 
 def changed(scenario: Scenario, learned: Placement) -> dict[str, Scenario]:
     """The environment as it is compared."""
-    kubernetes = scenario.replace(placement=Placement(rule="kubernetes"))
-    found = {"kubernetes": kubernetes, "learned-placement": scenario.replace(placement=learned)}
+    kubernetes = scenario.replace(placement=Placement(rule="kubernetes", at_notice="drain"))
+    found = {"kubernetes": kubernetes}
+    for name, placement in (("kubernetes", kubernetes.placement), ("learned-placement", learned)):
+        for at_notice in ("drain", "replace-first"):
+            found[f"{name}, {at_notice}"] = scenario.replace(placement=placement.replace(at_notice=at_notice))
+    del found["kubernetes, drain"]  # as above
     for one in scenario.services:
         there = tuple(
             s.replace(pools=tuple(p for p in s.pools if not scenario.pool_by_name[p].spot)) if s is one else s

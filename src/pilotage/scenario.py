@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from pilotage.world.faults import Outage, RandomOutages
+from pilotage.world.faults import AtNotice, Outage, RandomOutages
 from pilotage.world.pools import Pool
 from pilotage.world.servers import Variant
 from pilotage.world.services import Service
@@ -26,7 +26,13 @@ class Interference(Spec, frozen=True, kw_only=True):
 
 class Placement(Spec, frozen=True, kw_only=True):
     """Which node a replica goes to: the rule of `engine.placement` that scores the nodes it fits on, and its weights
-    (none: the rule's own, or those that are shipped)."""
+    (none: the rule's own, or those that are shipped).
+
+    `at_notice` is what becomes of the replicas of a node that was told to go. "drain", as Kubernetes' termination
+    handlers do: they take no more requests from then on. "replace-first": they serve until the replicas ordered in
+    their place are ready, at most until `Spot.grace_s` before the node goes. Not given: "drain"; for a
+    learned placement that has no weights of its own what was shipped with them.
+    """
 
     rule: Literal[
         "first-fit",
@@ -41,6 +47,7 @@ class Placement(Spec, frozen=True, kw_only=True):
         "learned-placement",
     ] = "first-fit"
     weights: tuple[float, ...] = ()
+    at_notice: AtNotice | None = None
 
 
 class Scenario(Spec, frozen=True, kw_only=True):

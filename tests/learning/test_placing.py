@@ -64,7 +64,7 @@ def test_training_repeats_itself_and_is_kept_whole(tmp_path: Path):
     first.save(tmp_path)
     assert LearnedPlacement.read(tmp_path) == first
     placement = placement_from(str(tmp_path))
-    assert placement == Placement(rule=RULE, weights=first.weights_of(TERMS))
+    assert placement == Placement(rule=RULE, weights=first.weights_of(TERMS), at_notice=TINY.at_notice)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["placement.json"]
 
 

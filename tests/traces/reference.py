@@ -109,7 +109,7 @@ class Replica:
     ordered: float
     ready: float = math.inf
     pace: float = 1.0
-    state: str = "starting"  # then ready, draining, gone
+    state: str = "starting"  # then ready, perhaps leaving, draining, gone
     lives: int = 0
     crash: float = math.inf
     gone: float = math.inf
@@ -235,14 +235,15 @@ class ServiceRun:
     def die(self, replica: Replica) -> None:
         """Its node goes, and takes along all that is on it."""
         self.failures.append(self.now)
-        self.pending += replica.state != "draining"
+        self.pending += replica.state not in ("draining", "leaving")
         self.line = [r for r in self.line if r.node.death > self.now]
         self.go(replica)
         self.give_back(replica)
 
     def crash(self, replica: Replica) -> None:
         self.failures.append(self.now)
-        if replica.state == "draining":
+        if replica.state in ("draining", "leaving"):
+            self.line = [r for r in self.line if r is not replica]
             self.go(replica)
         else:
             self.line.remove(replica)
@@ -255,7 +256,7 @@ class ServiceRun:
     def drain(self, replica: Replica, now: float) -> None:
         """No more work for it; one that has nothing to do goes at once."""
         self.now = now
-        if replica.state == "ready":
+        if replica.state in ("ready", "leaving"):
             self.line.remove(replica)
             replica.state = "draining"
             self.part(replica)
@@ -301,7 +302,7 @@ class ServiceRun:
 
     # --- queues and batches ----------------------------------------------------------------------------------
     def queues(self) -> list[Queue]:
-        return [self.queue, *(r.queue for r in self.present if r.state in ("ready", "draining"))]
+        return [self.queue, *(r.queue for r in self.present if r.state in ("ready", "draining", "leaving"))]
 
     def sweep(self, queue: Queue) -> None:
         """Buries the dead at the head of a queue; those in an open batch stay in it."""

@@ -272,7 +272,24 @@ class Reference:
                 if replica.node.told:
                     run.pending += 1
                     run.failures.append(self.now)
-                    self.drain(replica)
+                    if replica.state == "ready" and self.scenario.placement.at_notice == "replace-first":
+                        replica.state = "leaving"
+                    else:
+                        self.drain(replica)
+            self.let_go(run)
+
+    def let_go(self, run: ServiceRun) -> None:
+        """Of the leaving replicas as many stay as are still to come in their place, while their nodes stay."""
+        coming = run.pending + sum(r.state == "starting" for r in run.present)
+        leaving = sorted(
+            (r for r in run.present if r.state == "leaving"),
+            key=lambda r: (r.node.notice + r.node.pool.spot.notice_s - r.node.pool.spot.grace_s, r.number),
+        )
+        for left, replica in zip(range(len(leaving), 0, -1), leaving, strict=True):
+            spot = replica.node.pool.spot
+            last = replica.node.notice + spot.notice_s - spot.grace_s
+            if left > coming or last < self.now + self.scenario.tick_s:
+                self.drain(replica)
 
     def roll_out(self, run: ServiceRun) -> None:
         """A replacement beside every old replica, a few at a time; `replacing` are there beyond what is wanted."""

@@ -53,7 +53,7 @@ def count(run: ServiceRun, t0: float, t1: float) -> dict[str, float]:
         "batched": sum(started),
         "max_batch": run.max_batch,
         "wrong": sum(r.error_share for r in served),
-        "draining": states["draining"],
+        "draining": states["draining"] + states["leaving"],
         **shown,
         **{name: ended[name] for name in ("served", "rejected", "timed_out", "abandoned", "lost")},
         **{name: outcomes[name] for name in ("waiting", "executing")},

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import pytest
 
 from pilotage.engine.cluster import Cluster, World
 from pilotage.engine.layout import GONE
-from pilotage.world.faults import Outage
+from pilotage.scenario import Placement
+from pilotage.world.faults import Outage, Spot
 from pilotage.world.pools import Pool, Resources
 from pilotage.world.servers import Affine, BatchServer, Variant
-from tests.strategies import Times, scenario, service
+from tests.strategies import MARKET, Times, scenario, service
 
 
 def run(the_scenario, times, orders: dict[int, dict]) -> tuple[Cluster, list[np.ndarray]]:
@@ -93,6 +97,37 @@ def test_requests_of_a_node_that_dies_are_lost() -> None:
     assert [int(t["lost"][0]) for t in ticks] == [0, 0, 1, 0, 0, 0]
     assert [int(t["served"][0]) for t in ticks] == [1, 0, 0, 0, 1, 0]
     assert cluster.totals["arrived"][0, 0] == 3
+
+
+@pytest.mark.parametrize(
+    ("at_notice", "grace_s", "boot_s", "draining", "latency_s"),
+    [
+        ("drain", 0.5, 0.75, [0, 0, 0, 0, 0], [0.0, 0.0, 1.0, 0.1, 0.1]),
+        ("replace-first", 0.5, 0.75, [0, 1, 1, 0, 0], [0.0, 0.1, 0.1, 0.1, 0.1]),
+        ("replace-first", 1.5, 0.75, [0, 1, 0, 0, 0], [0.0, 0.1, 0.25, 0.1, 0.1]),
+        ("replace-first", 0.5, 1.75, [0, 1, 1, 1, 0], [0.0, 0.1, 0.1, 0.1, 0.1]),
+    ],
+)
+def test_a_spot_node_is_told_to_go(at_notice, grace_s, boot_s, draining, latency_s) -> None:
+    """Ticks of 0.5 s. The spot node is taken at 2.5 s and told so at 0.5; another is ordered then, ready at 1.25 or
+    2.25. Requests at 0.7, 1.1, 1.6 and 2.3 take 0.1 s each. Drained at 0.5, the first two wait until 1.25: latencies of
+    0.65 and 0.35. Replaced first, nobody waits: the old replica goes at 1.5, the first tick with the new one ready. It
+    goes at 1.0 where it must have 1.5 s to finish in, for the next tick would be too late, and the second waits 0.15 s;
+    and at 2.0 where the new one takes until 2.25, before the request at 2.3."""
+    market = Spot(market=MARKET, notice_s=2.0, grace_s=grace_s)
+    pools = [
+        Pool(name="spot", price_usd_per_hour=1.0, spot=market),
+        Pool(name="cpu", price_usd_per_hour=3600.0, boot_s=boot_s),
+    ]
+    one = scenario([service(pools=("spot", "cpu"), initial_replicas=1)], pools, tick_s=0.5, ticks=5)
+    one = one.replace(
+        data=str(Path(__file__).parent), placement=Placement(rule="first-fit", at_notice=at_notice)
+    )
+    cluster, ticks = run(one, [[0.7, 1.1, 1.6, 2.3]], {})
+    assert [int(t["draining"][0]) for t in ticks] == draining
+    np.testing.assert_allclose([t["latency_s"][0] for t in ticks], latency_s, atol=1e-12)
+    assert [int(t["failed"][0]) for t in ticks] == [0, 1, 0, 0, 0]
+    assert cluster.totals["served"][0, 0] == 4
 
 
 def test_services_share_a_node_and_its_bill() -> None:

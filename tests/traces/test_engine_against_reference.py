@@ -53,7 +53,7 @@ def engine_state(cluster, w: int, s: int) -> dict:
                 int(cluster.nodes[w, replica["node"]]["ordinal"]),
                 int(replica["pool"]),
                 int(replica["variant"] - param["variant_lo"]),
-                ("gone", "starting", "ready", "draining")[replica["state"]],
+                ("gone", "starting", "ready", "draining", "leaving")[replica["state"]],
                 int(replica["lives"]),
                 float(replica["ordered_s"]),
                 float(replica["ready_s"]) if replica["state"] == STARTING else 0.0,

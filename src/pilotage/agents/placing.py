@@ -41,6 +41,7 @@ from pilotage.engine.cluster import Cluster, World, recorded
 from pilotage.engine.placement import TERMS
 from pilotage.engine.run import bill
 from pilotage.scenario import Placement, Scenario
+from pilotage.world.faults import AtNotice
 from pilotage.world.spec import SpecError
 
 BASELINE: Final = "kubernetes"
@@ -111,6 +112,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     step_packing: float = 1.0
     step: float = 0.5
     evaluations: int = 4
+    at_notice: AtNotice = "replace-first"
     seed: int = 0
 
 
@@ -139,10 +141,15 @@ class Packed:
 
 
 class Fleet:
-    """A fleet, its requests, and the orders that a scaling policy gave once; what placements of them cost."""
+    """A fleet, its requests, and the orders that a scaling policy gave once; what placements of them cost.
 
-    def __init__(self, scenario: Scenario, scaler: Policy, worlds: Sequence[World]) -> None:
-        self.scenario = scenario.replace(placement=Placement(rule=BASELINE))
+    The baseline drains at once at a spot notice; `at_notice` is what the learned rule does then.
+    """
+
+    def __init__(
+        self, scenario: Scenario, scaler: Policy, worlds: Sequence[World], at_notice: AtNotice = "drain"
+    ) -> None:
+        self.scenario = scenario.replace(placement=Placement(rule=BASELINE, at_notice="drain"))
         self.worlds = recorded(self.scenario, worlds)
         base = Cluster(self.scenario, self.worlds)
         rows = [(w, s) for w in range(len(worlds)) for s in range(len(scenario.services))]
@@ -151,8 +158,8 @@ class Fleet:
         steer(base, helm, scenario.ticks, lambda *_: self._orders.append(base.decisions.copy()))
         base.finish()
         self.baseline_usd = self._usd(base)
-        changed = self.scenario.replace(placement=Placement(rule=RULE, weights=tuple(vector(PRIOR).tolist())))
-        self._cluster = Cluster(changed, self.worlds)
+        learned = Placement(rule=RULE, weights=tuple(vector(PRIOR).tolist()), at_notice=at_notice)
+        self._cluster = Cluster(self.scenario.replace(placement=learned), self.worlds)
 
     def _usd(self, cluster: Cluster) -> np.ndarray:
         usd: np.ndarray = bill(cluster.totals, self.scenario).sum(axis=(1, 2))
@@ -174,14 +181,16 @@ class Fleet:
         return float(np.clip(math.log(max(ratio, 1e-9)), -_CLIP, _CLIP))
 
 
-def fleets(seed: int, count: int, hours: float, worlds: int = 1) -> list[Fleet]:
+def fleets(
+    seed: int, count: int, hours: float, worlds: int = 1, at_notice: AtNotice = "drain"
+) -> list[Fleet]:
     """Fleets at random, each with a scaling policy of its own and as many runs as asked for."""
     found = []
     for k in range(count):
         rng = np.random.default_rng([seed, k])
         scenario = fleet_at_random(rng, hours)
         runs = [World(int(seed)) for seed in rng.integers(2**31, size=worlds)]
-        found.append(Fleet(scenario, SCALERS[k % len(SCALERS)], runs))
+        found.append(Fleet(scenario, SCALERS[k % len(SCALERS)], runs, at_notice))
     return found
 
 
@@ -216,7 +225,7 @@ def train(
     judged = packed(10 * seed + 2, settings.validation_instances)
     say(f"{len(learn) + len(judged)} packing problems")
     learn_fleets, judged_fleets = (
-        fleets(10 * seed + k, count, settings.fleet_hours, settings.fleet_worlds)
+        fleets(10 * seed + k, count, settings.fleet_hours, settings.fleet_worlds, settings.at_notice)
         for k, count in ((3, settings.fleets), (4, settings.validation_fleets))
     )
     say(f"{len(learn_fleets) + len(judged_fleets)} fleets")
@@ -279,4 +288,5 @@ def train(
                 best[free] *= GEOMETRY_NORM / np.linalg.norm(best[free])
     rounded = tuple(float(f"{x:.5g}") for x in best)
     figures = {"validation_loss": float(f"{least:.5g}"), "seed": float(seed)}
-    return LearnedPlacement(terms=TERMS, weights=rounded, trained=figures), curve
+    placement = LearnedPlacement(terms=TERMS, weights=rounded, at_notice=settings.at_notice, trained=figures)
+    return placement, curve

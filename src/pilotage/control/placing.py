@@ -15,16 +15,19 @@ from typing import Annotated, Final, Self
 import msgspec
 from msgspec import Meta
 
+from pilotage.world.faults import AtNotice
 from pilotage.world.spec import Spec, SpecError, closest, decode, read_json
 
 FILE: Final = "placement.json"
 
 
 class LearnedPlacement(Spec, frozen=True, kw_only=True, tag="learned-placement"):
-    """Weights by term; `trained` says with what settings and how well on validation."""
+    """Weights by term, and what is done at a spot notice (`scenario.Placement.at_notice`); `trained` says with what
+    settings and how well on validation."""
 
     terms: Annotated[tuple[str, ...], Meta(min_length=1)]
     weights: Annotated[tuple[float, ...], Meta(min_length=1)]
+    at_notice: AtNotice = "drain"
     trained: dict[str, float] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:

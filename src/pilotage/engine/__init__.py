@@ -55,7 +55,10 @@ node after the tick's placement.
 time, whether it comes at all (if not, it dies when it should be up, and costs nothing), whether it is slow, and
 when it crashes or is interrupted; it dies at the earliest of these and of the next outage of its zone. A dying
 node takes its replicas with it. A spot interruption gives notice: at the first tick after it the replicas drain
-(those that are starting go) and no more are placed there.
+(those that are starting go) and no more are placed there. With `at_notice = "replace-first"` those that serve are
+leaving instead: they go on serving, are shown as draining and released by no decision, and at this and every later tick
+those drain, the next to be taken first, that are more than their service's pending and starting replicas, or whose
+node is taken before `grace_s` have passed from the next tick on; one that crashes does not start again.
 
 *Replicas.* An order is pending until it is placed. Placement takes the services in the order of the scenario,
 one replica each, round after round, until nothing fits; or, with rules that score pairs (`placement.PAIRWISE`),
@@ -72,8 +75,8 @@ starting, then ready ones, in each group the youngest first, sparing those on no
 are placed like an order at the start of the run, but are ready at once, on nodes that are up, with everything
 cached; those that find no node stay pending.
 
-*Losses.* A replica that dies or is drained by a notice is ordered anew at once, as Kubernetes' controllers do:
-it is pending from then on, and placed at the next tick; one that was draining is not. A replica that crashes
+*Losses.* A replica that dies or gets a notice is ordered anew at once, as Kubernetes' controllers do:
+it is pending from then on, and placed at the next tick; one that was draining or leaving is not. A replica that crashes
 starts again on its node, from the cache. Its requests, executing and waiting, are lost, or go back in their
 order of number: to the head of the central queue (closed batches of up to `max_batch`, if batches close there)
 or, while no other replica is ready, of the door; else through the router, one by one, to replicas that do not

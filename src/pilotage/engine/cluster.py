@@ -112,8 +112,8 @@ def weights_of(scenario: Scenario) -> tuple[float, ...]:
 def placement_from(text: str) -> Placement:
     """The placement that a command-line argument names: a rule, or a `placement.json` or the folder that holds one."""
     if text.endswith(".json") or Path(text).is_dir():
-        weights = LearnedPlacement.read(Path(text)).weights_of(TERMS)
-        return Placement(rule="learned-placement", weights=weights)
+        found = LearnedPlacement.read(Path(text))
+        return Placement(rule="learned-placement", weights=found.weights_of(TERMS), at_notice=found.at_notice)
     return decode({"rule": text}, Placement, "placement")
 
 

@@ -120,6 +120,8 @@ POOL: Final = np.dtype(
         ("interruptions_per_s", "f8"),
         ("notice_s", "f8"),
         ("spot", "i8"),
+        ("grace_s", "f8"),
+        ("replace_first", "i8"),  # 1: told to go, its replicas serve until those ordered for them are ready
     ],
     align=True,
 )
@@ -229,7 +231,7 @@ ROW: Final = np.dtype(
     align=True,
 )
 
-GONE, STARTING, READY, DRAINING = 0, 1, 2, 3
+GONE, STARTING, READY, DRAINING, LEAVING = 0, 1, 2, 3, 4  # leaving: serves, but not for long
 REPLICA: Final = np.dtype(
     [
         *_QUEUE,

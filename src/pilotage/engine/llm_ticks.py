@@ -270,7 +270,7 @@ def close_books(c, f, histogram, until):
             tick["starting"] += 1
         elif state >= SERVES:
             tick["ready"] += state == SERVES
-            tick["draining"] += state == DRAINING
+            tick["draining"] += state != SERVES
             waiting += e["queued"]
             executing += e["running"] + e["flying"]
             if state == SERVES:

@@ -10,7 +10,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from pilotage.engine.layout import DRAINING, GONE, READY, RESOURCE_COUNT, STARTING
+from pilotage.engine.layout import DRAINING, GONE, LEAVING, READY, RESOURCE_COUNT, STARTING
 from pilotage.engine.randomness import compiled, hot, quantile, uniform, waiting_time
 
 Fleet = namedtuple(
@@ -178,7 +178,7 @@ def is_idle(f, s, k):
 def drain(f, s, k, now, until):
     """Takes replica k out of service; it goes when it has finished what it has."""
     r = f.replicas[f.params[s]["replica_lo"] + k]
-    if r["state"] == READY:
+    if r["state"] == READY or r["state"] == LEAVING:
         stop_serving(f, s, k)
         r["state"] = DRAINING
         r["gone_s"] = now
@@ -250,13 +250,13 @@ def youngest(f, s, state, spared, now):
 
 @compiled
 def act_on_notices(f, now, until):
-    """Cordons the nodes that were told to go; their replicas drain and are ordered anew."""
+    """Cordons the nodes that were told to go; their replicas are ordered anew, and drain at once or in time."""
     any_told = False
     for n in range(f.summary[NODE_SPAN]):
         node = f.nodes[n]
         if node["state"] == READY and node["notice_s"] <= now:
             node["state"] = DRAINING
-            any_told = True
+        any_told |= node["state"] == DRAINING
     if not any_told:
         return
     for s in range(f.rows.shape[0]):
@@ -266,7 +266,34 @@ def act_on_notices(f, now, until):
             if serving and f.nodes[r["node"]]["state"] == DRAINING:
                 f.rows[s]["pending"] += 1
                 f.ticks[s]["failed"] += 1
-                drain(f, s, k, now, until)
+                if r["state"] == READY and f.pools[r["pool"]]["replace_first"]:
+                    r["state"] = LEAVING
+                else:
+                    drain(f, s, k, now, until)
+        let_go(f, s, now, until)
+
+
+@compiled
+def let_go(f, s, now, until):
+    """Drains the leaving replicas that are more than those to come, and those whose time is up, the first first."""
+    coming, leaving = f.rows[s]["pending"], 0
+    for k in range(f.rows[s]["span"]):
+        state = f.replicas[f.params[s]["replica_lo"] + k]["state"]
+        coming += state == STARTING
+        leaving += state == LEAVING
+    while leaving > 0:
+        first, least_s = -1, math.inf
+        for k in range(f.rows[s]["span"]):
+            r = f.replicas[f.params[s]["replica_lo"] + k]
+            if r["state"] == LEAVING:
+                pool = f.pools[r["pool"]]
+                last_s = f.nodes[r["node"]]["notice_s"] + pool["notice_s"] - pool["grace_s"]
+                if last_s < least_s:
+                    first, least_s = k, last_s
+        if leaving <= coming and least_s >= until:
+            return
+        drain(f, s, first, now, until)
+        leaving -= 1
 
 
 @compiled

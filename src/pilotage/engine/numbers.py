@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pilotage.control.placing import shipped
 from pilotage.engine.layout import (
     CENTRAL,
     CLOSURE,
@@ -23,7 +24,8 @@ from pilotage.engine.layout import (
     VARIANT,
     Numbers,
 )
-from pilotage.scenario import Scenario
+from pilotage.engine.placement import PAIRWISE
+from pilotage.scenario import Placement, Scenario
 from pilotage.world.pools import RESOURCES, Pool
 from pilotage.world.servers import TABLE_CELLS, Router, Variant, log_normal_table
 from pilotage.world.services import Service
@@ -57,6 +59,12 @@ def data_path(scenario: Scenario) -> Path | None:
     return Path(scenario.data) if scenario.data else None
 
 
+def _at_notice(placement: Placement) -> str:
+    if placement.at_notice is not None:
+        return placement.at_notice
+    return shipped().at_notice if placement.rule in PAIRWISE and not placement.weights else "drain"
+
+
 def encode(scenario: Scenario) -> tuple[Numbers, np.ndarray]:
     """The numbers of a scenario, and the parameters of one world's rows (services), laid out from 0."""
     tables, names = _Tables(), zone_names(scenario)
@@ -65,6 +73,7 @@ def encode(scenario: Scenario) -> tuple[Numbers, np.ndarray]:
     pools = np.zeros(len(scenario.pools), POOL)
     for p, pool in enumerate(scenario.pools):
         _encode_pool(pools[p], pool, tables, data_path(scenario))
+        pools[p]["replace_first"] = _at_notice(scenario.placement) == "replace-first"
         pools[p]["zone_lo"], pools[p]["zone_hi"] = ends[p] - len(pool.zones), ends[p]
     pool_names = [pool.name for pool in scenario.pools]
     count = sum(len(service.variants) for service in scenario.services)
@@ -128,7 +137,7 @@ def _encode_pool(record: np.void, pool: Pool, tables: _Tables, data: Path | None
     if pool.spot:
         record["spot"] = 1
         record["interruptions_per_s"] = pool.spot.market.interruptions_per_hour(data) / 3600
-        record["notice_s"] = pool.spot.notice_s
+        record["notice_s"], record["grace_s"] = pool.spot.notice_s, pool.spot.grace_s
 
 
 def _encode_variant(record: np.void, variant: Variant, tables: _Tables) -> None:

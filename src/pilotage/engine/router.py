@@ -31,7 +31,7 @@ import math
 import numpy as np
 
 from pilotage.engine.bound import bring, catch_up, outstanding, pair, two_of
-from pilotage.engine.layout import READY
+from pilotage.engine.layout import LEAVING, READY
 from pilotage.engine.queues import admit, append, bury, count_arrivals, is_dead, pop, reject, upto
 from pilotage.engine.randomness import compiled, draw, hot, normal, uniform
 
@@ -115,10 +115,15 @@ def look(c, k, ready_s, since, now):
 
 
 @hot
+def takes_work(replica):
+    return replica["state"] == READY or replica["state"] == LEAVING
+
+
+@hot
 def is_there(c, message):
     """Whether the replica that a message is for, or from, still takes requests."""
     replica = c.replicas[message["replica"]]
-    return replica["state"] == READY and replica["ordinal"] == message["ordinal"]
+    return takes_work(replica) and replica["ordinal"] == message["ordinal"]
 
 
 @compiled
@@ -424,7 +429,7 @@ def hear_answers(c, task, ready_s, since, now):
     """The replica with room among those that a task has asked, or -1."""
     best, least = -1, c.param["max_ongoing_requests"]
     for k in (task["first"], task["second"]):
-        if c.replicas[k]["state"] != READY:
+        if not takes_work(c.replicas[k]):
             continue
         look(c, k, ready_s, since, now)
         count = outstanding(c, k)

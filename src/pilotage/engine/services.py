@@ -151,7 +151,7 @@ def stop_serving(c, k):
 def die(c, k, now, until):
     """Replica k goes down with its node. It is ordered anew, unless it was to go."""
     r = c.replicas[k]
-    if r["state"] != DRAINING:
+    if r["state"] < DRAINING:
         c.row["pending"] += 1
     c.tick["failed"] += 1
     vanish(c, k, now, until)
@@ -166,7 +166,8 @@ def crash(c, k, now, until):
     """Replica k loses its work, and starts again on its node from the cache, unless it was to go."""
     r = c.replicas[k]
     c.tick["failed"] += 1
-    if r["state"] == DRAINING:
+    if r["state"] >= DRAINING:
+        stop_serving(c, k)
         vanish(c, k, now, until)
     else:
         stop_serving(c, k)
@@ -271,7 +272,7 @@ def close_books(c, hist, until):
             tick["starting"] += 1
         elif state == READY:
             tick["ready"] += 1
-        elif state == DRAINING:
+        elif state != GONE:
             tick["draining"] += 1
     show_desired(row, tick)
     tick["executing"] = in_execution

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from pilotage.world import traces
 from pilotage.world.spec import Name, NonNegative, Positive, Spec, SpecError, closest
 
 Window = tuple[float, float]  # [start_s, end_s); the method that gives one says on which clock
+AtNotice = Literal["drain", "replace-first"]  # what becomes of replicas whose node was told to go; see `Placement`
 
 MONTH_H: Final = 730.5
 WEEK_S: Final = 7 * 86400.0
@@ -150,12 +151,15 @@ class Availability(Market, frozen=True, kw_only=True, tag="availability"):
 class Spot(Spec, frozen=True, kw_only=True):
     """A spot market: nodes are taken back `notice_s` after they were told.
 
-    From the notice on a node takes no new work: its replicas drain and are ordered anew elsewhere. What still
-    executes when the node goes is retried or lost, as the service says.
+    From the notice on a node takes no new replicas, and those it has are ordered anew elsewhere. They drain, at once or
+    when they have been replaced (`scenario.Placement.at_notice`), but so that `grace_s` are left to finish in, as far
+    as the notice is that long (30 s: Kubernetes' terminationGracePeriodSeconds). What still executes when the node goes
+    is retried or lost, as the service says.
     """
 
     market: Hazard | Advisor | Availability
     notice_s: NonNegative = 120.0
+    grace_s: NonNegative = 30.0
 
 
 class Outage(Spec, frozen=True, kw_only=True):
