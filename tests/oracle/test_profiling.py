@@ -28,6 +28,9 @@ def test_iterations_give_back_their_law() -> None:
     law, off = fit_iterations(batches, seconds * rng.lognormal(0, 0.02, 300))
     assert np.allclose(law.vector[:3], TRUE.vector[:3], rtol=0.05)
     assert 0.01 < off["mape"] < 0.03
+    more, batches = TRUE.replace(cross_s=2e-9), np.column_stack([batches, rng.integers(0, 10**7, 300)])
+    law, _ = fit_iterations(batches, np.array([more.seconds(*row) for row in batches]))
+    assert np.allclose(law.vector, more.vector, rtol=1e-6)
 
 
 def test_requests_give_back_a_law_that_serves_them_alike() -> None:

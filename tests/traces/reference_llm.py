@@ -203,8 +203,9 @@ class Replica:
         sequences = sum(r.prefilled for r, _ in self.flight)
         context = sum(r.done for r, _ in self.flight)
         square = sum(k * k for r, k in self.flight if not r.prefilled)
+        cross = sum(k * r.done for r, k in self.flight if not r.prefilled)
         self.ends = self.now + self.law.seconds(
-            float(prefill), float(sequences), float(context), float(square)
+            float(prefill), float(sequences), float(context), float(square), float(cross)
         )
         self.iterations += 1
 

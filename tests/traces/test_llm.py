@@ -99,12 +99,12 @@ def compare(found, wanted: list[Request], replicas: list[Replica], names=("serve
 
 
 @settings(max_examples=300, deadline=None)
-@given(servers(), workloads(), st.integers(1, 3), st.booleans())
-def test_the_engine_equals_plain_python_bit_for_bit(server, requests, count, stepwise) -> None:
-    wanted = as_reference(requests)
-    replicas = [Replica(server, LAW) for _ in range(count)]
-    reference_llm.serve(server, LAW, wanted, replicas)
-    compare(serve(server, LAW, requests, replicas=count, stepwise=stepwise), wanted, replicas)
+@given(servers(), workloads(), st.integers(1, 3), st.booleans(), st.sampled_from([0.0, 3e-6]))
+def test_the_engine_equals_plain_python_bit_for_bit(server, requests, count, stepwise, cross_s) -> None:
+    wanted, law = as_reference(requests), LAW.replace(cross_s=cross_s)
+    replicas = [Replica(server, law) for _ in range(count)]
+    reference_llm.serve(server, law, wanted, replicas)
+    compare(serve(server, law, requests, replicas=count, stepwise=stepwise), wanted, replicas)
 
 
 @settings(max_examples=150, deadline=None)

@@ -19,16 +19,15 @@ from pilotage.world.servers import IterationLaw
 from pilotage.world.spec import SpecError
 from pilotage.world.tokens import Requests
 
-TERMS: Final = ("base_s", "prefill_s", "sequence_s", "context_s", "square_s")
+TERMS: Final = ("base_s", "prefill_s", "sequence_s", "context_s", "square_s", "cross_s")
 _SMALLEST: Final = 1e-15  # stands for 0 where logarithms are taken
 _SHIFT: Final = 10.0  # SciPy's steps are relative, and would vanish at 0
 
 
 def _law(coefficients: np.ndarray) -> IterationLaw:
-    base, prefill, sequence, context, square = map(float, coefficients)
-    return IterationLaw(
-        base_s=base, prefill_s=prefill, sequence_s=sequence, context_s=context, square_s=square
-    )
+    """Of as many terms as there are coefficients; the others are 0."""
+    terms = dict.fromkeys(TERMS, 0.0) | dict(zip(TERMS, map(float, coefficients), strict=False))
+    return msgspec.convert({"kind": "iteration"} | terms, IterationLaw)
 
 
 def errors(found: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
@@ -43,11 +42,17 @@ def errors(found: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
 def fit_iterations(batches: np.ndarray, seconds: np.ndarray) -> tuple[IterationLaw, dict[str, float]]:
     """The law that fits measured iterations best, by relative least squares, and its errors on them.
 
-    `batches` has shape (n, 4): prefill tokens, sequences that decode, context tokens, sum of squared chunks.
+    `batches` has shape (n, 4): prefill tokens, sequences that decode, context tokens, sum of squared chunks; or (n, 5),
+    then with the sum of chunks times tokens before them, which the sixth term of the law is for.
     """
-    if batches.ndim != 2 or batches.shape[1] != 4 or len(batches) != len(seconds) or len(seconds) < 5:
+    if (
+        batches.ndim != 2
+        or batches.shape[1] not in (4, 5)
+        or len(batches) != len(seconds)
+        or len(seconds) < 5
+    ):
         raise SpecError(
-            f"batches of shape {batches.shape} for {len(seconds)} times; valid: (n, 4) with n of at least 5"
+            f"batches of shape {batches.shape} for {len(seconds)} times; valid: (n, 4) or (n, 5) with n of at least 5"
         )
     if not (np.all(np.isfinite(seconds)) and np.all(seconds > 0) and np.all(batches >= 0)):
         raise SpecError("iterations must take positive, finite times, and counts must not be negative")
@@ -72,11 +77,12 @@ def fit_requests(
 
     All requests are served. Of those that are `used` (a mask; None: all) the logarithms of E2EL are compared request by
     request, and those of TTFT and TPOT in ascending order: to which iteration a request comes just in time is chance.
-    Coefficients move by factors from `start`, towards which those are held, by very little, on which the measurements
-    do not depend.
+    The first five coefficients, and the sixth where `start` has one, move by factors from `start`, towards which those
+    are held, by very little, on which the measurements do not depend.
     """
     used = np.ones(len(requests), bool) if used is None else used
-    origin = np.log(np.maximum(start.vector, _SMALLEST))
+    free = 6 if start.cross_s else 5
+    origin = np.log(np.maximum(start.vector[:free], _SMALLEST))
     later = np.maximum(requests.output_tokens - 1, 1)[used]
 
     def seen(ttft: np.ndarray, e2el: np.ndarray) -> np.ndarray:
@@ -94,11 +100,11 @@ def fit_requests(
 
     bounds = (_SHIFT - 6, _SHIFT + 6)
     near = least_squares(
-        residuals, np.full(5, _SHIFT), diff_step=0.01, bounds=bounds, max_nfev=evaluations
+        residuals, np.full(free, _SHIFT), diff_step=0.01, bounds=bounds, max_nfev=evaluations
     ).x  # derivatives over steps of a tenth: nearer, and chance is all that is seen
     best = minimize(
-        lambda x: float(np.sum(residuals(x) ** 2)), near, method="Nelder-Mead", bounds=[bounds] * 5,
-        options={"maxfev": 10 * evaluations, "initial_simplex": near + 0.1 * np.vstack([np.zeros(5), np.eye(5)])},
+        lambda x: float(np.sum(residuals(x) ** 2)), near, method="Nelder-Mead", bounds=[bounds] * free,
+        options={"maxfev": 10 * evaluations, "initial_simplex": near + 0.1 * np.vstack([np.zeros(free), np.eye(free)])},
     ).x  # fmt: skip
     return _law(np.exp(origin + best - _SHIFT))
 

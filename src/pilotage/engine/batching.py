@@ -265,14 +265,15 @@ def form_chunked(f, k):
 
 
 @hot
-def seconds(law, prefill, sequences, context, square):
-    """The five-term law, from left to right."""
+def seconds(law, prefill, sequences, context, square, cross):
+    """The law of an iteration, from left to right; see `world.servers.IterationLaw`."""
     return (
         law["base"]
         + law["prefill"] * prefill
         + law["sequence"] * sequences
         + law["context"] * context
         + law["square"] * square
+        + law["cross"] * cross
     )
 
 
@@ -289,7 +290,7 @@ def start(f, k):
         form_prefill_first(f, k)
     if e["flying"] == 0:
         return False
-    prefill, sequences, context, square = 0.0, 0.0, 0.0, 0.0
+    prefill, sequences, context, square, cross = 0.0, 0.0, 0.0, 0.0, 0.0
     for j in range(e["flying"]):
         q, tokens = f.sequences[f.batch[k, j]], np.float64(f.scheduled[k, j])
         context += q["processed"]
@@ -298,10 +299,11 @@ def start(f, k):
         else:
             prefill += tokens
             square += tokens * tokens
+            cross += tokens * q["processed"]
     if prefill > 0:
-        lasts_s = seconds(e["law"], prefill, sequences, context, square)
+        lasts_s = seconds(e["law"], prefill, sequences, context, square, cross)
     else:
-        lasts_s = seconds(e["decode_law"], 0.0, sequences, context, 0.0)
+        lasts_s = seconds(e["decode_law"], 0.0, sequences, context, 0.0, 0.0)
     lasts_s *= e["pace"]
     e["end_s"] = e["now_s"] + lasts_s
     e["iterations"] += 1

@@ -41,9 +41,9 @@ TOO_LONG, TOO_LARGE = 5, 6  # rejected: beyond the token limit of an iteration; 
 LOST, UNUSED = 7, 8  # with its replica; no sequence at all
 REJECTIONS: Final = {TOO_LONG: "longer than max_tokens", TOO_LARGE: "larger than the KV cache"}
 
-# seconds of an iteration: base + prefill p + sequence d + context k + square s, evaluated from left to right
+# seconds of an iteration: base + prefill p + sequence d + context k + square s + cross x, from left to right
 LAW: Final = np.dtype(
-    [("base", "f8"), ("prefill", "f8"), ("sequence", "f8"), ("context", "f8"), ("square", "f8")], align=True
+    [(name, "f8") for name in ("base", "prefill", "sequence", "context", "square", "cross")], align=True
 )
 
 SERVER: Final = np.dtype(

@@ -111,7 +111,7 @@ def renew(c, f, builds, k, now):
 @compiled
 def copy_law(to, law):
     to["base"], to["prefill"], to["sequence"] = law["base"], law["prefill"], law["sequence"]
-    to["context"], to["square"] = law["context"], law["square"]
+    to["context"], to["square"], to["cross"] = law["context"], law["square"], law["cross"]
 
 
 @compiled

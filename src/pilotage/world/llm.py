@@ -164,7 +164,8 @@ def batch_times_s(
     n = np.arange(largest + 1)
     at_once = np.minimum(np.maximum(n, 1), fit)
     chunk = min(prompt, server.chunk_tokens if server.scheduler == "chunked" else server.max_tokens)
-    prefill_s = law.prefill_s * prompt + law.square_s * prompt * chunk
+    cross_s = law.cross_s * prompt * (prompt - chunk) / 2
+    prefill_s = law.prefill_s * prompt + law.square_s * prompt * chunk + cross_s
     decode = law.decode or law
     step_s = decode.base_s + decode.sequence_s * at_once + decode.context_s * at_once * (prompt + output / 2)
     times: np.ndarray = (output * step_s + at_once * prefill_s) * np.maximum(n, 1) / at_once

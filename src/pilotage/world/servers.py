@@ -159,11 +159,13 @@ Coefficient = Annotated[float, Meta(ge=0, le=1e4)]
 
 
 class IterationLaw(Law, frozen=True, kw_only=True, tag="iteration"):
-    """Seconds of one iteration (forward pass) of an LLM replica; the five-term law of Vidur-like simulators.
+    """Seconds of one iteration (forward pass) of an LLM replica; the five terms of Vidur-like simulators, and a sixth.
 
-    `base_s + prefill_s p + sequence_s d + context_s k + square_s s`, from left to right in double precision: `p`
-    prefill tokens in the batch, `d` sequences that decode, `k` tokens that all members have in the KV cache already,
-    `s` the sum of the squares of the prefill chunks. `decode` (None: the same) is the law of iterations without a
+    `base_s + prefill_s p + sequence_s d + context_s k + square_s s + cross_s x`, from left to right in double
+    precision: `p` prefill tokens in the batch, `d` sequences that decode, `k` tokens that all members have in the KV
+    cache already, `s` the sum of the squares of the prefill chunks, `x` that of every chunk times the tokens that its
+    sequence has in the cache already: the attention of a chunk to what came before it, which the five terms leave out
+    (`experiments/fidelity/h100`). `decode` (None: the same) is the law of iterations without a
     prefill. `kv_blocks` (None: as the server says) are the KV blocks of a replica on this pool's GPUs.
     """
 
@@ -172,6 +174,7 @@ class IterationLaw(Law, frozen=True, kw_only=True, tag="iteration"):
     sequence_s: Coefficient
     context_s: Coefficient
     square_s: Coefficient = 0.0
+    cross_s: Coefficient = 0.0
     decode: IterationLaw | None = None
     kv_blocks: Annotated[int, Meta(ge=2, le=100_000_000)] | None = None
 
@@ -186,15 +189,18 @@ class IterationLaw(Law, frozen=True, kw_only=True, tag="iteration"):
 
     @property
     def vector(self) -> tuple[float, ...]:
-        return self.base_s, self.prefill_s, self.sequence_s, self.context_s, self.square_s
+        return self.base_s, self.prefill_s, self.sequence_s, self.context_s, self.square_s, self.cross_s
 
-    def seconds(self, prefill: float, sequences: float, context: float, square: float) -> float:
+    def seconds(
+        self, prefill: float, sequences: float, context: float, square: float, cross: float = 0.0
+    ) -> float:
         return (
             self.base_s
             + self.prefill_s * prefill
             + self.sequence_s * sequences
             + self.context_s * context
             + self.square_s * square
+            + self.cross_s * cross
         )
 
 
