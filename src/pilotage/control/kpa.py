@@ -104,22 +104,25 @@ class Window:
     def __init__(self, size: int) -> None:
         self._size, self._first = size, 0
         self._buckets: deque[tuple[int, float]] = deque()
+        self._total = 0.0
         self.begun = False
 
     def record(self, bucket: int, value: float) -> None:
         if not self.begun:
             self.begun, self._first = True, bucket
         self._buckets.append((bucket, value))
+        self._total += value
 
     def average(self, now: int) -> float:
         """At bucket `now`, rounded to 6 digits as upstream rounds it."""
         while self._buckets and self._buckets[0][0] <= now - self._size:
-            self._buckets.popleft()
+            self._total -= self._buckets.popleft()[1]
         if not self._buckets:
+            self._total = 0.0  # of what adding and subtracting leave
             return 0.0
         last = self._buckets[-1][0]
         valid = min(last - self._first + 1, self._size - (now - last))
-        return round(sum(value for _, value in self._buckets) / valid, 6)
+        return round(self._total / valid, 6)
 
 
 @dataclass(slots=True)
