@@ -23,6 +23,7 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -322,16 +323,22 @@ def _suspect(records: Sequence[Record]) -> bool:
     texts: set[str] = set()
     names: set[str] = set()
     for field in Record.__struct_fields__:
-        found = {id(part): part for part in map(attrgetter(field), records)}  # what is shared is looked at once
-        for part in found.values():
-            if type(part) is str:
-                texts.add(part)
-            elif type(part) is dict:
-                names.update(part)
-                if not _PLAIN.issuperset(map(type, part.values())):
-                    texts.update(v if type(v) is str else _as_text(v) for v in part.values())
-            elif type(part) not in _PLAIN:
-                texts.add(_as_text(part))
+        column = list(map(attrgetter(field), records))
+        kinds = set(map(type, column))
+        if kinds == {str}:
+            texts.update(column)
+        elif kinds == {dict}:
+            groups = list({id(group): group for group in column if group}.values())  # what is shared, once
+            names.update(*groups)
+            if not _PLAIN.issuperset(map(type, chain.from_iterable(map(dict.values, groups)))):
+                texts.update(
+                    value if type(value) is str else _as_text(value)
+                    for group in groups
+                    for value in group.values()
+                    if type(value) not in _PLAIN
+                )
+        elif not _PLAIN.issuperset(kinds):
+            texts.update(_as_text(part) for part in {id(part): part for part in column}.values())
     return any(map(names_secret, names)) or suspicious(list(texts))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ def run(path: Path, mode: Mode | None = None, ticks: int | None = None, log: Log
         with _signals(steering, log):
             if setup.config.listen:
                 server = serve(steering.status, setup.config.listen)
+            gc.freeze()  # what is there now stays: no collection between ticks need look through it again
             log("started", mode=setup.config.mode, services=len(setup.services), tick_s=setup.tick_s)
             steer(steering, steering, ticks, going=steering.going)
         steering.journal.note([])
