@@ -65,7 +65,7 @@ class Steering:
         self.journal = Journal(Ledger(setup.ledger))
         self._open: dict[str, Entry] = self.journal.unsettled()
         self._monitor = monitor or setup.monitor()
-        self._target = target or setup.begin_target()
+        self._target = target or setup.begin_target(lease)
         self._coming: Reading | None = None
         self._last_repeated: dict[str, str] = {}
         self._print = self._looked = setup.fingerprint()
@@ -259,6 +259,10 @@ class Steering:
             and not self._approved(tick, changes, current, wanted, decisions, settings)
         ):
             acts, responses = False, dict.fromkeys(changes, "nobody said yes in time")
+        if acts and not self._holds():
+            acts, responses = False, dict.fromkeys(changes, "the lease was lost")
+            for k in changes:
+                outcomes[k] = "refused"
         if acts:
             self._act(changes, tell({}), wanted, decisions, settings, outcomes)
         else:
@@ -396,12 +400,7 @@ class Steering:
     def wait(self) -> None:
         """The rest of the tick: the lease, the index, and sleep until the next is due. Lost time is not made up for."""
         if self._lease is not None:
-            try:
-                self._lease.renew()
-            except LeaseError as error:
-                self._fault("lease", str(error))
-                self.lost = error
-                self.stop.set()
+            self._holds(self._lease.renew)
         if self._monitor.replays:
             return
         self.journal.catch_up()
@@ -410,8 +409,19 @@ class Steering:
             left_s = self._next_s - time.monotonic()
             if left_s <= 0 or self.stop.wait(min(left_s, 1.0)):
                 return
-            if self.reload_asked.is_set():
+            if self._holds() and self.reload_asked.is_set():
                 self._reload_if_changed()
+
+    def _holds(self, ask: Callable[[], None] | None = None) -> bool:
+        """Whether this still is the one writer; if not, it stops."""
+        if self._lease is not None and self.lost is None:
+            try:
+                (ask or self._lease.check)()
+            except LeaseError as error:
+                self._fault("lease", str(error))
+                self.lost = error
+                self.stop.set()
+        return self.lost is None
 
     # --- change ------------------------------------------------------------------------------------------------
     def _reload_if_changed(self) -> None:
@@ -426,9 +436,12 @@ class Steering:
         self.reload_asked.clear()
         try:
             new = self._reload()
-            for name in ("ledger", "listen"):
+            for name in ("ledger", "listen", "lease"):
                 if getattr(new.config, name) != getattr(self.setup.config, name):
                     raise SpecError(f"{name} cannot change while it runs; start anew")
+            there, here = new.config.target, self.setup.config.target
+            if new.config.lease and any(there.get(name) != here.get(name) for name in ("url", "namespace")):
+                raise SpecError("target: the cluster cannot change while its lease is held; start anew")
             self._take_over(new)
         except Exception as error:
             self._fault("reload", f"refused, what ran goes on: {error}")
@@ -449,7 +462,7 @@ class Steering:
             if new.config.monitor != old.config.monitor or new.subjects != old.subjects:
                 self._monitor = new.monitor()
             if new.target != old.target:
-                self._target = new.begin_target()
+                self._target = new.begin_target(self._lease)
             within_s = new.config.decide_within_s
             if same_services and new.policies == old.policies and within_s == old.config.decide_within_s:
                 check: Check | None = Check(new.config.guard, new.situations())
