@@ -35,6 +35,7 @@ CASES = (
     ("predictive", "shadow"),
     ("predictive", "act"),
     ("learned", "shadow"),
+    ("learned", "act"),
 )
 
 
@@ -53,8 +54,9 @@ def ticks_of(folder: Path, services: int, ticks: int) -> list[dict]:
     for policy, mode in CASES:
         command = [sys.executable, str(Path(__file__).with_name("tick.py")), str(folder / f"{policy}-{mode}")]
         done = subprocess.run(
-            [*command, str(services), policy, mode, str(ticks)], capture_output=True, text=True, check=True
-        )
+            [*command, str(services), policy, mode, str(ticks)], capture_output=True, text=True, check=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},  # as in docs/deploy
+        )  # fmt: skip
         found.append(json.loads(done.stdout))
         print(found[-1], flush=True)
     return found
