@@ -248,9 +248,18 @@ class Outlook:
         ]
         # a stretch that would reach into the future begins a little earlier instead
         periods = [k * ticks(60 * minutes) for minutes, count in _PERIODS for k in range(1, count + 1)]
-        different, self._of_periods = np.unique(periods, return_inverse=True)
-        self._period_starts = np.cumsum([0, *(count for _, count in _PERIODS[:-1])])
-        self._period_counts = np.array([count for _, count in _PERIODS])[:, None]
+        different = sorted(set(periods))
+        counts = [count for _, count in _PERIODS]
+        back = [different.index(one) for one in periods]
+        begin = np.cumsum([0, *counts])
+        # which of the different ones each period has (the last one repeatedly), and its share in their mean
+        self._of_period = np.array([
+            [back[at + min(k, count - 1)] for at, count in zip(begin, counts, strict=False)]
+            for k in range(max(counts))
+        ])  # fmt: skip
+        self._share = np.zeros((len(counts), len(different)))
+        for k, count in enumerate(counts):
+            np.add.at(self._share[k], back[begin[k] : begin[k + 1]], 1 / count)
         self._stretches = np.concatenate([
             np.maximum(np.append(different, self._day)[:, None] - stretch, 0),
             np.arange(_RISES)[:, None] * stretch,
@@ -303,11 +312,9 @@ class Outlook:
             late, early = loads.mean(*where)
             trends.append(np.maximum(late + (late - early) / apart * (apart / 2 + self.lead), 0.0))
         highest, rise = loads.stretches(self._stretches)
-        at = highest[self._of_periods]
-        rise = rise[self._of_periods]
-        highest_at = np.maximum.reduceat(at, self._period_starts)
-        highest_rise = np.maximum.reduceat(rise, self._period_starts)
-        mean_rise = np.add.reduceat(rise, self._period_starts) / self._period_counts
+        highest_at = highest[self._of_period].max(axis=0)
+        highest_rise = rise[self._of_period].max(axis=0)
+        mean_rise = self._share @ rise[: self._share.shape[1]]
         ahead, soon = loads.at(self._ahead).max(axis=0), loads.at(self._ahead_soon).max(axis=0)
         then, later = loads.at(self._then).mean(axis=0), loads.at(self._later).mean(axis=0)
         ratio = np.clip((five + 0.05) / (then + 0.05), 0.2, 5.0)

@@ -106,9 +106,8 @@ class KubernetesLease:
         with contextlib.suppress(LeaseError, TargetError):
             self.check()
             self._lost = True
-            self._write(
-                self._lease | {"spec": self._record("", 1, _micro_time())}, _now_s() + self._spec.retry_s
-            )
+            given = self._lease | {"spec": self._record("", 1, _micro_time())}
+            self._write(given, time.monotonic() + self._spec.retry_s)
 
     # --- the election ----------------------------------------------------------------------------------------
     def _renew(self) -> None:
