@@ -234,7 +234,8 @@ class Steering:
 
     def _apply(self, decisions: Sequence[Decision]) -> None:
         seen, mode = self._seen, self.setup.config.mode
-        counts = np.stack([one.values for one in seen])[:, [_READY, _STARTING, _PENDING]].sum(axis=1)
+        values = np.stack([one.values for one in seen])
+        counts = values[:, [_READY, _STARTING, _PENDING]].sum(axis=1)
         counted = np.isfinite(counts)
         current: list[int] = np.where(counted, counts, 0).astype(int).tolist()
         wanted = [n + one.order - one.release for n, one in zip(current, decisions, strict=True)]
@@ -250,7 +251,7 @@ class Steering:
         tick = f"{self._run}:{self._tick}"
 
         def tell(responses: Mapping[int, str]) -> list[Record]:
-            return self._story.tell(tick, mode, seen, decisions, current, wanted, outcomes, responses)
+            return self._story.tell(tick, mode, seen, values, decisions, current, wanted, outcomes, responses)
 
         acts, responses = bool(changes) and mode != "shadow", {}
         if (
@@ -264,6 +265,8 @@ class Steering:
             for k in changes:
                 outcomes[k] = "refused"
         if acts:
+            for k in changes:
+                outcomes[k] = "intent"
             self._act(changes, tell({}), wanted, decisions, settings, outcomes)
         else:
             self._note(tell(responses))
@@ -291,7 +294,7 @@ class Steering:
         """Carries out changes between two entries: what is intended, and what came of it."""
         others = [record for k, record in enumerate(records) if outcomes[k] == "kept"]
         try:
-            intents = self.journal.intend([_with(records[k], outcome="intent") for k in changes])
+            intents = self.journal.intend([records[k] for k in changes])
         except JournalError as error:
             self._fault("ledger", str(error))
             for k in changes:
