@@ -175,10 +175,10 @@ def main() -> None:
     line("orders beyond the guard's limits in the soak", "0", past, past == 0)
     line("faults in the soak", "> 0", found["faults"], found["faults"] > 0)
     line("growth of memory after warm-up", "< 0.1", found["growth"], found["growth"] < 0.1)
-    write_whole(options.out / "table.csv", as_csv(rows))
-    write_whole(options.out / "acceptance.csv", as_csv(lines))
     record = provenance("steer", sys.argv, started, lasted)
     record |= {"seed": options.seed, "soak": found, "load_average": os.getloadavg()}
+    write_whole(options.out / "table.csv", as_csv(rows))
+    write_whole(options.out / "acceptance.csv", as_csv(lines))
     record["shadow_against_act"] = {"decisions": decisions, "writes_in_act": writes}
     write_whole(options.out / "run.json", json.dumps(record, indent=1) + "\n")
 
