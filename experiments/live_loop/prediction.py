@@ -11,8 +11,13 @@ WORLDS = 16
 DRAIN_S = 30.0  # to wait for answers after the last request
 
 
-def predicted(spec: Any, times_s: np.ndarray, policy: str, seed: int) -> dict[str, Any]:
-    """What will happen, in WORLDS runs with these requests: means, and the interval that holds 95 % of the runs."""
+def predicted(
+    spec: Any, times_s: np.ndarray, policy: str, seed: int, monitor: tuple[float, float] | None = None
+) -> dict[str, Any]:
+    """What will happen, in WORLDS runs with these requests: means, and the interval that holds 95 % of the runs.
+
+    With a `monitor`, of a window and an age in seconds, the policy sees what that would show (see `scraped`).
+    """
     from pilotage.control.learned import policy_from
     from pilotage.engine.cluster import Recorded, World
     from pilotage.engine.run import at_tick, bill, simulate, tick_of
@@ -20,6 +25,10 @@ def predicted(spec: Any, times_s: np.ndarray, policy: str, seed: int) -> dict[st
 
     end_s = spec.horizon_h * 3600
     chosen = policy_from(policy)
+    if monitor is not None:
+        from scraped import Scraped
+
+        chosen = Scraped(policy=chosen, tick_s=spec.tick_s, window_s=monitor[0], age_s=monitor[1])
     longer = spec.replace(horizon_h=(end_s + DRAIN_S) / 3600)  # so that all are answered
     worlds = [World(seed + 1 + k, start_s=0.0, traffic=(Recorded(times_s),)) for k in range(WORLDS)]
     runs = simulate(longer, [chosen] * WORLDS, worlds, keep_timeline=True)

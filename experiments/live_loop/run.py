@@ -28,6 +28,7 @@ from measurement import (
     POLICY,
     SCRAPE_S,
     SERVICE,
+    WINDOW_S,
     application,
     calibrated,
     measured,
@@ -104,11 +105,18 @@ def drawn(
     )
     replicas.set_ylabel("replicas ready")
     replicas.legend(frameon=False)
-    latency.plot(said_s, 1e3 * np.array(said["latency_p95_s"]), color="C0", label="predicted")
+    latency.plot(
+        said_s, 1e3 * np.array(said["latency_p95_s"]), color="C0", label=f"predicted, in {said['tick_s']:g} s"
+    )
     was_ms = [np.nan if x is None else 1e3 * x for x in was["latency_p95_s"]]
-    latency.plot(spec.tick_s * (1 + np.arange(len(was_ms))), was_ms, color="C1", label="measured")
+    latency.plot(
+        spec.tick_s * (1 + np.arange(len(was_ms))),
+        was_ms,
+        color="C1",
+        label=f"measured, in {spec.tick_s:g} s",
+    )
     latency.axhline(slo_ms, color="0.6", linestyle="--", label="objective")
-    latency.set(ylabel="p95 in the tick, ms", xlabel="seconds", yscale="log")
+    latency.set(ylabel="p95, ms", xlabel="seconds", yscale="log")
     latency.legend(frameon=False)
     figure.suptitle(title)
     figure.savefig(path, metadata={"Date": None})
@@ -160,7 +168,7 @@ def run(out: Path, seed: int, thorough: bool, quick: bool, folder: Path) -> None
         declare(url, application(spec))
         lap("Ray Serve and Prometheus started")
         times_s = Cluster(spec, [World(seed)]).arrivals(0, 0)
-        predicted(spec, times_s, POLICY, seed)
+        predicted(spec, times_s, POLICY, seed, (WINDOW_S, SCRAPE_S / 2))
         lap("simulator compiled")
         fitted, machine = calibrated(spec, url)
         table = {k: v for k, v in msgspec.to_builtins(fitted).items() if k not in ("name", "data")}
@@ -170,7 +178,9 @@ def run(out: Path, seed: int, thorough: bool, quick: bool, folder: Path) -> None
         rays: dict[str, dict[str, float]] = {"ray-serve default": {}}
         if thorough:
             rays["ray-serve tuned"] = best_of_ray(fitted, times_s, seed)
-        prediction = {POLICY: predicted(fitted, times_s, POLICY, seed)} | {
+        # steer sees through Prometheus, whose latest sample is half a scrape old on average; Ray's autoscaler does not
+        monitor = (WINDOW_S, SCRAPE_S / 2)
+        prediction = {POLICY: predicted(fitted, times_s, POLICY, seed, monitor)} | {
             name: predicted(fitted, times_s, ray_policy(settings), seed) for name, settings in rays.items()
         }
         lap("predicted")

@@ -7,6 +7,7 @@ run.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -82,6 +83,7 @@ def measure(folder: Path, services: int, policy: str, mode: str, ticks: int) -> 
     with (folder / "log.jsonl").open("w") as out:
         steering = Timed(setup, log=Log(out), monitor=Made(services, ticks, 0))
         steering.spans = []
+        gc.freeze()  # as live.process does
         steer(steering, steering, None, going=steering.going)
     wall, cpu = (1e3 * np.array(column) for column in zip(*steering.spans, strict=True))
     outcomes = steering.status.outcomes

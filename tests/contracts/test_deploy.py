@@ -68,6 +68,7 @@ def test_rights_are_those_that_are_used_and_no_more() -> None:
         ("apps", "deployments"): {"get", "list", "patch"},
         ("apps", "deployments/scale"): {"get", "patch"},
         ("serving.kserve.io", "inferenceservices"): {"get", "list", "patch"},
+        ("coordination.k8s.io", "leases"): {"get", "update"},
     }
     role = of_kind("Role")
     granted = {
@@ -77,6 +78,8 @@ def test_rights_are_those_that_are_used_and_no_more() -> None:
         for name in rule["resources"]
     }
     assert granted == used
+    lease = of_kind("Lease")["metadata"]["name"]  # which is there, so that none need be created
+    assert [rule["resourceNames"] for rule in role["rules"] if rule["resources"] == ["leases"]] == [[lease]]
     assert not [one for one in KUBERNETES if one["kind"].startswith("Cluster")]
     binding = of_kind("RoleBinding")
     assert binding["roleRef"]["name"] == role["metadata"]["name"]
@@ -101,14 +104,13 @@ def test_the_deployment_runs_one_writer_without_privileges() -> None:
     assert of_kind("PersistentVolumeClaim")["spec"]["accessModes"] == ["ReadWriteOncePod"]
 
 
-def test_the_configuration_of_the_manifest_is_valid_where_its_target_is(tmp_path: Path) -> None:
+def test_the_configuration_of_the_manifest_is_valid(tmp_path: Path) -> None:
     text = of_kind("ConfigMap")["data"]["steer.toml"]
     assert 'mode = "shadow"' in text
-    dry = re.sub(r"\[target\]\n.*?\n\n", "", text, flags=re.DOTALL)
     for name in ("token", "ca.crt"):
         (tmp_path / name).write_text("x")
-    dry = dry.replace("/var/run/secrets/pilotage", str(tmp_path)).replace("/var/lib/pilotage", str(tmp_path))
-    (tmp_path / "steer.toml").write_text(dry)
+    here = text.replace("/var/run/secrets/pilotage", str(tmp_path)).replace("/var/lib/pilotage", str(tmp_path))
+    (tmp_path / "steer.toml").write_text(here)
     done = subprocess.run(
         [sys.executable, "-m", "pilotage", "steer", "steer.toml", "--check"],
         cwd=tmp_path, capture_output=True, text=True, timeout=60,
@@ -127,6 +129,7 @@ def test_unit_and_container_start_a_command_that_exists() -> None:
     started = shlex.split(service["ExecStart"])
     container = (DEPLOY / "Containerfile").read_text()
     assert re.search(r"^USER (?!0|root)", container, re.MULTILINE)
+    assert service["Environment"] == "OMP_NUM_THREADS=1" in container
     command = json.loads(re.findall(r"^CMD (\[.*\])", container, re.MULTILINE)[0])
     for arguments in (started[1:], command):
         done = subprocess.run(

@@ -22,49 +22,52 @@ def situation(history_rps: np.ndarray) -> Situation:
     return Situation(SCENARIO.services[0], SCENARIO.pool_by_name, SCENARIO.tick_s, history_rps)
 
 
+LENGTHS = [1, 2, 5, 63, 64, 65, 127, 128, 150, 200]  # beside the ends of chunks, and on them
+
+
+def past_of(past: list[float], new: list[float], stretch: tuple[int, int]) -> tuple[LoadHistory, np.ndarray]:
+    """A history of two rows, of which the first came at once and then tick by tick, and what it is of."""
+    history = LoadHistory(2, 200, 40, np.array(stretch))
+    early = len(new) // 2
+    for value in new[:early]:
+        history.update(np.array([value, 1.0]))
+    history.reset(0, np.array(past))
+    for value in new[early:]:
+        history.update(np.array([value, 1.0]))
+    return history, np.array([past[0]] * 300 + past + new[early:])
+
+
+LOADS = st.lists(st.floats(0, 50), min_size=1, max_size=300)
+
+
 @settings(max_examples=60, deadline=None)
-@given(
-    past=st.lists(st.floats(0, 50), min_size=1, max_size=40),
-    new=st.lists(st.floats(0, 50), max_size=60),
-    ago=st.integers(0, 20),
-    length=st.integers(1, 16),
-)
+@given(LOADS, LOADS, st.integers(0, 20), st.integers(1, 16))
 def test_a_stretch_is_what_a_slice_of_the_past_says(
     past: list[float], new: list[float], ago: int, length: int
 ) -> None:
-    history = LoadHistory(2, 64, 16)
-    history.reset(0, np.array(past))
-    for value in new:
-        history.update(np.array([value, 1.0]))
-    series = np.array([past[0]] * 64 + past + new)[-64:]
+    history, series = past_of(past, new, (3, 9))
     stretch = series[len(series) - ago - length : len(series) - ago]
     where = np.array([[ago, ago]]), np.array([[length, length]])
-    assert history.highest(*where)[0, 0] == stretch.max()
+    assert history.at(np.array([[ago, 0], [0, ago]]))[:, 0].tolist() == [series[-1 - ago], series[-1]]
     assert history.mean(*where)[0, 0] == pytest.approx(stretch.mean(), abs=1e-9)
-    assert history.deviation(*where)[0, 0] == pytest.approx(stretch.std(), abs=1e-4)
+    assert history.deviation(*where)[0, 0] == pytest.approx(stretch.std(), abs=1e-3)
+    assert history.highest(LENGTHS)[:, 0].tolist() == [series[-n:].max() for n in LENGTHS]
+    totals = [history.total(n)[0] for n in LENGTHS]
+    np.testing.assert_allclose(totals, [series[-n:].sum() for n in LENGTHS], atol=1e-9)
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    past=st.lists(st.floats(0, 50), min_size=1, max_size=90),
-    new=st.lists(st.floats(0, 50), max_size=60),
-    lengths=st.tuples(st.integers(1, 8), st.integers(1, 8)),
-    ago=st.integers(0, 40),
-)
-def test_kept_stretches_are_what_is_looked_up(
+@given(LOADS, LOADS, st.tuples(st.integers(1, 30), st.integers(1, 30)), st.integers(0, 150))
+def test_the_highest_of_every_stretch_is_known_and_how_far_it_rose(
     past: list[float], new: list[float], lengths: tuple[int, int], ago: int
 ) -> None:
-    stretch = np.array(lengths)
-    history = LoadHistory(2, 64, 16, stretch)
-    history.reset(0, np.array(past))
-    for value in new:
-        history.update(np.array([value, 1.0 + value]))
-    when = np.full((1, 2), ago)
-    peak, rise = history.stretches(when)
-    highest, before = history.highest(when, stretch[None]), history.mean(when + stretch, np.full((1, 2), 2))
-    rows = 1 + bool(new)  # without any value the second one has no past
-    assert np.array_equal(peak[:, :rows], highest[:, :rows])
-    assert np.array_equal(rise[:, :rows], np.maximum(highest - before, 0.0)[:, :rows])
+    history, series = past_of(past, new, lengths)
+    peak, rise = history.stretches(np.full((1, 2), ago))
+    end = len(series) - ago
+    highest = series[end - lengths[0] : end].max()
+    before = series[end - lengths[0] - 2 : end - lengths[0]].mean()
+    assert peak[0, 0] == highest
+    assert rise[0, 0] == pytest.approx(max(highest - before, 0.0), abs=1e-9)
 
 
 def test_history_and_updates_lead_to_the_same_outlook() -> None:

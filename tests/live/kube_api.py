@@ -1,8 +1,8 @@
 """A stand-in for the Kubernetes API server over TLS, with the verbs, conflicts, validation and watch of the real one.
 
 It proves shapes, verbs and what a client does about errors. There are no controllers, admission webhooks or schedulers
-behind it. Deployments are checked against the types of the official client, InferenceServices against KServe's own
-schema where PILOTAGE_DATA has it; an unknown field is refused, as with fieldValidation=Strict.
+behind it. Deployments and Leases are checked against the types of the official client, InferenceServices against
+KServe's own schema where PILOTAGE_DATA has it; an unknown field is refused, as with fieldValidation=Strict.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ PATH = re.compile(
 KINDS = {
     ("apps", "v1", "deployments"): ("Deployment", ["deploy"]),
     ("serving.kserve.io", "v1beta1", "inferenceservices"): ("InferenceService", ["isvc"]),
+    ("coordination.k8s.io", "v1", "leases"): ("Lease", []),
 }
+MICRO_TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}(Z|[+-]\d\d:\d\d)"
+UNCONDITIONAL = {"deployments"}  # of which a PUT needs no resourceVersion
 
 
 class Fault(NamedTuple):
@@ -126,7 +129,9 @@ class KubeApi:
             one = canonical(one)
             if one == now:
                 return now
-            one["metadata"]["generation"] = now["metadata"]["generation"] + (one["spec"] != now["spec"])
+            one["metadata"]["generation"] = now["metadata"]["generation"] + (
+                one.get("spec") != now.get("spec")
+            )
             return self.store(key, one, "MODIFIED", dry)
 
     def get(self, key: tuple[str, str, str]) -> dict[str, Any]:
@@ -154,6 +159,8 @@ class KubeApi:
             wrong = next(mistakes(one, "V1Deployment", ""), None)
             if wrong is None and one["spec"]["replicas"] < 0:
                 wrong = "spec.replicas: Invalid value: must be greater than or equal to 0"
+        elif plural == "leases":
+            wrong = next(mistakes(one, "V1Lease", ""), None) or wrong_lease(one.get("spec") or {})
         elif self.validator is not None:
             found = next(self.validator.iter_errors(one), None)
             wrong = found and f"{'.'.join(map(str, found.absolute_path))}: {found.message[:300]}"
@@ -168,6 +175,19 @@ class KubeApi:
                 wrong = f"MinReplicas ({low}) cannot exceed MaxReplicas ({high})"
         if wrong:
             raise Refused(422, "Invalid", f"{plural} {name!r} is invalid: {wrong}")
+
+
+def wrong_lease(spec: dict[str, Any]) -> str | None:
+    """What the API server's own validation of a Lease finds beyond its types."""
+    duration, changes = spec.get("leaseDurationSeconds"), spec.get("leaseTransitions")
+    if duration is not None and duration <= 0:
+        return "spec.leaseDurationSeconds: Invalid value: must be greater than 0"
+    if changes is not None and changes < 0:
+        return "spec.leaseTransitions: Invalid value: must be greater than or equal to 0"
+    for name in ("acquireTime", "renewTime"):
+        if spec.get(name) is not None and not re.fullmatch(MICRO_TIME, spec[name]):
+            return f"spec.{name}: Invalid value: {spec[name]!r}: expected a MicroTime"
+    return None
 
 
 def mistakes(value: Any, kind: str, where: str) -> Iterator[str]:
@@ -305,7 +325,7 @@ def serving(api: KubeApi) -> Iterator[KubeApi]:
                 if self.command == "GET":
                     return 200, now
                 if self.command == "PUT":
-                    return 200, api.replace(key, body, plural == "inferenceservices", dry)
+                    return 200, api.replace(key, body, plural not in UNCONDITIONAL, dry)
                 if self.command == "PATCH":
                     return 200, api.replace(key, self.patched(now, body), False, dry)
                 if self.command == "DELETE":

@@ -139,8 +139,9 @@ class History:
         longest = max(up_s, down_s)
         while self.recommendations and self.recommendations[0][0] < now_s - longest:
             self.recommendations.popleft()
-        up = min([raw, *(n for t, n in self.recommendations if t > now_s - up_s)])
-        down = max([raw, *(n for t, n in self.recommendations if t > now_s - down_s)])
+        up_from_s, down_from_s = now_s - up_s, now_s - down_s
+        up = min([raw, *[n for t, n in self.recommendations if t > up_from_s]])
+        down = max([raw, *[n for t, n in self.recommendations if t > down_from_s]])
         self.recommendations.append((now_s, raw))
         return min(max(current, up), down)
 

@@ -1,9 +1,9 @@
 """What load may come while an order is on its way: reference loads and inputs of learned policies, for many services.
 
-`LoadHistory` keeps the past so that the highest and the mean of any stretch of it are two look-ups (a sparse table for
-range maxima: Bender & Farach-Colton 2000; and running sums). `Outlook` is a function of it alone: which loads the next
-start-up delay could bring if the past were a guide (the last minutes, their trend, the same stretch of earlier periods
-and of the day before), all in replicas, and what a network needs to know to choose among them.
+`LoadHistory` keeps the past once, and beside it only what makes looking it up cheap: 50 kB for a day of ticks of 15 s.
+`Outlook` is a function of it alone: which loads the next start-up delay could bring if the past were a guide (the last
+minutes, their trend, the same stretch of earlier periods and of the day before), all in replicas, and what a network
+needs to know to choose among them.
 """
 
 from __future__ import annotations
@@ -60,29 +60,37 @@ _CONTEXT: Final = (
 # what a network sees: every reference relative to the present load, and the context
 INPUTS: Final = (*REFERENCES, *_CONTEXT)
 _LIMIT: Final = 8.0
-_NOW, _TWO = np.zeros((1, 1), np.int64), np.full((1, 1), 2)
+_NOW: Final = np.zeros((1, 1), np.int64)
+_CHUNK: Final = 64  # ticks; about the square root of those of a day
 
 
 class LoadHistory:
     """Values of n rows, tick by tick, for the last `ticks` ticks. All arguments and results have rows along the last
     axis. `known` is how many ticks of each row have been seen; before them, the oldest seen value is assumed.
 
-    With a `stretch` of ticks per row, the highest of every stretch and how far it rose above the two ticks before it
-    are kept, too: one look-up instead of six.
+    The highest and the mean of the last ticks come from those of whole chunks and the values at both ends; means and
+    deviations of any stretch of the last `averaged` ticks from running sums. With a `stretch` of ticks per row, where
+    its highest stood is remembered at every tick, in a byte or two.
     """
 
-    def __init__(self, rows: int, ticks: int, longest: int, stretch: np.ndarray | None = None) -> None:
-        self._size = ticks + 1
-        self._levels = int(np.log2(max(1, min(longest, ticks)))) + 1
-        self._highest = np.zeros((self._levels, self._size, rows))
-        self._sum, self._squares = np.zeros((self._size, rows)), np.zeros((self._size, rows))
-        self._rows = np.arange(rows)
+    def __init__(self, rows: int, ticks: int, averaged: int = 0, stretch: np.ndarray | None = None) -> None:
+        self._chunks = -(-ticks // _CHUNK) + 1
+        self._size = self._chunks * _CHUNK
+        self._values = np.zeros((self._size, rows))
+        # highest and sum of the chunks, of which the latest is not complete
+        self._of_chunks = np.full((self._chunks, rows), -np.inf), np.zeros((self._chunks, rows))
+        # the same of the last 0, 1, 2, ... complete ones; None: to be found anew
+        self._of_last: tuple[np.ndarray, np.ndarray] | None = None
+        self._sums = np.zeros((2, averaged + 1, rows))  # of values, and of their squares, up to a tick
+        self._columns = np.arange(rows)
         self._clock = 0  # ticks so far; the latest stands at (clock - 1) % size
         self.known = np.zeros(rows, np.int64)
         self._stretch = stretch
         if stretch is not None:
-            self._peaks, self._rises = np.zeros((self._size, rows)), np.zeros((self._size, rows))
-            self._one_stretch = len(set(stretch.tolist())) == 1
+            longest = int(stretch.max())
+            self._since = np.zeros((self._size, rows), np.min_scalar_type(longest))
+            # ticks ago that are within a row's stretch; one that is shorter than others has its last one repeatedly
+            self._within = np.minimum(np.arange(longest)[:, None], stretch - 1)
 
     def reset(self, row: int, values: np.ndarray) -> None:
         """Puts `values` (oldest first) into a row's past, and forgets what was there."""
@@ -91,71 +99,103 @@ class LoadHistory:
         whole = np.full(self._size, past[0] if len(past) else 0.0)
         before = self._size - len(past)
         whole[before:] = past
-        at = (self._clock - self._size + np.arange(self._size)) % self._size
-        for sums, values in ((self._sum, whole), (self._squares, whole**2)):
+        at = np.arange(self._clock - self._size, self._clock)
+        self._values[at % self._size, row] = whole
+        late = (self._clock - 1) % _CHUNK + 1
+        folded = whole[_CHUNK - late : self._size - late].reshape(-1, _CHUNK)
+        chunks = at[-late] // _CHUNK - np.arange(self._chunks)[::-1]
+        for of_chunks, fold in zip(self._of_chunks, (np.maximum, np.add), strict=True):
+            of_chunks[chunks % self._chunks, row] = np.r_[
+                fold.reduce(folded, axis=1), fold.reduce(whole[-late:])
+            ]
+        self._of_last = None
+        kept = self._sums.shape[1]
+        for sums, terms in zip(self._sums, (whole, whole**2), strict=True):
             # sums count from the first known value on, so that they do not depend on how much is kept
-            sums[at, row] = np.r_[values[0] * np.arange(1 - before, 1), np.cumsum(values[before:])]
-        for level in range(self._levels):
-            self._highest[level, at, row] = whole
-            step = 1 << level
-            whole = np.maximum(whole, np.r_[np.full(min(step, len(whole)), whole[0]), whole[:-step]])
+            total = np.r_[terms[0] * np.arange(1 - before, 1), np.cumsum(terms[before:])]
+            sums[at[-kept:] % kept, row] = total[-kept:]
         if self._stretch is not None:
-            length = int(self._stretch[row])
-            level = min(int(np.log2(length)), self._levels - 1)
-            ends = self._clock - 1 - np.arange(self._size - length - 2)  # the oldest ones are never asked for
-            highest, sums = self._highest[level, :, row], self._sum[:, row]
-            began = ends - length
-            peak = np.maximum(highest[ends % self._size], highest[(began + (1 << level)) % self._size])
-            self._peaks[ends % self._size, row] = peak
-            mean = (sums[began % self._size] - sums[(began - 2) % self._size]) / 2
-            self._rises[ends % self._size, row] = np.maximum(peak - mean, 0.0)
+            stretches = np.lib.stride_tricks.sliding_window_view(whole[::-1], int(self._stretch[row]))
+            ends = self._clock - 1 - np.arange(len(stretches))
+            self._since[ends % self._size, row] = stretches.argmax(axis=1)
 
     def update(self, values: np.ndarray) -> None:
         """Takes in the values of the tick that has passed; shape (rows,)."""
         for row in np.flatnonzero(self.known == 0).tolist():
             self.reset(row, np.full(1, values[row]))
-        now, before = self._clock % self._size, (self._clock - 1) % self._size
-        self._sum[now] = self._sum[before] + values
-        self._squares[now] = self._squares[before] + values**2
-        self._highest[0, now] = values
-        for level in range(1, self._levels):
-            step = 1 << (level - 1)
-            earlier = self._highest[level - 1, (self._clock - step) % self._size]
-            np.maximum(self._highest[level - 1, now], earlier, out=self._highest[level, now])
+        now, chunk = self._clock % self._size, self._clock // _CHUNK % self._chunks
+        highest, total = self._of_chunks
+        if self._clock % _CHUNK == 0:
+            highest[chunk], total[chunk] = values, values
+            self._of_last = None
+        else:
+            np.maximum(highest[chunk], values, out=highest[chunk])
+            total[chunk] += values
+        self._values[now] = values
+        kept = self._sums.shape[1]
+        for sums, terms in zip(self._sums, (values, values**2), strict=True):
+            sums[self._clock % kept] = sums[(self._clock - 1) % kept] + terms
         self._clock += 1
         self.known += 1
         if self._stretch is not None:
-            self._peaks[now] = self.highest(_NOW, self._stretch[None])[0]
-            before_it = self.mean(self._stretch[None], _TWO)[0]
-            self._rises[now] = np.maximum(self._peaks[now] - before_it, 0.0)
+            self._since[now] = self.at(self._within).argmax(axis=0)
+
+    def at(self, ago: np.ndarray) -> np.ndarray:
+        """The values of so many ticks ago (0: the latest); shape (n, rows)."""
+        return self._values.take(self._places(ago, self._size))
+
+    def _places(self, ago: np.ndarray, size: int) -> np.ndarray:
+        """Where a tick stands in a flat ring of so many; below 0 means before its end, as it does everywhere."""
+        return ((self._clock - 1) % size - ago) * len(self._columns) + self._columns
+
+    def highest(self, lengths: Sequence[int]) -> np.ndarray:
+        """The highest of the last so many ticks; shape (n, rows)."""
+        return np.stack([self._folded(length, np.maximum, 0) for length in lengths])
+
+    def total(self, length: int) -> np.ndarray:
+        """The sum of the last so many ticks; shape (rows,)."""
+        return self._folded(length, np.add, 1)
+
+    def _folded(self, length: int, fold: np.ufunc, which: int) -> np.ndarray:
+        """The first values up to the end of their chunk, the complete chunks after it, and the latest one."""
+        first, latest = self._clock - length, (self._clock - 1) // _CHUNK
+        place, complete = first % self._size, latest - first // _CHUNK - 1
+        if complete < 0:
+            begun: np.ndarray = fold.reduce(self._values[place : place + length], axis=0)
+            return begun
+        if self._of_last is None:
+            back = (latest - np.arange(1, self._chunks)) % self._chunks
+            none = np.full((1, len(self._columns)), -np.inf), np.zeros((1, len(self._columns)))
+            highest, sums = (np.r_[n, of[back]] for n, of in zip(none, self._of_chunks, strict=True))
+            self._of_last = np.maximum.accumulate(highest), np.cumsum(sums, axis=0)
+        early = fold.reduce(self._values[place : (place // _CHUNK + 1) * _CHUNK], axis=0)
+        late = fold(self._of_last[which][complete], self._of_chunks[which][latest % self._chunks])
+        folded: np.ndarray = fold(early, late)
+        return folded
 
     def stretches(self, ago: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The highest of a stretch of which the last tick was `ago` ticks ago, and how far that rose above the two
         ticks before the stretch, at least 0; shapes (n, rows)."""
-        end = (self._clock - 1 - ago) % self._size
-        if self._one_stretch:  # then so are the times of all rows, and whole rows are copied
-            return self._peaks[end[:, 0]], self._rises[end[:, 0]]
-        return self._peaks[end, self._rows], self._rises[end, self._rows]
-
-    def highest(self, ago: np.ndarray, length: np.ndarray) -> np.ndarray:
-        """The highest of `length` ticks of which the last was `ago` ticks ago (0: the latest); shape (n, rows)."""
-        level = np.minimum(np.log2(length).astype(np.int64), self._levels - 1)
-        end = self._clock - 1 - ago
-        late = self._highest[level, end % self._size, self._rows]
-        return np.maximum(late, self._highest[level, (end - length + (1 << level)) % self._size, self._rows])
+        assert self._stretch is not None
+        rows, end = len(self._columns), self._places(ago, self._size)
+        highest = self._values.take(end - self._since.take(end).astype(np.int64) * rows)
+        before = end - self._stretch * rows
+        rise = highest - (self._values.take(before) + self._values.take(before - rows)) / 2
+        return highest, np.maximum(rise, 0.0)
 
     def mean(self, ago: np.ndarray, length: np.ndarray) -> np.ndarray:
-        """The mean over such stretches; shape (n, rows)."""
-        return self._over(self._sum, ago, length)
+        """The mean of `length` ticks of which the last was `ago` ticks ago; shape (n, rows)."""
+        return self._over(self._sums[0], ago, length)
 
     def deviation(self, ago: np.ndarray, length: np.ndarray) -> np.ndarray:
         """The standard deviation over such stretches; shape (n, rows)."""
         mean = self.mean(ago, length)
-        return np.sqrt(np.maximum(self._over(self._squares, ago, length) - mean**2, 0.0))
+        return np.sqrt(np.maximum(self._over(self._sums[1], ago, length) - mean**2, 0.0))
 
     def _over(self, sums: np.ndarray, ago: np.ndarray, length: np.ndarray) -> np.ndarray:
-        end = self._clock - 1 - ago
-        return (sums[end % self._size, self._rows] - sums[(end - length) % self._size, self._rows]) / length
+        last = self._places(ago, len(sums))
+        mean: np.ndarray = (sums.take(last) - sums.take(last - length * len(self._columns))) / length
+        return mean
 
 
 def _usable(s: Situation) -> float:
@@ -186,44 +226,49 @@ class Outlook:
         def ticks(seconds: float) -> int:
             return max(1, round(seconds / tick_s))
 
-        longest = max(ticks(_RECENT_S[-1]), int(stretch.max()))
-        keep = self._day + longest + ticks(600)
-        self._loads = LoadHistory(n, keep, longest, np.minimum(stretch, keep - 1))
-        self._busiest = LoadHistory(n, ticks(_BUSY_S[-1]) + 1, ticks(_BUSY_S[-1]))
-        self._ring_ticks = keep
+        rises = _RISES * int(stretch.max()) + ticks(60)
+        keep = max(self._day + ticks(600), rises) + 2
+        self._loads = LoadHistory(n, keep, max(ticks(_MEAN_S[-2]), rises), stretch)
+        self._busiest = LoadHistory(n, ticks(_BUSY_S[-1]))
 
         def spread(pairs: Sequence[tuple[object, object]]) -> tuple[np.ndarray, np.ndarray]:
             ago = np.stack([np.broadcast_to(np.asarray(a, np.int64), (n,)) for a, _ in pairs])
             length = np.stack([np.broadcast_to(np.asarray(b, np.int64), (n,)) for _, b in pairs])
-            # a stretch that would reach into the future begins a little earlier instead
-            return np.maximum(ago, 0), np.minimum(length, keep - 1)
+            return ago, length
 
-        recent = [(0, 1)] + [(0, ticks(s)) for s in _RECENT_S]
-        self._recent = spread(recent)
-        self._means = spread([(0, ticks(s)) for s in _MEAN_S])
-        self._busy = spread([(0, ticks(s)) for s in _BUSY_S])
+        def since(ago: np.ndarray, seconds: float) -> np.ndarray:
+            """Every tick of so many seconds, the last one so many ticks ago; what would be in the future, is now."""
+            return np.maximum(ago, 0) + np.arange(ticks(seconds))[:, None]
+
+        self._recent = [1, *(ticks(s) for s in _RECENT_S)]
+        self._means = spread([(0, ticks(s)) for s in _MEAN_S[:-1]])
+        self._busy = [ticks(s) for s in _BUSY_S]
         self._trends = [
             (spread([(0, ticks(s / 2)), (ticks(s / 2), ticks(s / 2))]), ticks(s / 2)) for s in _TREND_S
         ]
-        periods: list[tuple[object, object]] = []
-        self._period_starts: list[int] = []
-        for minutes, count in _PERIODS:
-            self._period_starts.append(len(periods))
-            periods += [(k * ticks(60 * minutes) - stretch, stretch) for k in range(1, count + 1)]
-        self._periods, _ = spread(periods)
-        self._period_counts = np.array([count for _, count in _PERIODS])[:, None]
-        self._ahead = spread([
-            (self._day - stretch, stretch),
-            (self._day - self.lead - ticks(1800), ticks(1800)),
-            (self._day - self.lead - ticks(300), ticks(300)),
+        # a stretch that would reach into the future begins a little earlier instead
+        periods = [k * ticks(60 * minutes) for minutes, count in _PERIODS for k in range(1, count + 1)]
+        different = sorted(set(periods))
+        counts = [count for _, count in _PERIODS]
+        back = [different.index(one) for one in periods]
+        begin = np.cumsum([0, *counts])
+        # which of the different ones each period has (the last one repeatedly), and its share in their mean
+        self._of_period = np.array([
+            [back[at + min(k, count - 1)] for at, count in zip(begin, counts, strict=False)]
+            for k in range(max(counts))
         ])  # fmt: skip
-        self._ahead_mean = spread([
-            (self._day - ticks(150), ticks(300)),
-            (self._day - self.lead - ticks(150), ticks(300)),
+        self._share = np.zeros((len(counts), len(different)))
+        for k, count in enumerate(counts):
+            np.add.at(self._share[k], back[begin[k] : begin[k + 1]], 1 / count)
+        self._stretches = np.concatenate([
+            np.maximum(np.append(different, self._day)[:, None] - stretch, 0),
+            np.arange(_RISES)[:, None] * stretch,
         ])  # fmt: skip
-        rises = [(k * stretch, stretch) for k in range(_RISES)]
-        self._rises = spread(rises)
         self._rises_from = spread([((k + 1) * stretch, ticks(60)) for k in range(_RISES)])
+        self._ahead = since(self._day - self.lead - ticks(1800), 1800)
+        self._ahead_soon = since(self._day - self.lead - ticks(300), 300)
+        self._then = since(np.full(n, self._day - ticks(150)), 300)
+        self._later = since(self._day - self.lead - ticks(150), 300)
         self._half_hour = spread([(0, ticks(120)), (0, ticks(300)), (0, ticks(1800))])
         self._service = np.log(np.stack([self._about(s) for s in situations], axis=1))
         for row, situation in enumerate(situations):
@@ -250,7 +295,7 @@ class Outlook:
 
     def update(self, rate_rps: np.ndarray, peak_rps: np.ndarray) -> None:
         """Takes in the mean and busiest-second rate of the tick that has passed (NaN: as before); shape (rows,)."""
-        before = self._loads.highest(*(a[:1] for a in self._recent))[0]
+        before = self._loads.at(_NOW)[0]
         load = np.where(np.isnan(rate_rps), before, rate_rps / self.capacity_rps)
         peak = np.where(np.isnan(peak_rps), load, peak_rps / self.capacity_rps)
         self._loads.update(load)
@@ -259,33 +304,34 @@ class Outlook:
     def view(self) -> tuple[np.ndarray, np.ndarray]:
         """Reference loads in replicas (rows, len(REFERENCES)), and network inputs (rows, len(INPUTS))."""
         loads = self._loads
-        recent, means = loads.highest(*self._recent), loads.mean(*self._means)
+        recent, means = loads.highest(self._recent), loads.mean(*self._means)
         present = means[0]
         short, five, half_hour = loads.mean(*self._half_hour)
         trends = []
         for where, apart in self._trends:
             late, early = loads.mean(*where)
             trends.append(np.maximum(late + (late - early) / apart * (apart / 2 + self.lead), 0.0))
-        at, rise = loads.stretches(self._periods)
-        highest_at = np.maximum.reduceat(at, self._period_starts)
-        highest_rise = np.maximum.reduceat(rise, self._period_starts)
-        mean_rise = np.add.reduceat(rise, self._period_starts) / self._period_counts
-        ahead = loads.highest(*self._ahead)
-        then, later = loads.mean(*self._ahead_mean)
+        highest, rise = loads.stretches(self._stretches)
+        highest_at = highest[self._of_period].max(axis=0)
+        highest_rise = rise[self._of_period].max(axis=0)
+        mean_rise = self._share @ rise[: self._share.shape[1]]
+        ahead, soon = loads.at(self._ahead).max(axis=0), loads.at(self._ahead_soon).max(axis=0)
+        then, later = loads.at(self._then).mean(axis=0), loads.at(self._later).mean(axis=0)
         ratio = np.clip((five + 0.05) / (then + 0.05), 0.2, 5.0)
-        rises = loads.highest(*self._rises) - loads.mean(*self._rises_from)
+        rises = highest[-_RISES:] - loads.mean(*self._rises_from)
         references = np.stack([
             *recent,
             *means,
-            *self._busiest.highest(*self._busy),
+            loads.total(self._recent[-1]) / self._recent[-1],
+            *self._busiest.highest(self._busy),
             *trends,
             *highest_at,
             *(present + highest_rise),
             *(present + mean_rise),
-            ahead[0],
-            ahead[1],
+            highest[len(highest) - _RISES - 1],
+            ahead,
             later * ratio,
-            ahead[2] * ratio,
+            soon * ratio,
             present + np.sqrt(np.mean(rises**2, axis=0)),
             present + np.maximum(rises.max(axis=0), 0.0),
         ])  # fmt: skip

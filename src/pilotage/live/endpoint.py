@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 from msgspec import Meta
 
+from pilotage.live.lease import Lease, LeaseError
 from pilotage.live.secrets import without_secrets
 from pilotage.live.targets import TargetError
 from pilotage.world.spec import Positive, Spec, SpecError
@@ -95,10 +96,11 @@ class Endpoint(Spec, frozen=True, kw_only=True):
 
 
 class Api:
-    """Asks one endpoint. Safe to use from several threads, which wait for each other."""
+    """Asks one endpoint. Safe to use from several threads, which wait for each other. With a lease, nothing is written
+    that could come from a holder who has lost it."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
+    def __init__(self, endpoint: Endpoint, lease: Lease | None = None) -> None:
+        self.endpoint, self._lease = endpoint, lease
         self._where = urlsplit(endpoint.url)
         self._lock = threading.Lock()
         self._connection: http.client.HTTPConnection | None = None
@@ -123,6 +125,11 @@ class Api:
         """
         pause_s, refused = _FIRST_PAUSE_S, False
         while True:
+            if self._lease is not None and method != "GET":
+                try:
+                    self._lease.check()
+                except LeaseError as error:
+                    raise TargetError(f"not tried: {error}") from None
             try:
                 status, after_s, text = self._once(method, path, body, deadline_s, content)
                 if status not in _AGAIN and (status != 401 or refused):

@@ -111,14 +111,15 @@ class Story:
         tick: str,
         mode: str,
         seen: Sequence[Observation],
+        values: np.ndarray,
         decisions: Sequence[Decision],
         current: Sequence[int],
         wanted: Sequence[int],
         outcomes: Sequence[str],
         responses: Mapping[int, str],
     ) -> list[Record]:
-        """One record per service, with the outcome that is given for it."""
-        values, ages_s = np.stack([one.values for one in seen]), np.stack([one.age_s for one in seen])
+        """One record per service, with the outcome that is given for it; `values` are those of all that was seen."""
+        ages_s = np.stack([one.age_s for one in seen])
         oldest_s = np.where(np.isfinite(ages_s), ages_s, 0).max(axis=1)  # of what is known
         columns = np.column_stack([values, oldest_s])
         evidence = np.round(columns, 6).tolist()

@@ -33,6 +33,7 @@ import msgspec
 from msgspec import Meta
 
 from pilotage.live.endpoint import Answer, Api, Endpoint, must
+from pilotage.live.lease import Lease
 from pilotage.live.registries import Version
 from pilotage.live.targets import MOST_REPLICAS, PausedError, ScaleOrder, TargetError, one_by_one
 from pilotage.live.workloads import (
@@ -91,8 +92,8 @@ class Kubernetes(Endpoint, frozen=True, kw_only=True, tag_field="kind", tag="kub
     ready_within_s: NonNegative = 0.0
     dry_run: bool = False
 
-    def begin(self) -> KubernetesTarget:
-        return KubernetesTarget(self)
+    def begin(self, lease: Lease | None = None) -> KubernetesTarget:
+        return KubernetesTarget(self, lease)
 
     def workload(self, service: str) -> Workload:
         """The object of a service with everything filled in, or a TargetError if it cannot be named."""
@@ -112,8 +113,8 @@ class Kubernetes(Endpoint, frozen=True, kw_only=True, tag_field="kind", tag="kub
 class KubernetesTarget:
     """Scales and deploys through one API server; see `targets.Scaled` and `targets.Target`."""
 
-    def __init__(self, spec: Kubernetes) -> None:
-        self.spec, self._api = spec, Api(spec)
+    def __init__(self, spec: Kubernetes, lease: Lease | None = None) -> None:
+        self.spec, self._api = spec, Api(spec, lease)
 
     # --- what the steer loop asks ----------------------------------------------------------------------------
     def counts(self, services: Sequence[str]) -> Mapping[str, int]:

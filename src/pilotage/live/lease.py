@@ -1,4 +1,8 @@
-"""One writer at a time: who holds the lease may act, everybody else is told who does."""
+"""One writer at a time: who holds the lease may act, everybody else is told who does, or waits.
+
+A lock in the ledger's folder keeps two processes of a host from one ledger; a lease that hosts share
+(`kubernetes_lease`) keeps two ledgers from one fleet.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,11 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
+
+from msgspec import Meta
+
+from pilotage.world.spec import Name, Positive, PositiveCount, Spec, SpecError
 
 
 class LeaseError(Exception):
@@ -19,14 +27,70 @@ class Lease(Protocol):
     """The right to be the one writer."""
 
     def acquire(self) -> None:
-        """Takes it, or raises LeaseError that says who has it."""
+        """Takes it, waits for it, or raises LeaseError that says who has it."""
         ...
 
     def renew(self) -> None:
         """Says that the holder lives; raises LeaseError if it is the holder no more."""
         ...
 
+    def check(self) -> None:
+        """Raises LeaseError unless it certainly is held at this moment; asks nobody, so that it can be called before
+        every write."""
+        ...
+
     def release(self) -> None: ...
+
+
+class SharedLease(Spec, frozen=True, kw_only=True):
+    """A lease of the cluster that is steered; the names and defaults of its times are client-go's in other words.
+
+    It is renewed every `retry_s`. Who has not managed to for `renew_within_s` stops, who waits takes over `duration_s`
+    after the last renewal that it saw. `namespace`: by default the target's.
+    """
+
+    name: Name = "pilotage-steer"
+    namespace: (
+        Annotated[str, Meta(min_length=1, max_length=63, pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")] | None
+    ) = None
+    duration_s: PositiveCount = 15
+    renew_within_s: Positive = 10.0
+    retry_s: Positive = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.duration_s > self.renew_within_s > 1.2 * self.retry_s:
+            raise SpecError(
+                f"lease: duration_s {self.duration_s}, renew_within_s {self.renew_within_s:g} and retry_s "
+                f"{self.retry_s:g}; valid: each more than the next, the second more than 1.2 times the third"
+            )
+
+
+class Leases:
+    """Several leases as one: all of them are held, or none."""
+
+    def __init__(self, *leases: Lease) -> None:
+        self._leases, self._held = leases, list[Lease]()
+
+    def acquire(self) -> None:
+        try:
+            for lease in self._leases:
+                lease.acquire()
+                self._held.append(lease)
+        except BaseException:
+            self.release()
+            raise
+
+    def renew(self) -> None:
+        for lease in self._leases:
+            lease.renew()
+
+    def check(self) -> None:
+        for lease in self._leases:
+            lease.check()
+
+    def release(self) -> None:
+        while self._held:
+            self._held.pop().release()
 
 
 class FileLease:
@@ -54,7 +118,7 @@ class FileLease:
         self._file = file
         self.renew()
 
-    def renew(self) -> None:
+    def check(self) -> None:
         if self._file is None:
             raise LeaseError(f"{self._path}: the lease is not held")
         try:
@@ -63,6 +127,10 @@ class FileLease:
             there = False
         if not there:  # somebody else could lock a new file of that name
             raise LeaseError(f"{self._path}: the file of the lease was removed or replaced")
+
+    def renew(self) -> None:
+        self.check()
+        assert self._file is not None
         text = json.dumps(
             {"pid": os.getpid(), "host": socket.gethostname(), "alive_s": round(time.time(), 3)}
         )

@@ -23,6 +23,8 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
+from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ from pilotage.live.entries import (
     utc,
 )
 from pilotage.live.index import Index
-from pilotage.live.secrets import suspicious, without_secrets
+from pilotage.live.secrets import names_secret, suspicious, without_secrets
 from pilotage.world.spec import Spec, SpecError
 
 
@@ -313,24 +315,31 @@ class Ledger:
         return last if last is not None and self.settlement(last) is None else None
 
 
-def _texts(records: Sequence[Record]) -> set[str]:
-    """Every text of the records, once, the names of fields among them."""
-    found: set[str] = set()
-    known: set[int] = set()  # what records share is looked at once
-    for record in records:
-        for part in msgspec.structs.astuple(record):
-            if type(part) is str:
-                found.add(part)
-            elif type(part) is dict:
-                if part and id(part) not in known:
-                    known.add(id(part))
-                    found.update(part)
-                    if not _PLAIN.issuperset(map(type, part.values())):
-                        found.update(v if type(v) is str else _as_text(v) for v in part.values())
-            elif type(part) not in _PLAIN and id(part) not in known:
-                known.add(id(part))
-                found.add(_as_text(part))
-    return found
+def _suspect(records: Sequence[Record]) -> bool:
+    """Whether any of the records could hold a secret: all texts are looked at together, each once, which is quick.
+
+    The names of fields are looked at by themselves: a rate of tokens is no token.
+    """
+    texts: set[str] = set()
+    names: set[str] = set()
+    for field in Record.__struct_fields__:
+        column = list(map(attrgetter(field), records))
+        kinds = set(map(type, column))
+        if kinds == {str}:
+            texts.update(column)
+        elif kinds == {dict}:
+            groups = list({id(group): group for group in column if group}.values())  # what is shared, once
+            names.update(*groups)
+            if not _PLAIN.issuperset(map(type, chain.from_iterable(map(dict.values, groups)))):
+                texts.update(
+                    value if type(value) is str else _as_text(value)
+                    for group in groups
+                    for value in group.values()
+                    if type(value) not in _PLAIN
+                )
+        elif not _PLAIN.issuperset(kinds):
+            texts.update(_as_text(part) for part in {id(part): part for part in column}.values())
+    return any(map(names_secret, names)) or suspicious(list(texts))
 
 
 def _as_text(value: Any) -> str:
@@ -342,14 +351,15 @@ _encode = msgspec.json.Encoder(order="sorted").encode
 
 
 def _without_secrets(records: Sequence[Record]) -> Sequence[Record]:
-    if not suspicious(list(_texts(records))):  # all at once, which is quick
+    if not _suspect(records):
         return records
-    plain = [msgspec.to_builtins(record) for record in records]
-    clean = [without_secrets(one) for one in plain]
-    return [
-        record if after is before else msgspec.convert(after, Record)
-        for record, before, after in zip(records, plain, clean, strict=True)
-    ]
+    return [_blotted(record) if _suspect([record]) else record for record in records]
+
+
+def _blotted(record: Record) -> Record:
+    before = msgspec.to_builtins(record)
+    after = without_secrets(before)
+    return record if after == before else msgspec.convert(after, Record)
 
 
 def _write(file: Any, data: bytes) -> None:

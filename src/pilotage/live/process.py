@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from pilotage.control.steer import steer
 from pilotage.live.advice import AnswerFile, Answers, Terminal
-from pilotage.live.lease import FileLease
+from pilotage.live.lease import FileLease, Lease, Leases
 from pilotage.live.status import Log, Status, serve
 from pilotage.live.steer_config import Mode, Setup, load
 from pilotage.live.steering import Steering
@@ -19,10 +20,10 @@ from pilotage.live.steering import Steering
 def run(path: Path, mode: Mode | None = None, ticks: int | None = None, log: Log | None = None) -> Status:
     """Steers by a configuration file until it is told to stop (SIGTERM, SIGINT), a recording is over, or so many ticks
     have passed. SIGHUP reads the configuration again. Raises SpecError for bad input, LeaseError for a lease that is
-    somebody else's or was lost."""
+    somebody else's or was lost. A lease of the cluster is waited for."""
     log = log or Log()
     setup = load(path, mode)
-    lease = FileLease(setup.ledger / "steer.lock")
+    lease = _lease(setup, log)
     lease.acquire()
     server = None
     try:
@@ -31,6 +32,7 @@ def run(path: Path, mode: Mode | None = None, ticks: int | None = None, log: Log
         with _signals(steering, log):
             if setup.config.listen:
                 server = serve(steering.status, setup.config.listen)
+            gc.freeze()  # what is there now stays: no collection between ticks need look through it again
             log("started", mode=setup.config.mode, services=len(setup.services), tick_s=setup.tick_s)
             steer(steering, steering, ticks, going=steering.going)
         steering.journal.note([])
@@ -44,6 +46,19 @@ def run(path: Path, mode: Mode | None = None, ticks: int | None = None, log: Log
             server.shutdown()
             server.server_close()
         lease.release()
+
+
+def _lease(setup: Setup, log: Log) -> Lease:
+    """The ledger's lock, and the cluster's lease if there is to be one."""
+    lock, shared = FileLease(setup.ledger / "steer.lock"), setup.config.lease
+    if shared is None:
+        return lock
+    from pilotage.live.kubernetes_lease import KubernetesLease  # the client of an outside system
+
+    def tell(what: str) -> None:
+        log("lease", why=what)
+
+    return Leases(lock, KubernetesLease(shared, setup.target, setup.target.namespace, tell=tell))
 
 
 def _answers(setup: Setup, path: Path) -> Answers | None:

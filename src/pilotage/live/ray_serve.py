@@ -27,6 +27,7 @@ import msgspec
 from msgspec import Meta
 
 from pilotage.live.endpoint import Api, Endpoint, must
+from pilotage.live.lease import Lease
 from pilotage.live.registries import Version
 from pilotage.live.targets import MOST_REPLICAS, ScaleOrder, TargetError, one_by_one
 from pilotage.world.spec import NonNegative, Positive, PositiveCount, Spec, SpecError, closest
@@ -72,15 +73,15 @@ class RayServe(Endpoint, frozen=True, kw_only=True, tag_field="kind", tag="ray-s
                     f"pool {pool!r}: {name!r} is not a custom resource; valid: one of the nodes' own"
                 )
 
-    def begin(self) -> RayServeTarget:
-        return RayServeTarget(self)
+    def begin(self, lease: Lease | None = None) -> RayServeTarget:
+        return RayServeTarget(self, lease)
 
 
 class RayServeTarget:
     """Scales and deploys through one dashboard; see `targets.Scaled` and `targets.Target`."""
 
-    def __init__(self, spec: RayServe) -> None:
-        self.spec, self._api = spec, Api(spec)
+    def __init__(self, spec: RayServe, lease: Lease | None = None) -> None:
+        self.spec, self._api = spec, Api(spec, lease)
 
     # --- what the steer loop asks ----------------------------------------------------------------------------
     def counts(self, services: Sequence[str]) -> Mapping[str, int]:

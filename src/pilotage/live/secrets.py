@@ -38,14 +38,14 @@ def without_secrets(value: Any) -> Any:
 
 
 def suspicious(value: Any) -> bool:
-    """Whether anything in a value looks as if it could be a secret."""
+    """Whether anything in a value looks as if it could be a secret, or some name as if it named one."""
     text = msgspec.json.encode(value).lower()
     return any(hint in text for hint in _HINTS)
 
 
 def _blotted(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _BLOT if v and _is_secret(k) else _blotted(v) for k, v in value.items()}
+        return {k: _BLOT if v and names_secret(k) else _blotted(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_blotted(v) for v in value]
     if isinstance(value, str):
@@ -53,5 +53,6 @@ def _blotted(value: Any) -> Any:
     return value
 
 
-def _is_secret(name: Any) -> bool:
+def names_secret(name: Any) -> bool:
+    """Whether what stands under a name is a secret."""
     return isinstance(name, str) and _SECRET_NAME.search(name) is not None

@@ -42,6 +42,7 @@ from pilotage.control.guard import Check, Guard
 from pilotage.control.learned import policy_from
 from pilotage.control.policy import Policy, Situation
 from pilotage.live.entries import Actor
+from pilotage.live.lease import Lease, SharedLease
 from pilotage.live.monitors import Monitor, Prometheus
 from pilotage.live.promql import Subject
 from pilotage.live.recordings import Recording
@@ -67,7 +68,8 @@ class SteerConfig(Spec, frozen=True, kw_only=True):
     Modes: *shadow* says what it would do, *advise* asks first (at the terminal, or through the file `answers`), *act*
     does it. `tick_s` is by default the scenario's. A policy that has not decided within `decide_within_s` has failed.
     Policies know the arrival rates of the `history_h` before the start. `record` is a file to which all observations
-    are added, `listen` is where `/metrics` and `/healthz` are served.
+    are added, `listen` is where `/metrics` and `/healthz` are served. With a target `kubernetes`, `lease` makes this
+    the one writer of its fleet, whichever host and ledger others have.
     """
 
     scenario: str
@@ -78,6 +80,7 @@ class SteerConfig(Spec, frozen=True, kw_only=True):
     policy: str = "hpa"
     services: dict[Name, Steered] = msgspec.field(default_factory=dict)
     guard: Guard = Guard()
+    lease: SharedLease | None = None
     tick_s: Annotated[float, Meta(gt=0, le=3600)] | None = None
     decide_within_s: Positive = 5.0
     history_h: NonNegative = 24.0
@@ -120,8 +123,9 @@ class Setup:
     def monitor(self) -> Monitor:
         return self.config.monitor.begin(self.subjects)
 
-    def begin_target(self) -> Scaled:
-        begun: Scaled = self.target.begin()
+    def begin_target(self, lease: Lease | None = None) -> Scaled:
+        """The target; with a lease, what can write only while that is held."""
+        begun: Scaled = self.target.begin(lease)
         return begun
 
     def fingerprint(self) -> tuple[Any, ...]:
@@ -173,6 +177,10 @@ def load(path: Path, mode: Mode | None = None) -> Setup:
         ledger=folder / config.ledger,
         files=tuple(files),
     )
+    if config.lease is not None and config.target.get("kind") != "kubernetes":
+        raise SpecError(
+            f"{path}: lease: the target is {config.target.get('kind')!r}; valid with 'kubernetes' only"
+        )
     Check(config.guard, setup.situations())  # limits that no service can have are found now
     return setup
 

@@ -65,7 +65,7 @@ class Steering:
         self.journal = Journal(Ledger(setup.ledger))
         self._open: dict[str, Entry] = self.journal.unsettled()
         self._monitor = monitor or setup.monitor()
-        self._target = target or setup.begin_target()
+        self._target = target or setup.begin_target(lease)
         self._coming: Reading | None = None
         self._last_repeated: dict[str, str] = {}
         self._print = self._looked = setup.fingerprint()
@@ -234,7 +234,8 @@ class Steering:
 
     def _apply(self, decisions: Sequence[Decision]) -> None:
         seen, mode = self._seen, self.setup.config.mode
-        counts = np.stack([one.values for one in seen])[:, [_READY, _STARTING, _PENDING]].sum(axis=1)
+        values = np.stack([one.values for one in seen])
+        counts = values[:, [_READY, _STARTING, _PENDING]].sum(axis=1)
         counted = np.isfinite(counts)
         current: list[int] = np.where(counted, counts, 0).astype(int).tolist()
         wanted = [n + one.order - one.release for n, one in zip(current, decisions, strict=True)]
@@ -250,7 +251,7 @@ class Steering:
         tick = f"{self._run}:{self._tick}"
 
         def tell(responses: Mapping[int, str]) -> list[Record]:
-            return self._story.tell(tick, mode, seen, decisions, current, wanted, outcomes, responses)
+            return self._story.tell(tick, mode, seen, values, decisions, current, wanted, outcomes, responses)
 
         acts, responses = bool(changes) and mode != "shadow", {}
         if (
@@ -259,7 +260,13 @@ class Steering:
             and not self._approved(tick, changes, current, wanted, decisions, settings)
         ):
             acts, responses = False, dict.fromkeys(changes, "nobody said yes in time")
+        if acts and not self._holds():
+            acts, responses = False, dict.fromkeys(changes, "the lease was lost")
+            for k in changes:
+                outcomes[k] = "refused"
         if acts:
+            for k in changes:
+                outcomes[k] = "intent"
             self._act(changes, tell({}), wanted, decisions, settings, outcomes)
         else:
             self._note(tell(responses))
@@ -287,7 +294,7 @@ class Steering:
         """Carries out changes between two entries: what is intended, and what came of it."""
         others = [record for k, record in enumerate(records) if outcomes[k] == "kept"]
         try:
-            intents = self.journal.intend([_with(records[k], outcome="intent") for k in changes])
+            intents = self.journal.intend([records[k] for k in changes])
         except JournalError as error:
             self._fault("ledger", str(error))
             for k in changes:
@@ -396,12 +403,7 @@ class Steering:
     def wait(self) -> None:
         """The rest of the tick: the lease, the index, and sleep until the next is due. Lost time is not made up for."""
         if self._lease is not None:
-            try:
-                self._lease.renew()
-            except LeaseError as error:
-                self._fault("lease", str(error))
-                self.lost = error
-                self.stop.set()
+            self._holds(self._lease.renew)
         if self._monitor.replays:
             return
         self.journal.catch_up()
@@ -410,8 +412,19 @@ class Steering:
             left_s = self._next_s - time.monotonic()
             if left_s <= 0 or self.stop.wait(min(left_s, 1.0)):
                 return
-            if self.reload_asked.is_set():
+            if self._holds() and self.reload_asked.is_set():
                 self._reload_if_changed()
+
+    def _holds(self, ask: Callable[[], None] | None = None) -> bool:
+        """Whether this still is the one writer; if not, it stops."""
+        if self._lease is not None and self.lost is None:
+            try:
+                (ask or self._lease.check)()
+            except LeaseError as error:
+                self._fault("lease", str(error))
+                self.lost = error
+                self.stop.set()
+        return self.lost is None
 
     # --- change ------------------------------------------------------------------------------------------------
     def _reload_if_changed(self) -> None:
@@ -426,9 +439,12 @@ class Steering:
         self.reload_asked.clear()
         try:
             new = self._reload()
-            for name in ("ledger", "listen"):
+            for name in ("ledger", "listen", "lease"):
                 if getattr(new.config, name) != getattr(self.setup.config, name):
                     raise SpecError(f"{name} cannot change while it runs; start anew")
+            there, here = new.config.target, self.setup.config.target
+            if new.config.lease and any(there.get(name) != here.get(name) for name in ("url", "namespace")):
+                raise SpecError("target: the cluster cannot change while its lease is held; start anew")
             self._take_over(new)
         except Exception as error:
             self._fault("reload", f"refused, what ran goes on: {error}")
@@ -449,7 +465,7 @@ class Steering:
             if new.config.monitor != old.config.monitor or new.subjects != old.subjects:
                 self._monitor = new.monitor()
             if new.target != old.target:
-                self._target = new.begin_target()
+                self._target = new.begin_target(self._lease)
             within_s = new.config.decide_within_s
             if same_services and new.policies == old.policies and within_s == old.config.decide_within_s:
                 check: Check | None = Check(new.config.guard, new.situations())

@@ -2,7 +2,8 @@
 
 `Scaled` is what the steer loop needs, `Target` what promotion and rollback need; `kubernetes.Kubernetes` and
 `ray_serve.RayServe` do both, and so does `DryRun`, which only says what it would do. A target is a frozen specification
-(the `[target]` table of a steer configuration, told apart by `kind`); `begin()` gives what acts.
+(the `[target]` table of a steer configuration, told apart by `kind`); `begin()` gives what acts, and no longer than a
+lease is held, where one is given.
 
     [target]
     kind = "dry-run"
@@ -19,6 +20,7 @@ from typing import Any, Final, Protocol
 import msgspec
 from msgspec import Struct
 
+from pilotage.live.lease import Lease
 from pilotage.live.registries import Version
 from pilotage.world.spec import Count, PositiveCount, Spec, SpecError, closest, decode
 
@@ -116,7 +118,7 @@ class DryRun(Spec, frozen=True, kw_only=True, tag_field="kind", tag="dry-run"):
     replicas: dict[str, Count] = msgspec.field(default_factory=dict)
     most_replicas: PositiveCount = MOST_REPLICAS
 
-    def begin(self) -> DryRunTarget:
+    def begin(self, lease: Lease | None = None) -> DryRunTarget:
         return DryRunTarget(self)
 
 
