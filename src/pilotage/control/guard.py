@@ -21,6 +21,7 @@ from pilotage.control.policy import INDEX, Controller, Decision, Observation, Si
 from pilotage.world.spec import Count, NonNegative, Positive, PositiveCount, Spec, SpecError, closest
 
 _ABSURD = 1_000_000
+_INTEGERS: Final = (int, np.integer)
 _COUNTS: Final = [INDEX[name] for name in ("replicas_ready", "replicas_starting", "replicas_pending")]
 
 
@@ -241,7 +242,7 @@ class Check:
             ("release", wanted.release),
             ("max_batch", wanted.max_batch or 0),
         ):
-            if not (isinstance(count, int | np.integer) and 0 <= count <= _ABSURD):
+            if not (isinstance(count, _INTEGERS) and 0 <= count <= _ABSURD):
                 return f"{what} is not a sensible number: {count!r}"
         wait_s = wanted.batch_wait_s
         if wait_s is not None and not 0 <= wait_s <= self._longest_s[k]:
