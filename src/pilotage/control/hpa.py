@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Annotated, Final, Literal
 
 import numpy as np
@@ -279,8 +280,14 @@ class HpaController:
         )
 
 
+@lru_cache(10_000)
+def _changing(change: int, metric: str, raw: int) -> Decision:
+    """What a proposal comes to; the same few are said over and over."""
+    return Decision(order=max(0, change), release=max(0, -change), reason=f"{metric} proposes {raw}")
+
+
 class _Together:
-    """Many services' controllers in arrays: `HpaController` row by row, where all replicas of a service report alike."""
+    """`HpaController` of many services at once, in arrays; all replicas of a service report alike."""
 
     def __init__(self, policy: Hpa, situations: Sequence[Situation]) -> None:
         services = [s.service for s in situations]
@@ -319,25 +326,17 @@ class _Together:
         target = np.where(due & ~disabled & outside, bounded, target)
         change = target - current
         self._record(now_s, change)
-        return [
-            Decision(order=max(0, c), release=max(0, -c), reason=f"{p.metric} proposes {int(r)}")
-            if j
-            else Decision(
-                order=max(0, c),
-                release=max(0, -c),
-                reason="between syncs"
-                if not d
-                else "disabled: scaled to zero by hand"
-                if off
-                else "outside its bounds"
-                if out
-                else "no metrics",
+        found = [
+            _changing(c, p.metric, r)
+            for c, r in zip(
+                change.astype(int).tolist(), np.where(judged, raw, -1).astype(int).tolist(), strict=True
             )
-            for c, r, j, d, off, out in zip(
-                change.astype(int).tolist(), raw.tolist(), judged.tolist(), due.tolist(), disabled.tolist(),
-                outside.tolist(), strict=True,
-            )
-        ]  # fmt: skip
+        ]
+        for k in np.flatnonzero(~judged).tolist():
+            why = "outside its bounds" if outside[k] else "no metrics"
+            why = "disabled: scaled to zero by hand" if disabled[k] else why
+            found[k] = replace(found[k], reason=why if due[k] else "between syncs")
+        return found
 
     def _due(self, now_s: np.ndarray) -> np.ndarray:
         """`Pace` of every row."""
