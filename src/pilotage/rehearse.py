@@ -20,10 +20,10 @@ import msgspec
 import numpy as np
 
 from pilotage.control.guard import Guard
-from pilotage.control.policy import Decision, Observation, Policy
+from pilotage.control.policy import Decision, Observations, Policy
 from pilotage.control.scaling import Schedule
 from pilotage.control.steer import Helm, steer
-from pilotage.engine.cluster import Cluster, World
+from pilotage.engine.cluster import Cluster, World, observed
 from pilotage.engine.run import Run, at_tick, bill, simulate, tick_of
 from pilotage.evaluate import summary
 from pilotage.live.calibrate import Fit, Fleet, Known
@@ -215,9 +215,12 @@ class _Abreast:
 
     def __init__(self, clusters: Sequence[Cluster]) -> None:
         self._clusters = clusters
+        self._ticks = np.concatenate([cluster.ticks for cluster in clusters])
 
-    def read(self) -> list[Observation]:
-        return [seen for cluster in self._clusters for seen in cluster.read()]
+    def read(self) -> Observations:
+        for k, cluster in enumerate(self._clusters):
+            self._ticks[k] = cluster.ticks[0]
+        return observed(self._ticks, np.concatenate([cluster.now_s for cluster in self._clusters]))
 
     def apply(self, decisions: Sequence[Decision]) -> None:
         services = len(decisions) // len(self._clusters)

@@ -17,7 +17,15 @@ import numpy as np
 from msgspec import Meta
 
 from pilotage.control.hpa import Hpa
-from pilotage.control.policy import INDEX, Controller, Decision, Observation, Situation
+from pilotage.control.policy import (
+    INDEX,
+    Controller,
+    Decision,
+    Observation,
+    Situation,
+    times_of,
+    values_of,
+)
 from pilotage.world.spec import Count, NonNegative, Positive, PositiveCount, Spec, SpecError, closest
 
 _ABSURD = 1_000_000
@@ -181,8 +189,8 @@ class Check:
 
     def __call__(self, seen: Sequence[Observation], wanted: Sequence[Decision | Exception]) -> list[Decision]:
         """What is done in the place of what the policies want, or failed to want; one per service."""
-        values = np.stack([one.values for one in seen])
-        now_s = np.array([one.now_s for one in seen])
+        values = values_of(seen)
+        now_s = times_of(seen)
         counts = values[:, _COUNTS].sum(axis=1)
         counted = np.isfinite(counts)
         self._changed_s[counted & ~np.isnan(self._known) & (counts != self._known)] = now_s[0]

@@ -27,6 +27,8 @@ from pilotage.control.policy import (
     Policy,
     Situation,
     Together,
+    times_of,
+    values_of,
 )
 from pilotage.world.spec import Count, NonNegative, Positive, PositiveCount, Spec
 
@@ -307,8 +309,8 @@ class _Together:
 
     def decide(self, seen: Sequence[Observation]) -> list[Decision]:
         p = self._policy
-        values = np.stack([one.values for one in seen])
-        now_s = np.array([one.now_s for one in seen])
+        values = values_of(seen)
+        now_s = times_of(seen)
         ready = values[:, INDEX["replicas_ready"]]
         current = ready + values[:, INDEX["replicas_starting"]] + values[:, INDEX["replicas_pending"]]
         current = np.where(np.isfinite(current), np.trunc(current), 0.0)
