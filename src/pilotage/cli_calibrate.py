@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,25 +35,29 @@ def _calibrated(
 ) -> tuple[Fleet, Scenario, list[tuple[Known, Recording, Fit]], list[Check]]:
     from pilotage.live.calibrate import Fleet, fit
     from pilotage.live.history import HistoryError, read
-    from pilotage.rehearse import as_toml, check, scenario_of
+    from pilotage.rehearse import as_toml, check, scenario_of, workers_for
     from pilotage.results import write_whole
 
     fleet = Fleet.load(config)
     pools = fleet.priced(data or config.parent)
     found = []
+    ahead = ThreadPoolExecutor(2)  # the server answers while we compute
     with _screen.status("") as status:
         step = (lambda _: None) if silent else status.update
         try:
-            for known in fleet.services:
+            histories = ahead.map(lambda known: read(fleet.prometheus, known.name), fleet.services)
+            for known, history in zip(fleet.services, histories, strict=True):
                 step(f"reading the history of {known.name}")
-                history = read(fleet.prometheus, known.name)
                 found.append((known, history, fit(history, known.slo_ms / 1e3)))
         except HistoryError as error:
             fail(str(error), 1)
+        finally:
+            ahead.shutdown(cancel_futures=True)
         scenario = scenario_of(fleet, pools, found, out / "traffic")
         write_whole(out / "scenario.toml", as_toml(scenario))
         step("replaying what was recorded")
-        return fleet, scenario, found, check(scenario, found)
+        with workers_for(scenario) as workers:
+            return fleet, scenario, found, check(scenario, found, workers)
 
 
 def _as_dict(found: list[tuple[Known, Recording, Fit]], checks: list[Check]) -> list[dict[str, Any]]:
@@ -123,6 +128,7 @@ def rehearse(
     """What other policies would have cost on the recorded traffic, and how sure that is."""
     from pilotage.control.learned import policy_from
     from pilotage.rehearse import rehearse as run
+    from pilotage.rehearse import workers_for
 
     named = policy or list(_fleet(config).policies)
     policies = [(name, policy_from(name)) for name in named]
@@ -139,7 +145,8 @@ def rehearse(
             "the fit is not good: what it says of other policies would not be either; --anyway says it all the same",
             3,
         )
-    costs = run(scenario, found, policies, seed)
+    with workers_for(scenario) as workers:
+        costs = run(scenario, found, policies, seed, workers)
     if as_json:
         print_json({"services": rows, "policies": costs})
         return

@@ -20,11 +20,10 @@ import msgspec
 import numpy as np
 
 from pilotage.control.guard import Guard
-from pilotage.control.policy import Decision, Observations, Policy
-from pilotage.control.scaling import Schedule
-from pilotage.control.steer import Helm, steer
+from pilotage.control.policy import INDEX, Decision, Observation, Observations, Policy, values_of
+from pilotage.control.steer import Decides, Helm, steer
 from pilotage.engine.cluster import Cluster, World, observed
-from pilotage.engine.run import Run, at_tick, bill, simulate, tick_of
+from pilotage.engine.run import Run, at_tick, bill, tick_of
 from pilotage.evaluate import summary
 from pilotage.live.calibrate import Fit, Fleet, Known
 from pilotage.live.history import Recording, quantile_s
@@ -44,6 +43,8 @@ UNEXPLAINED: Final = 0.03
 DRIFT: Final = 0.08
 SEEDS: Final = 3
 DRAWS: Final = 5  # of the fitted numbers, from their bootstrap
+ENOUGH: Final = 100_000  # steps of services, from which on processes are worth their start
+_COUNTS: Final = [INDEX[name] for name in ("replicas_ready", "replicas_starting", "replicas_pending")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +114,19 @@ def scenario_of(
     )
 
 
-def check(scenario: Scenario, found: Sequence[tuple[Known, Recording, Fit]]) -> list[Check]:
+def workers_for(scenario: Scenario) -> Workers:
+    """Processes of this machine, where there is enough to do for them."""
+    return Workers("local" if scenario.ticks * len(scenario.services) > ENOUGH else None)
+
+
+def check(
+    scenario: Scenario, found: Sequence[tuple[Known, Recording, Fit]], workers: Workers | None = None
+) -> list[Check]:
     """Replays what was recorded, and judges the fit of each service."""
-    schedules = [Schedule(targets=tuple(int(n) for n in history.wanted[1:])) for _, history, _ in found]
-    runs = simulate(scenario, [schedules] * SEEDS, [World(seed) for seed in range(SEEDS)])
+    wanted = np.array([history.wanted[1:] for _, history, _ in found])
+    workers = workers or Workers()
+    tasks = [([scenario] * len(part), [World(k) for k in part], wanted) for part in _parts(SEEDS, workers)]
+    runs = [run for part in workers.map(_replayed, tasks) for run in part]
     out = []
     for s, (known, history, fitted) in enumerate(found):
         upto = np.searchsorted(BUCKET_MIDPOINTS_S, history.edges_s, side="right")
@@ -188,14 +198,12 @@ def rehearse(
         draws.append(scenario.replace(services=tuple(services)))
     worlds = [World(seed + 1000 + k) for k in range(DRAWS)]
     workers = workers or Workers()
-    # a part for each worker: the more draws run abreast, the less a decision costs
-    parts = [range(k, DRAWS, workers.count) for k in range(min(workers.count, DRAWS))]
     tasks = [
-        (label, policy, [draws[k] for k in part], [worlds[k] for k in part])
+        ([draws[k] for k in part], [worlds[k] for k in part], label, policy)
         for label, policy in policies
-        for part in parts
+        for part in _parts(DRAWS, workers)
     ]
-    runs = [run for part in workers.map(_abreast, tasks) for run in part]
+    runs = [run for part in workers.map(_rehearsed, tasks) for run in part]
     rows = []
     for k, (label, _) in enumerate(policies):
         mine = runs[k * DRAWS : (k + 1) * DRAWS]
@@ -208,6 +216,11 @@ def rehearse(
         }
         rows.append(row)
     return rows
+
+
+def _parts(count: int, workers: Workers) -> list[range]:
+    """Runs shared out: one part for each worker, for the more runs go abreast, the less a decision costs."""
+    return [range(k, count, workers.count) for k in range(min(workers.count, count))]
 
 
 class _Abreast:
@@ -232,25 +245,56 @@ class _Abreast:
             cluster.wait()
 
 
-def _abreast(label: str, policy: Policy, scenarios: Sequence[Scenario], worlds: Sequence[World]) -> list[Run]:
-    """One policy in scenarios that have the same services, each in its world, behind the guard."""
-    began = time.perf_counter()
+class _AsRecorded:
+    """Orders the replicas that were wanted, shape (services, ticks), in every cluster."""
+
+    def __init__(self, wanted: np.ndarray) -> None:
+        self._wanted, self._tick = wanted, -1
+
+    def decide(self, seen: Sequence[Observation]) -> list[Decision]:
+        self._tick += 1
+        present = values_of(seen)[:, _COUNTS].sum(axis=1).reshape(-1, len(self._wanted))
+        change = (self._wanted[:, self._tick] - present).astype(int).reshape(-1)
+        stays = Decision()
+        return [Decision(order=max(0, c), release=max(0, -c)) if c else stays for c in change.tolist()]
+
+
+def _replayed(scenarios: Sequence[Scenario], worlds: Sequence[World], wanted: np.ndarray) -> list[Run]:
+    clusters = [Cluster(scenario, [world]) for scenario, world in zip(scenarios, worlds, strict=True)]
+    return _run(clusters, _AsRecorded(wanted), "recorded")
+
+
+def _rehearsed(
+    scenarios: Sequence[Scenario], worlds: Sequence[World], label: str, policy: Policy
+) -> list[Run]:
+    """One policy in scenarios that have the same services, behind the guard."""
     tick_s = tick_of(scenarios[0], policy)
-    fine = [at_tick(scenario, tick_s) for scenario in scenarios]
-    clusters = [Cluster(scenario, [world]) for scenario, world in zip(fine, worlds, strict=True)]
-    services = len(fine[0].services)
-    situations = [cluster.situation(0, s) for cluster in clusters for s in range(services)]
-    helm = Helm([policy] * len(situations), situations, Guard(), fleet=services)
-    steer(_Abreast(clusters), helm, fine[0].ticks)
+    clusters = [Cluster(at_tick(one, tick_s), [world]) for one, world in zip(scenarios, worlds, strict=True)]
+    situations = [cluster.situation(0, s) for cluster in clusters for s in range(cluster.shape[1])]
+    helm = Helm([policy] * len(situations), situations, Guard(), fleet=clusters[0].shape[1])
+    return _run(clusters, helm, label)
+
+
+def _run(clusters: Sequence[Cluster], helm: Decides, label: str) -> list[Run]:
+    """Runs of clusters of one world each, which have the same services."""
+    began = time.perf_counter()
+    scenario = clusters[0].scenario
+    steer(_Abreast(clusters), helm, scenario.ticks)
     for cluster in clusters:
         cluster.finish()
-    seconds = (time.perf_counter() - began) / len(clusters)
+    each_s = (time.perf_counter() - began) / len(clusters)
     return [
         Run(
-            label, world, tick_s, bill(cluster.totals[0], scenario), cluster.totals[0], cluster.histograms[0], seconds
+            policy=label,
+            world=cluster.worlds[0],
+            tick_s=scenario.tick_s,
+            usd=bill(cluster.totals[0], scenario),
+            totals=cluster.totals[0],
+            histogram=cluster.histograms[0],
+            seconds=each_s,
         )
-        for scenario, cluster, world in zip(fine, clusters, worlds, strict=True)
-    ]  # fmt: skip
+        for cluster in clusters
+    ]
 
 
 def as_toml(scenario: Scenario) -> str:

@@ -99,7 +99,7 @@ class Prometheus(Spec, frozen=True, kw_only=True):
                 found = msgspec.json.decode(answer.read(), type=_Answer)
         except urllib.error.HTTPError as error:
             raise HistoryError(f"{url}: {query}: HTTP {error.code}: {error.read()[:300]!r}") from None
-        except (OSError, HTTPException, msgspec.MsgspecError) as error:
+        except (OSError, HTTPException, ValueError) as error:
             raise HistoryError(f"{url}: {query}: {error}") from None
         if found.data is None:
             raise HistoryError(f"{url}: {query}: {found.error or 'no success'}")
@@ -110,7 +110,7 @@ class _Row(msgspec.Struct):
     """A series of an answer, with (Unix time, value) of every point that there is."""
 
     metric: dict[str, str]
-    values: list[tuple[float, str]] = []  # noqa: RUF012  (msgspec copies it)
+    values: list[tuple[float, str]] = []
 
 
 class _Data(msgspec.Struct):
