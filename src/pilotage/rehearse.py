@@ -74,7 +74,7 @@ def service_of(
         variants=(
             Variant(
                 name="live",
-                accuracy=known.accuracy,
+                accuracy=1.0 if known.accuracy is None else known.accuracy,
                 load_s=fitted.start_up_s[0],
                 load_cv=fitted.start_up_cv,
                 latency={
@@ -85,6 +85,7 @@ def service_of(
         server=known.server,
         demand=known.demand,
         economics=known.economics,
+        lifecycle=known.lifecycle,
         min_replicas=known.min_replicas,
         max_replicas=max(known.max_replicas, int(history.wanted.max())),
         initial_replicas=int(history.ready[0]),
@@ -114,6 +115,14 @@ def scenario_of(
     )
 
 
+def _serving(scenario: Scenario) -> Scenario:
+    """Without the lives of models: a replay and a rehearsal are of what serves, not of retrainings."""
+    serving: Scenario = scenario.replace(
+        services=tuple(service.replace(lifecycle=None) for service in scenario.services)
+    )
+    return serving
+
+
 def workers_for(scenario: Scenario) -> Workers:
     """Processes of this machine, where there is enough to do for them."""
     return Workers("local" if scenario.ticks * len(scenario.services) > ENOUGH else None)
@@ -123,6 +132,7 @@ def check(
     scenario: Scenario, found: Sequence[tuple[Known, Recording, Fit]], workers: Workers | None = None
 ) -> list[Check]:
     """Replays what was recorded, and judges the fit of each service."""
+    scenario = _serving(scenario)
     wanted = np.array([history.wanted[1:] for _, history, _ in found])
     workers = workers or Workers()
     tasks = [([scenario] * len(part), [World(k) for k in part], wanted) for part in _parts(SEEDS, workers)]
@@ -189,13 +199,13 @@ def rehearse(
 ) -> list[dict[str, Any]]:
     """What each policy would have cost on the recorded traffic, with intervals over draws of the fitted numbers."""
     rng = np.random.default_rng(seed)
-    draws = [scenario]
+    draws = [_serving(scenario)]
     for _ in range(DRAWS - 1):
         services = []
         for known, history, fitted in found:
             base, per_item = fitted.draws[rng.integers(len(fitted.draws))]
             services.append(service_of(known, history, fitted, (float(base), float(per_item))))
-        draws.append(scenario.replace(services=tuple(services)))
+        draws.append(_serving(scenario.replace(services=tuple(services))))
     worlds = [World(seed + 1000 + k) for k in range(DRAWS)]
     workers = workers or Workers()
     tasks = [

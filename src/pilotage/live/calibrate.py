@@ -15,8 +15,12 @@ from typing import Annotated, Final
 import numpy as np
 from msgspec import Meta
 
+from pilotage.live.generations import Estimate, Generations, generations
 from pilotage.live.history import Prometheus, Recording
+from pilotage.live.mlflow_server import MlflowServer
 from pilotage.live.prices import PriceOf
+from pilotage.live.registries import Folder
+from pilotage.world.lifecycle import Lifecycle
 from pilotage.world.pools import Pool
 from pilotage.world.servers import BatchServer, Constant, RequestDemand
 from pilotage.world.services import Economics
@@ -38,19 +42,25 @@ RESAMPLES: Final = 300
 DAY_S: Final = 86400.0
 COARSEST: Final = 1.6  # ratio of the edges of the bucket that holds the objective
 
-Estimate = tuple[float, float, float]  # value, low, high
-
 
 class Known(Spec, frozen=True, kw_only=True):
-    """A service of the fleet: what metrics do not tell of it."""
+    """A service of the fleet: what metrics do not tell of it.
+
+    Without `accuracy` it is the registry's, of `metric` of the version of `model` (None: of the service's name) that is
+    live, or 1. A `lifecycle` is what is assumed of drift and retrainings; what the registry knows of versions takes its
+    place.
+    """
 
     name: Name
     slo_ms: Positive
     pool: Name
     server: BatchServer = BatchServer()
     demand: RequestDemand = Constant()
-    accuracy: Probability = 1.0
+    accuracy: Probability | None = None
     economics: Economics = Economics()
+    lifecycle: Lifecycle | None = None
+    model: str | None = None
+    metric: str = "accuracy"
     min_replicas: Count = 1
     max_replicas: PositiveCount = 100
 
@@ -59,12 +69,14 @@ class Fleet(Spec, frozen=True, kw_only=True):
     """A file of `pilotage calibrate`: where the history is, the pools, the services.
 
     Where `prices` names a pool, its price is looked up; where not, it is the `price_usd_per_hour` that the file says.
+    `registry` is where the models' versions are.
     """
 
     title: str = "calibrated fleet"
     prometheus: Prometheus
     pools: Annotated[tuple[Pool, ...], Meta(min_length=1)]
     services: Annotated[tuple[Known, ...], Meta(min_length=1)]
+    registry: MlflowServer | Folder | None = None
     prices: dict[Name, PriceOf] = {}  # noqa: RUF012  (msgspec copies it)
     policies: tuple[str, ...] = ("hpa", "predictive")
 
@@ -82,6 +94,18 @@ class Fleet(Spec, frozen=True, kw_only=True):
     @staticmethod
     def load(path: Path) -> Fleet:
         return decode(read_toml(path, "a file of a fleet"), Fleet, str(path))
+
+    def known(self, service: Known) -> tuple[Known, Generations | None]:
+        """A service with what the registry knows of its model; RegistryError where that fails."""
+        if self.registry is None:
+            return service, None
+        found = generations(
+            self.registry, service.model or service.name, service.metric, self.prometheus.start_s, self.prometheus.end_s
+        )  # fmt: skip
+        accuracy, life = service.accuracy, service.lifecycle
+        if accuracy is None and found.accuracy is not None:
+            accuracy = found.accuracy[0]
+        return service.replace(accuracy=accuracy, lifecycle=life and found.fitted(life)), found
 
     def priced(self, folder: Path) -> tuple[Pool, ...]:
         """The pools, with prices (and shapes of nodes, where the pool has none) from tables below `folder`."""
@@ -179,7 +203,7 @@ def fit(history: Recording, slo_s: float, seed: int = 0) -> Fit:
 
 
 def _sums(batches: np.ndarray, batched: np.ndarray, busy_s: np.ndarray) -> list[float]:
-    """What `_laws` needs of some steps, each weighted by 1 / batches, as its noise is; the whole is the sum of parts."""
+    """What `_laws` needs of some steps, weighted by 1 / batches, as their noise is; the whole is the sum of parts."""
     b, r, y = (x[batches > 0] for x in (batches, batched, busy_s))
     return [b.sum(), r.sum(), (r * r / b).sum(), y.sum(), (r * y / b).sum()]
 
