@@ -116,7 +116,7 @@ def plan_together(
             }
             for o, m in zip(again, asked.models, strict=True)
         ],
-        sensitivity=_sensitivity(same, all_trials, combination, seed, step) if alternatives else [],
+        sensitivity=_sensitivity(same, all_trials, found, combination, seed, step) if alternatives else [],
         packed=found.packed,
         simulated=found.simulated,
     )
@@ -158,11 +158,7 @@ def _cheapest(
         longest = max(kept, key=len)
         longest.pop()
     step("packing")
-    asked = asked.replace(
-        pools=tuple(
-            p.replace(price_usd_per_hour=p.price_usd_per_hour * price.get(p.name, 1.0)) for p in asked.pools
-        )
-    )
+    asked = _priced(asked, price)
     packed = sorted(
         (
             (_packed_usd(asked, combination, all_trials), k, combination)
@@ -188,7 +184,12 @@ def _cheapest(
 
 
 def _sensitivity(
-    asked: Requirements, all_trials: Sequence[Trials], chosen: Combination, seed: int, step: Step
+    asked: Requirements,
+    all_trials: Sequence[Trials],
+    now: _Found,
+    chosen: Combination,
+    seed: int,
+    step: Step,
 ) -> list[dict[str, Any]]:
     """What the plan comes to, and what would be chosen, with half as much load again of all models, without spot, and
     at a higher price of the pool on which most is spent."""
@@ -218,25 +219,28 @@ def _sensitivity(
         c = outcome.configuration
         share = trials.fixed_usd(c, math.ceil(outcome.replicas - 1e-6), shared=True)
         spent[c.pool] = spent.get(c.pool, 0.0) + share
-    _, now_usd = _run(asked, all_trials, chosen, seed)
     step("what if: spot gone")
     if any(asked.pool_by_name[name].spot for name in spent):
         on_demand = [pool.name for pool in asked.pools if pool.spot is None]
         row("spot gone", _cheapest(asked, all_trials, seed, pools=on_demand))
     else:
-        row("spot gone", _Found(chosen, now_usd, 0, 0), "not on spot")
+        row("spot gone", now, "not on spot")
     step("what if: prices")
     dearest = max(spent, key=lambda name: spent[name])
-    raised = asked.replace(
-        pools=tuple(
-            p.replace(price_usd_per_hour=1.2 * p.price_usd_per_hour) if p.name == dearest else p
-            for p in asked.pools
-        )
-    )
-    _, usd = _run(raised, all_trials, chosen, seed)
+    _, usd = _run(_priced(asked, {dearest: 1.2}), all_trials, chosen, seed)
     found = _cheapest(asked, all_trials, seed, price={dearest: 1.2})
     row(f"price of {dearest} + 20 %", found, f"as it is, {usd:.4g} $/h")
     return rows
+
+
+def _priced(asked: Requirements, price: Mapping[str, float]) -> Requirements:
+    """The same at multiples of the prices of pools."""
+    pools = tuple(
+        pool.replace(price_usd_per_hour=pool.price_usd_per_hour * price.get(pool.name, 1.0))
+        for pool in asked.pools
+    )
+    changed: Requirements = asked.replace(pools=pools)
+    return changed
 
 
 def _told(all_trials: Sequence[Trials], combination: Combination, chosen: Combination) -> str:
