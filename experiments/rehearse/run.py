@@ -23,6 +23,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -73,15 +74,16 @@ def record(service: Service, seed: int, hours: float, began_s: float, home: Path
     scenario = Scenario(title="real", pools=(POOL,), services=(service,), tick_s=STEP_S, horizon_h=hours)
     policy = Hpa(target_utilization=0.6)
     text = open_metrics(scenario, [policy], World(seed), began_s=began_s, edges_s=EDGES_S)
-    (home / "history.om").write_text(text)
+    written = home / f"{service.name}.om"
+    written.write_text(text)
     command = ["promtool", "tsdb", "create-blocks-from", "openmetrics", "--max-block-duration=512h"]
     subprocess.run(
-        [*command, str(home / "history.om"), str(home / "data")],
+        [*command, str(written), str(home / "data")],
         check=True,
         capture_output=True,
         env=os.environ | {"PATH": _path()},
     )
-    (home / "history.om").unlink()
+    written.unlink()
 
 
 @contextmanager
@@ -141,6 +143,7 @@ def main() -> None:
     parser.add_argument("--services", type=int, default=50)
     parser.add_argument("--hours", type=float, default=168.0)
     parser.add_argument("--rates", type=float, nargs=2, default=(0.05, 2.0), help="requests/s of a service")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that make the recordings")
     parser.add_argument("--quick", action="store_true", help="four hours of five services")
     options = parser.parse_args()
     count, hours = (5, 4.0) if options.quick else (options.services, options.hours)
@@ -155,9 +158,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         began = time.perf_counter()
-        for k, service in enumerate(services):
-            record(service, 1000 * options.seed + k, hours, began_s, home)
-            print(f"{service.name} recorded after {time.perf_counter() - began:.0f} s", flush=True)
+        with ProcessPoolExecutor(options.jobs) as pool:
+            several = [
+                pool.submit(record, service, 1000 * options.seed + k, hours, began_s, home)
+                for k, service in enumerate(services)
+            ]
+            for k, one in enumerate(as_completed(several)):
+                one.result()
+                print(f"{k + 1} services recorded after {time.perf_counter() - began:.0f} s", flush=True)
         lasted["simulate recordings"] = round(time.perf_counter() - began, 1)
         with remembering(home) as url:
             (home / "fleet.toml").write_text(fleet_file(services, url, began_s, hours))
@@ -186,11 +194,13 @@ def main() -> None:
         f"a rehearsal of {hours:g} h of {count} services, {week['requests'] / 1e6:.3g} million requests in all, two "
         f"policies and the history's reading included, on {os.cpu_count()} cores"
     )
+    whole = count >= 50 and hours >= 168
     acceptance = [
-        {"line": f"seconds of {what}", "asked": "<= 120", "measured": f"{took_s:.4g}", "low": "", "high": "",
-         "met": bool(took_s <= 120)},
-        {"line": f"processor seconds of {what}", "asked": "<= 240 (120 s on 2 cores)", "measured": f"{took_cpu_s:.4g}",
-         "low": "", "high": "", "met": bool(took_cpu_s <= 240)},
+        {"line": f"{kind} of {what}", "asked": f"{asked} for a week of 50 services", "measured": f"{took:.4g}",
+         "low": "", "high": "", "met": bool(whole and took <= most)}
+        for kind, asked, took, most in (
+            ("seconds", "<= 120", took_s, 120), ("processor seconds", "<= 240 (120 s on 2 cores)", took_cpu_s, 240),
+        )
     ]  # fmt: skip
     for row in acceptance:
         print(row)
