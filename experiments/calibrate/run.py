@@ -4,8 +4,8 @@ Recordings are simulated runs (`pilotage.recording`) of services drawn at random
 (`--data`, fidelity/ray_serve). All pass through a real Prometheus: promtool writes them into blocks, a server reads
 them, and `live.history` asks it. Judged: the recovered numbers against those that made the recording; the replayed 95th
 percentile against the recorded one; how many of 20 wrong fits (routing that is not as claimed, requests that the
-counter of arrivals does not see, nodes of which some are slow) are called bad, and how many of 20 right ones good. At
-last, how long a rehearsal of a week of 50 services takes, its history already read.
+counter of arrivals does not see, nodes of which some are slow) are called bad, and how many of 20 right ones good. How
+long a rehearsal takes is `experiments/rehearse`'s to say.
 """
 
 from __future__ import annotations
@@ -32,18 +32,17 @@ from typing import Any
 import numpy as np
 
 from pilotage.control.hpa import Hpa
-from pilotage.control.learned import policy_from
 from pilotage.engine.cluster import World
 from pilotage.live.calibrate import Fit, Fleet, Known, fit
 from pilotage.live.history import Prometheus, Recording, read
 from pilotage.recording import EDGES_S, open_metrics
-from pilotage.rehearse import Check, check, rehearse, scenario_of
+from pilotage.rehearse import Check, check, scenario_of
 from pilotage.results import as_csv, provenance, write_whole
 from pilotage.scenario import Scenario
 from pilotage.world.arrivals import Diurnal
 from pilotage.world.pools import Pool
 from pilotage.world.servers import Affine, BatchServer, Router, Variant
-from pilotage.world.services import Economics, Service
+from pilotage.world.services import Service
 
 STEP_S, HOURS = 30.0, 1.5
 POOL = Pool(name="cpu", price_usd_per_hour=1.0, max_nodes=30)
@@ -252,40 +251,6 @@ def ray(data: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def week(count: int, hours: float) -> float:
-    """Seconds of a rehearsal of a week of `count` services under two policies, without reading the history."""
-    rng, found = np.random.default_rng(7), []
-    step_s = 60.0
-    steps = int(hours * 3600 / step_s)
-    edges = np.array(EDGES_S)
-    for k in range(count):
-        rate = float(np.exp(rng.uniform(np.log(0.05), np.log(2.0))))  # 30 000 to 1.2 million requests a week
-        clock_h = np.arange(steps) * step_s / 3600
-        arrived = rng.poisson(rate * step_s * (1 + 0.6 * np.cos(2 * np.pi * (clock_h - 14) / 24))).astype(
-            float
-        )
-        batches = np.ceil(arrived / 1.5)
-        history = Recording(
-            f"s{k}", step_s, arrived, arrived, np.zeros(steps), edges, np.zeros((steps, len(edges) + 1)), batches,
-            arrived, 0.05 * batches + 0.02 * arrived, np.full(steps + 1, 2.0), np.full(steps + 1, 2.0), 5, 40.0, 0.1,
-            0.0,
-        )  # fmt: skip
-        known = Known(name=f"s{k}", slo_ms=500.0, pool="cpu", server=BatchServer(max_batch=8),
-                      economics=Economics(late_usd=0.001, dropped_usd=0.001))  # fmt: skip
-        found.append((known, history, fit(history, 0.5)))
-    source = Prometheus(
-        url="http://127.0.0.1:9090", start="2026-01-05T00:00", end="2026-01-12T00:00", step_s=step_s
-    )
-    pool = POOL.replace(max_nodes=400)
-    fleet = Fleet(prometheus=source, pools=(pool,), services=tuple(known for known, _, _ in found))
-    with tempfile.TemporaryDirectory() as home:
-        scenario = scenario_of(fleet, (pool,), found, Path(home))
-        began = time.perf_counter()
-        check(scenario, found)
-        rehearse(scenario, found, [(name, policy_from(name)) for name in ("hpa", "predictive")])
-        return time.perf_counter() - began
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -293,7 +258,6 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("results/calibrate"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--week", action="store_true", help="also time a rehearsal of a week of 50 services")
     parser.add_argument("--quick", action="store_true", help="three right and three wrong fits")
     options = parser.parse_args()
     started, lasted = datetime.now(UTC), {}
@@ -336,13 +300,6 @@ def main() -> None:
                 most <= 0.15,
             )
         )
-    asked = "seconds of a rehearsal of a week of 50 services, two policies, history read"
-    if options.week:
-        took_s = week(50, 168.0)
-        lasted["week of 50 services"] = round(took_s, 1)
-        lines.append((asked, "<= 120", took_s, took_s <= 120))
-    else:
-        lines.append((f"{asked} (not run: give --week)", "<= 120", float("nan"), False))
     acceptance = [
         {"line": line, "asked": asked, "measured": f"{got:.4g}", "low": "", "high": "", "met": bool(ok)}
         for line, asked, got, ok in lines

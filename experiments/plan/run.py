@@ -126,9 +126,16 @@ def main() -> None:
         plan = advise(asked, model, seed=options.seed)
         took_s, took_cpu_s = time.perf_counter() - began, time.process_time() - cpu
         best, simulated = exhaustive(asked, model, options.seed)
+        whole = {
+            "case_seconds": f"{time.perf_counter() - began:.1f}",
+            "case_cpu_seconds": f"{time.process_time() - cpu:.1f}",
+        }
         if not isinstance(plan, Plan) or best is None:
-            rows.append({"case": k + 1, "model": model.name, "plan": str(plan), "seconds": f"{took_s:.1f}"})
+            rows.append(
+                {"case": k + 1, "model": model.name, "plan": str(plan), "seconds": f"{took_s:.1f}", **whole}
+            )
             print(rows[-1], flush=True)
+            lasted[f"case {k + 1}"] = round(time.perf_counter() - began, 1)
             continue
         for platform, check in checks.items():
             check(plan.manifests(platform))
@@ -153,6 +160,7 @@ def main() -> None:
                 "meets": bool(again.missed.mean() <= 1 - model.attainment
                               and fixed.missed.mean() <= 1 - model.attainment),
                 "pareto": len(plan.pareto), "seconds": f"{took_s:.1f}", "cpu_seconds": f"{took_cpu_s:.1f}",
+                **whole,
             }
         )  # fmt: skip
         print(rows[-1], flush=True)

@@ -247,10 +247,13 @@ def main() -> None:
     write_whole(options.out / "table.csv", as_csv(rows))
     write_whole(options.out / "acceptance.csv", as_csv(acceptance))
     record = provenance("profile", sys.argv, started, lasted)
-    record |= {
-        "server": "mlserver" if options.mlserver else "own V2 server on onnxruntime",
-        "seed": options.seed,
-    }
+    server = "own V2 server on onnxruntime"
+    if options.mlserver:
+        asked = [options.mlserver, "-c", "from importlib.metadata import version; print(version('mlserver'))"]
+        server = (
+            "mlserver " + subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+        )
+    record |= {"server": server, "seed": options.seed, "seconds": seconds, "runs": runs}
     write_whole(options.out / "run.json", json.dumps(record, indent=1) + "\n")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from pilotage.world.spec import SpecError
 
 if TYPE_CHECKING:
     from pilotage.live.calibrate import Fit, Fleet, Known
+    from pilotage.live.generations import Generations
     from pilotage.live.history import Recording
     from pilotage.rehearse import Check
     from pilotage.scenario import Scenario
@@ -31,33 +33,43 @@ Out = Annotated[Path, typer.Option("--out", help="folder for scenario.toml and t
 
 def _calibrated(
     config: Path, data: Path | None, out: Path, silent: bool
-) -> tuple[Fleet, Scenario, list[tuple[Known, Recording, Fit]], list[Check]]:
+) -> tuple[Scenario, list[tuple[Known, Recording, Fit]], list[Check], list[dict[str, Any]]]:
     from pilotage.live.calibrate import Fleet, fit
     from pilotage.live.history import HistoryError, read
-    from pilotage.rehearse import as_toml, check, scenario_of
+    from pilotage.live.registries import RegistryError
+    from pilotage.rehearse import as_toml, check, scenario_of, workers_for
     from pilotage.results import write_whole
 
     fleet = Fleet.load(config)
     pools = fleet.priced(data or config.parent)
-    found = []
+    found, versions = [], []
+    ahead = ThreadPoolExecutor(2)  # the server answers while we compute
     with _screen.status("") as status:
         step = (lambda _: None) if silent else status.update
         try:
-            for known in fleet.services:
-                step(f"reading the history of {known.name}")
-                history = read(fleet.prometheus, known.name)
+            histories = ahead.map(lambda known: read(fleet.prometheus, known.name), fleet.services)
+            for service, history in zip(fleet.services, histories, strict=True):
+                step(f"reading the history of {service.name}")
+                known, of_registry = fleet.known(service)
+                versions.append(of_registry)
                 found.append((known, history, fit(history, known.slo_ms / 1e3)))
-        except HistoryError as error:
+        except (HistoryError, RegistryError) as error:
             fail(str(error), 1)
+        finally:
+            ahead.shutdown(cancel_futures=True)
         scenario = scenario_of(fleet, pools, found, out / "traffic")
         write_whole(out / "scenario.toml", as_toml(scenario))
         step("replaying what was recorded")
-        return fleet, scenario, found, check(scenario, found)
+        with workers_for(scenario) as workers:
+            checks = check(scenario, found, workers)
+    return scenario, found, checks, _as_dict(found, checks, versions)
 
 
-def _as_dict(found: list[tuple[Known, Recording, Fit]], checks: list[Check]) -> list[dict[str, Any]]:
+def _as_dict(
+    found: list[tuple[Known, Recording, Fit]], checks: list[Check], versions: list[Generations | None]
+) -> list[dict[str, Any]]:
     rows = []
-    for (known, _, fitted), judged in zip(found, checks, strict=True):
+    for (known, _, fitted), judged, of_registry in zip(found, checks, versions, strict=True):
         numbers = {
             name: dict(zip(("value", "low", "high"), getattr(fitted, name), strict=True))
             for name in ("rate_rps", "base_ms", "per_item_ms", "start_up_s")
@@ -66,7 +78,8 @@ def _as_dict(found: list[tuple[Known, Recording, Fit]], checks: list[Check]) -> 
             {
                 "service": known.name, "fit": numbers | {"noise_cv": fitted.noise_cv}, "recorded": judged.recorded,
                 "predicted": judged.predicted, "good": judged.good, "misfits": list(judged.misfits),
-                "notes": list(fitted.notes),
+                "notes": [*fitted.notes, *(of_registry.notes if of_registry else ())],
+                "versions": of_registry and of_registry.as_dict(),
             }
         )  # fmt: skip
     return rows
@@ -86,10 +99,23 @@ def _show(rows: list[dict[str, Any]]) -> None:
             print(
                 f"  {name}: {seen:.4g}{unit} recorded, {said:.4g}{unit} predicted ({100 * (said / seen - 1):+.2g} %)"
             )
+        if row["versions"]:
+            _show_versions(row["versions"])
         for what in row["misfits"]:
             print(f"  misfit: {what}")
         for note in row["notes"]:
             print(f"  note: {note}")
+
+
+def _show_versions(known: dict[str, Any]) -> None:
+    """One line of what the registry knows."""
+    parts = [
+        f"{known['versions']} versions, {len(known['promoted'])} promoted, live: {known['live'] or 'not known'}"
+    ]
+    for name in ("accuracy", "base_error", "worse"):
+        if value := known[name]:
+            parts.append(f"{name} {value['value']:.4g} ({value['low']:.4g} to {value['high']:.4g})")
+    print(f"  {'; '.join(parts)}")
 
 
 @app.command()
@@ -97,8 +123,7 @@ def calibrate(
     config: Config, data: Tables = None, out: Out = Path("calibrated"), as_json: AsJson = False
 ) -> None:
     """Fit a scenario to a fleet's own history, and judge the fit by a replay; exit code 3 if it is not good."""
-    _, _, found, checks = _calibrated(config, data, out, as_json)
-    rows = _as_dict(found, checks)
+    _, _, checks, rows = _calibrated(config, data, out, as_json)
     if as_json:
         print_json({"scenario": str(out / "scenario.toml"), "services": rows})
     else:
@@ -123,13 +148,13 @@ def rehearse(
     """What other policies would have cost on the recorded traffic, and how sure that is."""
     from pilotage.control.learned import policy_from
     from pilotage.rehearse import rehearse as run
+    from pilotage.rehearse import workers_for
 
     named = policy or list(_fleet(config).policies)
     policies = [(name, policy_from(name)) for name in named]
     if len(set(named)) < len(named):
         raise SpecError(f"--policy {', '.join(named)}: one is given twice; give each policy once")
-    _, scenario, found, checks = _calibrated(config, data, out, as_json)
-    rows = _as_dict(found, checks)
+    scenario, found, checks, rows = _calibrated(config, data, out, as_json)
     if not all(judged.good for judged in checks) and not anyway:
         if as_json:
             print_json({"services": rows, "policies": None})
@@ -139,7 +164,8 @@ def rehearse(
             "the fit is not good: what it says of other policies would not be either; --anyway says it all the same",
             3,
         )
-    costs = run(scenario, found, policies, seed)
+    with workers_for(scenario) as workers:
+        costs = run(scenario, found, policies, seed, workers)
     if as_json:
         print_json({"services": rows, "policies": costs})
         return

@@ -136,3 +136,5 @@ def _show_fleet(plan: dict[str, Any]) -> None:
     columns = {"model": "model", **_CHOICE, "other_in_time": "in time, other seeds"}
     del columns["usd_per_hour"]
     _table("", rows, columns)
+    columns = {"what_if": "what if", "plan": "then", "usd_per_hour": "$/h", "stays": "the plan as it is"}
+    _table("sensitivity", plan["sensitivity"], columns)

@@ -10,6 +10,7 @@ batching.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +20,17 @@ import msgspec
 import numpy as np
 
 from pilotage.control.guard import Guard
-from pilotage.control.policy import Policy
-from pilotage.control.scaling import Schedule
-from pilotage.engine.cluster import World
-from pilotage.engine.run import simulate
+from pilotage.control.policy import INDEX, Decision, Observation, Observations, Policy, values_of
+from pilotage.control.steer import Decides, Helm, steer
+from pilotage.engine.cluster import Cluster, World, observed
+from pilotage.engine.run import Run, at_tick, bill, tick_of
 from pilotage.evaluate import summary
 from pilotage.live.calibrate import Fit, Fleet, Known
 from pilotage.live.history import Recording, quantile_s
 from pilotage.metrics import BUCKET_MIDPOINTS_S
 from pilotage.results import write_whole
 from pilotage.scenario import Scenario
+from pilotage.workers import Workers
 from pilotage.world.arrivals import Counts
 from pilotage.world.pools import Pool
 from pilotage.world.servers import Affine, Variant
@@ -41,6 +43,8 @@ UNEXPLAINED: Final = 0.03
 DRIFT: Final = 0.08
 SEEDS: Final = 3
 DRAWS: Final = 5  # of the fitted numbers, from their bootstrap
+ENOUGH: Final = 100_000  # steps of services, from which on processes are worth their start
+_COUNTS: Final = [INDEX[name] for name in ("replicas_ready", "replicas_starting", "replicas_pending")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,7 @@ def service_of(
         variants=(
             Variant(
                 name="live",
-                accuracy=known.accuracy,
+                accuracy=1.0 if known.accuracy is None else known.accuracy,
                 load_s=fitted.start_up_s[0],
                 load_cv=fitted.start_up_cv,
                 latency={
@@ -81,6 +85,7 @@ def service_of(
         server=known.server,
         demand=known.demand,
         economics=known.economics,
+        lifecycle=known.lifecycle,
         min_replicas=known.min_replicas,
         max_replicas=max(known.max_replicas, int(history.wanted.max())),
         initial_replicas=int(history.ready[0]),
@@ -110,10 +115,28 @@ def scenario_of(
     )
 
 
-def check(scenario: Scenario, found: Sequence[tuple[Known, Recording, Fit]]) -> list[Check]:
+def _serving(scenario: Scenario) -> Scenario:
+    """Without the lives of models: a replay and a rehearsal are of what serves, not of retrainings."""
+    serving: Scenario = scenario.replace(
+        services=tuple(service.replace(lifecycle=None) for service in scenario.services)
+    )
+    return serving
+
+
+def workers_for(scenario: Scenario) -> Workers:
+    """Processes of this machine, where there is enough to do for them."""
+    return Workers("local" if scenario.ticks * len(scenario.services) > ENOUGH else None)
+
+
+def check(
+    scenario: Scenario, found: Sequence[tuple[Known, Recording, Fit]], workers: Workers | None = None
+) -> list[Check]:
     """Replays what was recorded, and judges the fit of each service."""
-    schedules = [Schedule(targets=tuple(int(n) for n in history.wanted[1:])) for _, history, _ in found]
-    runs = simulate(scenario, [schedules] * SEEDS, [World(seed) for seed in range(SEEDS)])
+    scenario = _serving(scenario)
+    wanted = np.array([history.wanted[1:] for _, history, _ in found])
+    workers = workers or Workers()
+    tasks = [([scenario] * len(part), [World(k) for k in part], wanted) for part in _parts(SEEDS, workers)]
+    runs = [run for part in workers.map(_replayed, tasks) for run in part]
     out = []
     for s, (known, history, fitted) in enumerate(found):
         upto = np.searchsorted(BUCKET_MIDPOINTS_S, history.edges_s, side="right")
@@ -172,24 +195,30 @@ def rehearse(
     found: Sequence[tuple[Known, Recording, Fit]],
     policies: Sequence[tuple[str, Policy]],
     seed: int = 0,
+    workers: Workers | None = None,
 ) -> list[dict[str, Any]]:
     """What each policy would have cost on the recorded traffic, with intervals over draws of the fitted numbers."""
     rng = np.random.default_rng(seed)
-    draws = [scenario]
+    draws = [_serving(scenario)]
     for _ in range(DRAWS - 1):
         services = []
         for known, history, fitted in found:
             base, per_item = fitted.draws[rng.integers(len(fitted.draws))]
             services.append(service_of(known, history, fitted, (float(base), float(per_item))))
-        draws.append(scenario.replace(services=tuple(services)))
+        draws.append(_serving(scenario.replace(services=tuple(services))))
+    worlds = [World(seed + 1000 + k) for k in range(DRAWS)]
+    workers = workers or Workers()
+    tasks = [
+        ([draws[k] for k in part], [worlds[k] for k in part], label, policy)
+        for label, policy in policies
+        for part in _parts(DRAWS, workers)
+    ]
+    runs = [run for part in workers.map(_rehearsed, tasks) for run in part]
     rows = []
-    for label, policy in policies:
-        runs = [
-            simulate(one, [policy], [World(seed + 1000 + k)], guard=Guard(), label=label)[0]
-            for k, one in enumerate(draws)
-        ]
-        row = summary(label, runs)
-        totals = np.array([run.total_usd for run in runs])
+    for k, (label, _) in enumerate(policies):
+        mine = runs[k * DRAWS : (k + 1) * DRAWS]
+        row = summary(label, mine)
+        totals = np.array([run.total_usd for run in mine])
         row["total_usd"] = {
             "mean": float(totals.mean()),
             "low": float(totals.min()),
@@ -197,6 +226,85 @@ def rehearse(
         }
         rows.append(row)
     return rows
+
+
+def _parts(count: int, workers: Workers) -> list[range]:
+    """Runs shared out: one part for each worker, for the more runs go abreast, the less a decision costs."""
+    return [range(k, count, workers.count) for k in range(min(workers.count, count))]
+
+
+class _Abreast:
+    """Clusters in step, so that a policy that can be asked about many services at once is asked about all of theirs."""
+
+    def __init__(self, clusters: Sequence[Cluster]) -> None:
+        self._clusters = clusters
+        self._ticks = np.concatenate([cluster.ticks for cluster in clusters])
+
+    def read(self) -> Observations:
+        for k, cluster in enumerate(self._clusters):
+            self._ticks[k] = cluster.ticks[0]
+        return observed(self._ticks, np.concatenate([cluster.now_s for cluster in self._clusters]))
+
+    def apply(self, decisions: Sequence[Decision]) -> None:
+        services = len(decisions) // len(self._clusters)
+        for k, cluster in enumerate(self._clusters):
+            cluster.apply(decisions[k * services : (k + 1) * services])
+
+    def wait(self) -> None:
+        for cluster in self._clusters:
+            cluster.wait()
+
+
+class _AsRecorded:
+    """Orders the replicas that were wanted, shape (services, ticks), in every cluster."""
+
+    def __init__(self, wanted: np.ndarray) -> None:
+        self._wanted, self._tick = wanted, -1
+
+    def decide(self, seen: Sequence[Observation]) -> list[Decision]:
+        self._tick += 1
+        present = values_of(seen)[:, _COUNTS].sum(axis=1).reshape(-1, len(self._wanted))
+        change = (self._wanted[:, self._tick] - present).astype(int).reshape(-1)
+        stays = Decision()
+        return [Decision(order=max(0, c), release=max(0, -c)) if c else stays for c in change.tolist()]
+
+
+def _replayed(scenarios: Sequence[Scenario], worlds: Sequence[World], wanted: np.ndarray) -> list[Run]:
+    clusters = [Cluster(scenario, [world]) for scenario, world in zip(scenarios, worlds, strict=True)]
+    return _run(clusters, _AsRecorded(wanted), "recorded")
+
+
+def _rehearsed(
+    scenarios: Sequence[Scenario], worlds: Sequence[World], label: str, policy: Policy
+) -> list[Run]:
+    """One policy in scenarios that have the same services, behind the guard."""
+    tick_s = tick_of(scenarios[0], policy)
+    clusters = [Cluster(at_tick(one, tick_s), [world]) for one, world in zip(scenarios, worlds, strict=True)]
+    situations = [cluster.situation(0, s) for cluster in clusters for s in range(cluster.shape[1])]
+    helm = Helm([policy] * len(situations), situations, Guard(), fleet=clusters[0].shape[1])
+    return _run(clusters, helm, label)
+
+
+def _run(clusters: Sequence[Cluster], helm: Decides, label: str) -> list[Run]:
+    """Runs of clusters of one world each, which have the same services."""
+    began = time.perf_counter()
+    scenario = clusters[0].scenario
+    steer(_Abreast(clusters), helm, scenario.ticks)
+    for cluster in clusters:
+        cluster.finish()
+    each_s = (time.perf_counter() - began) / len(clusters)
+    return [
+        Run(
+            policy=label,
+            world=cluster.worlds[0],
+            tick_s=scenario.tick_s,
+            usd=bill(cluster.totals[0], scenario),
+            totals=cluster.totals[0],
+            histogram=cluster.histograms[0],
+            seconds=each_s,
+        )
+        for cluster in clusters
+    ]
 
 
 def as_toml(scenario: Scenario) -> str:

@@ -283,3 +283,42 @@ def test_between_syncs_nothing_happens() -> None:
     assert orders[0] == 4
     assert orders[1] == 0
     assert orders[2] > 0
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Hpa(),
+        Hpa(target_utilization=0.6, tolerance_up=0.0, stabilization_up_s=60.0, stabilization_down_s=45.0),
+        Hpa(metric="concurrency", target_average=3.0, min_replicas=0, stabilization_down_s=0.0),
+        Hpa(metric="arrival_rate", target_average=7.0, sync_period_s=40.0, up=rates(("pods", 1, 40.0))),
+        Hpa(up=SLOWEST, down=rates(("percent", 30, 90.0), ("pods", 1, 30.0))),
+        Hpa(down=rates(("pods", 4, 60), select="disabled"), max_replicas=9),
+        Hpa(sync_period_s=0.0, up=rates(("percent", 50, 45.0), ("pods", 2, 20.0))),
+    ],
+    ids=repr,
+)
+def test_services_together_are_decided_for_as_one_by_one(policy: Hpa) -> None:
+    rng, rows, ticks = np.random.default_rng(5), 60, 120
+    situation = Cluster(load("quickstart"), [World(0)]).situation(0, 0)
+    alone = [policy.begin(situation) for _ in range(rows)]
+    together = policy.begin_together([situation] * rows)
+    assert together is not None
+    ready, starting = rng.integers(0, 9, rows).astype(float), np.zeros(rows)
+    reasons = set()
+    for tick in range(ticks):
+        values = rng.uniform(0, 40, (rows, len(FEATURES)))
+        values[:, INDEX["utilization"]] = np.abs(rng.normal(0.8, 0.5, rows)) * (rng.random(rows) < 0.9)
+        values[:, INDEX[policy.metric]][rng.random(rows) < 0.1] = np.nan
+        values[:, INDEX["replicas_ready"]], values[:, INDEX["replicas_starting"]] = ready, starting
+        values[:, INDEX["replicas_pending"]] = 0.0
+        now_s = 15.0 * tick + (rng.uniform(-1, 1) if policy.sync_period_s == 40.0 else 0.0)
+        seen = [Observation(now_s, row, np.zeros(len(FEATURES))) for row in values]
+        said = [one.decide(row) for one, row in zip(alone, seen, strict=True)]
+        assert together.decide(seen) == said
+        reasons |= {one.reason.partition(" ")[0] for one in said}
+        order, release = (np.array([getattr(one, name) for one in said]) for name in ("order", "release"))
+        started = rng.random(rows) < 0.5
+        ready, starting = ready + started * starting, np.where(started, 0.0, starting) + order
+        ready = np.maximum(ready - release, 0.0) + (rng.random(rows) < 0.02) * rng.integers(0, 20, rows)
+    assert {policy.metric, "no"} <= reasons

@@ -7,6 +7,7 @@ import gzip
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,38 @@ def test_models_that_share_nodes_cost_less_than_apart() -> None:
     assert found.usd_per_hour < found.apart_usd_per_hour
     assert all(row["meets"] for row in found.verified)
     assert len(found.manifests) == 2
+    more, spot, dearer = found.sensitivity
+    assert more["usd_per_hour"] >= found.usd_per_hour
+    assert re.search(r"as it is, [\d.]+ % of (ranker|tagger) would be in time", more["stays"])
+    assert (spot["plan"], spot["stays"]) == ("the same", "not on spot")
+    assert spot["usd_per_hour"] == pytest.approx(found.usd_per_hour)
+    assert (dearer["what_if"], dearer["plan"]) == (
+        "price of cpu + 20 %",
+        "the same",
+    )  # there is no other pool
+    assert dearer["usd_per_hour"] == pytest.approx(1.2 * found.usd_per_hour)
+    assert dearer["stays"] == f"as it is, {1.2 * found.usd_per_hour:.4g} $/h"
+
+
+def test_models_that_share_spot_nodes_know_what_they_would_cost_without() -> None:
+    spot = SPOT.replace(node=NODE, price_usd_per_hour=0.1)
+    law = Affine(base_ms=6.0, per_item_ms=12.0)
+    variant = SMALL.replace(resources=Resources(cpu=2.5), latency={"cpu": law, "spot": law})
+    models = tuple(
+        MODEL.replace(name=name, variants=(variant,), traffic=Poisson(rate_rps=30.0), batch_waits_ms=(0.0,))
+        for name in ("ranker", "tagger")
+    )
+    found = plan_together(Requirements(pools=(CPU, spot), models=models, horizon_h=0.1))
+    assert isinstance(found, FleetPlan)
+    assert {o.configuration.pool for o in found.chosen} == {"spot"}
+    without = {row["what_if"]: row for row in found.sensitivity}["spot gone"]
+    assert "ranker: small on cpu" in without["plan"]
+    assert "tagger: small on cpu" in without["plan"]
+    assert without["usd_per_hour"] > found.usd_per_hour
+    quiet = plan_together(Requirements(pools=(CPU, spot), models=models, horizon_h=0.1), alternatives=False)
+    assert isinstance(quiet, FleetPlan)
+    assert not quiet.sensitivity
+    assert quiet.usd_per_hour == found.usd_per_hour
 
 
 def test_pareto_keeps_one_of_equals() -> None:

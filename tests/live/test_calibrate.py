@@ -255,9 +255,9 @@ def test_an_explosion_of_labels_is_refused_and_long_spans_are_asked_in_pieces(
     source = Prometheus(url="http://127.0.0.1:9090", start="2026-11-20T00:00:00", end="2026-11-20T00:10:00")
     asked: list[tuple[float, float]] = []
 
-    def ask(self: Prometheus, query: str, start_s: float, end_s: float) -> list[dict[str, Any]]:
+    def ask(self: Prometheus, query: str, start_s: float, end_s: float) -> list[Any]:
         asked.append((start_s, end_s))
-        return [{"metric": {"pod": str(k)}, "values": [[start_s, "1"], [end_s, "NaN"]]} for k in range(5)]
+        return [module._Row({"pod": str(k)}, [(start_s, "1"), (end_s, "NaN")]) for k in range(5)]
 
     monkeypatch.setattr(Prometheus, "_ask", ask)
     monkeypatch.setattr(module, "MOST_POINTS", 4)

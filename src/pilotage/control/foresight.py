@@ -28,6 +28,7 @@ from pilotage.control.policy import (
     Policy,
     Situation,
     Together,
+    values_of,
 )
 from pilotage.world.spec import SpecError
 
@@ -210,7 +211,7 @@ class _Together:
         self._first = True
 
     def decide(self, seen: Sequence[Observation]) -> list[Decision]:
-        values = np.stack([one.values for one in seen])
+        values = values_of(seen)
         if not self._first:  # the first observation is older than the run; the history has it
             self._levels.update(values)
         self._first = False

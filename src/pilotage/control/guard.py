@@ -17,7 +17,15 @@ import numpy as np
 from msgspec import Meta
 
 from pilotage.control.hpa import Hpa
-from pilotage.control.policy import INDEX, Controller, Decision, Observation, Situation
+from pilotage.control.policy import (
+    INDEX,
+    Controller,
+    Decision,
+    Observation,
+    Situation,
+    times_of,
+    values_of,
+)
 from pilotage.world.spec import Count, NonNegative, Positive, PositiveCount, Spec, SpecError, closest
 
 _ABSURD = 1_000_000
@@ -181,8 +189,8 @@ class Check:
 
     def __call__(self, seen: Sequence[Observation], wanted: Sequence[Decision | Exception]) -> list[Decision]:
         """What is done in the place of what the policies want, or failed to want; one per service."""
-        values = np.stack([one.values for one in seen])
-        now_s = np.array([one.now_s for one in seen])
+        values = values_of(seen)
+        now_s = times_of(seen)
         counts = values[:, _COUNTS].sum(axis=1)
         counted = np.isfinite(counts)
         self._changed_s[counted & ~np.isnan(self._known) & (counts != self._known)] = now_s[0]
@@ -191,11 +199,15 @@ class Check:
         stopped = self._guard.stopped()
         if stopped is not None:
             return [self._held(f"everything: {stopped}") for _ in seen]
-        missing, doubts = self._missing(values, seen, counted), self._doubts(values)
+        missing = self._missing(values, seen, counted)
+        faults = {k: why for k, want in enumerate(wanted) if (why := self._fault(k, want))}
+        wrong = faults | self._doubts(values) | missing
         chosen = [
-            self._held(missing[k])
+            want
+            if isinstance(want, Decision) and k not in wrong
+            else self._held(wrong[k])
             if k in missing
-            else self._instead(doubts.get(k) or self._fault(k, want), want, advice[k])
+            else self._instead(wrong[k], advice[k])
             for k, want in enumerate(wanted)
         ]
         return self._limited(chosen, np.where(counted, counts, 0).astype(np.int64), counted, now_s)
@@ -236,13 +248,12 @@ class Check:
             return f"variant is not one of the service's: {wanted.variant!r}"
         if wanted.pool is not None and wanted.pool not in self._pools[k]:
             return f"pool is not one the service may use: {wanted.pool!r}"
-        for what, count in (
-            ("order", wanted.order),
-            ("release", wanted.release),
-            ("max_batch", wanted.max_batch or 0),
-        ):
-            if not (isinstance(count, int | np.integer) and 0 <= count <= _ABSURD):
-                return f"{what} is not a sensible number: {count!r}"
+        order, release, batch = wanted.order, wanted.release, wanted.max_batch or 0
+        plain = type(order) is type(release) is type(batch) is int
+        if not (plain and 0 <= order <= _ABSURD and 0 <= release <= _ABSURD and 0 <= batch <= _ABSURD):
+            for what, count in (("order", order), ("release", release), ("max_batch", batch)):
+                if not (isinstance(count, int | np.integer) and 0 <= count <= _ABSURD):
+                    return f"{what} is not a sensible number: {count!r}"
         wait_s = wanted.batch_wait_s
         if wait_s is not None and not 0 <= wait_s <= self._longest_s[k]:
             return f"batch_wait_s is not within 0 and {self._longest_s[k]:g}: {wait_s!r}"
@@ -262,10 +273,7 @@ class Check:
         self.interventions[why.partition(":")[0]] += 1
         return Decision(reason=f"held: {why}")
 
-    def _instead(self, why: str | None, wanted: Decision | Exception, advice: Decision | None) -> Decision:
-        if why is None:
-            assert isinstance(wanted, Decision)
-            return wanted
+    def _instead(self, why: str, advice: Decision | None) -> Decision:
         if advice is None:
             return self._held(why)
         self.interventions[why.partition(":")[0]] += 1

@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from pilotage.control.guard import Check, Guard
 from pilotage.control.intake import Intake, Measured
 from pilotage.control.policy import (
@@ -18,6 +16,7 @@ from pilotage.control.policy import (
     Policy,
     Situation,
     Together,
+    values_of,
 )
 
 
@@ -53,7 +52,7 @@ class Handed:
         return self._check.interventions + self._intake.counts
 
     def decide(self, seen: Sequence[Observation]) -> list[Decision]:
-        values, notes, changed, held = self._intake(np.stack([one.values for one in seen]))
+        values, notes, changed, held = self._intake(values_of(seen))
         if changed:
             seen = list(seen)
             for row in changed:

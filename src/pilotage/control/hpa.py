@@ -11,15 +11,29 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Annotated, Final, Literal
 
+import numpy as np
 from msgspec import Meta
 
-from pilotage.control.policy import Controller, Decision, Observation, Pace, Policy, Situation
+from pilotage.control.policy import (
+    INDEX,
+    Controller,
+    Decision,
+    Observation,
+    Pace,
+    Policy,
+    Situation,
+    Together,
+    times_of,
+    values_of,
+)
 from pilotage.world.spec import Count, NonNegative, Positive, PositiveCount, Spec
 
 State = Literal["ready", "unready", "ignored"]
+FEW: Final = 8  # services, below which arrays cost more than they save
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +218,9 @@ class Hpa(Policy, frozen=True, kw_only=True, tag="hpa"):
     def begin(self, situation: Situation) -> Controller:
         return HpaController(self, situation)
 
+    def begin_together(self, situations: Sequence[Situation]) -> Together | None:
+        return _Together(self, situations) if len(situations) >= FEW else None
+
     def period_s(self) -> float | None:
         return self.sync_period_s or None
 
@@ -264,3 +281,133 @@ class HpaController:
             tolerance_up=p.tolerance_up,
             tolerance_down=p.tolerance_down,
         )
+
+
+@lru_cache(10_000)
+def _changing(change: int, metric: str, raw: int) -> Decision:
+    """What a proposal comes to; the same few are said over and over."""
+    return Decision(order=max(0, change), release=max(0, -change), reason=f"{metric} proposes {raw}")
+
+
+class _Together:
+    """`HpaController` of many services at once, in arrays; all replicas of a service report alike."""
+
+    def __init__(self, policy: Hpa, situations: Sequence[Situation]) -> None:
+        services = [s.service for s in situations]
+        self._policy = policy
+        self._low = np.array(
+            [s.min_replicas if policy.min_replicas is None else policy.min_replicas for s in services]
+        )
+        self._high = np.array(
+            [s.max_replicas if policy.max_replicas is None else policy.max_replicas for s in services]
+        )
+        self._due_s = np.full(len(services), -np.inf)
+        self._early_s = situations[0].tick_s / 2
+        self._longest_s = max(r.period_s for r in (*policy.up.rates, *policy.down.rates))
+        # of every tick, the times and what was recommended (NaN: nothing) or changed
+        self._recommended: deque[tuple[np.ndarray, np.ndarray]] = deque()
+        self._changed: deque[tuple[np.ndarray, np.ndarray]] = deque()
+
+    def decide(self, seen: Sequence[Observation]) -> list[Decision]:
+        p = self._policy
+        values = values_of(seen)
+        now_s = times_of(seen)
+        ready = values[:, INDEX["replicas_ready"]]
+        current = ready + values[:, INDEX["replicas_starting"]] + values[:, INDEX["replicas_pending"]]
+        current = np.where(np.isfinite(current), np.trunc(current), 0.0)
+        due = self._due(now_s)
+        disabled = (current == 0) & (self._low > 0)
+        bounded = np.clip(current, self._low, self._high)
+        outside = bounded != current
+        with np.errstate(invalid="ignore", divide="ignore"):
+            raw = self._proposals(values[:, INDEX[p.metric]], ready, current)
+        judged = due & ~disabled & ~outside & np.isfinite(raw)
+        stable = self._stabilised(now_s, np.where(judged, raw, np.nan), current)
+        most, least = self._limits(now_s, current)
+        target = np.where(stable > current, np.minimum(stable, most), np.maximum(stable, least))
+        target = np.where(judged, np.clip(target, self._low, self._high), current)
+        target = np.where(due & ~disabled & outside, bounded, target)
+        change = target - current
+        self._record(now_s, change)
+        found = [
+            _changing(c, p.metric, r)
+            for c, r in zip(
+                change.astype(int).tolist(), np.where(judged, raw, -1).astype(int).tolist(), strict=True
+            )
+        ]
+        for k in np.flatnonzero(~judged).tolist():
+            why = "outside its bounds" if outside[k] else "no metrics"
+            why = "disabled: scaled to zero by hand" if disabled[k] else why
+            found[k] = replace(found[k], reason=why if due[k] else "between syncs")
+        return found
+
+    def _due(self, now_s: np.ndarray) -> np.ndarray:
+        """`Pace` of every row."""
+        due: np.ndarray = now_s >= self._due_s - self._early_s
+        on_time = self._due_s > now_s - self._policy.sync_period_s
+        following = np.where(on_time, self._due_s, now_s) + self._policy.sync_period_s
+        self._due_s = np.where(due, following, self._due_s)
+        return due
+
+    def _proposals(self, value: np.ndarray, ready: np.ndarray, current: np.ndarray) -> np.ndarray:
+        """`from_pods` or `from_average`; NaN where there is nothing to go by."""
+        p = self._policy
+
+        def near(ratio: np.ndarray) -> np.ndarray:
+            return (1 - p.tolerance_down <= ratio) & (ratio <= 1 + p.tolerance_up)
+
+        if p.metric != "utilization":
+            ratio = np.where(current > 0, value / (p.target_average * current), np.inf)
+            wanted = np.where(near(ratio), current, np.ceil(value / p.target_average))
+            return np.where(value == value, wanted, np.nan)
+        target = round(100 * p.target_utilization)
+        ready, usage = np.trunc(ready), np.rint(1000 * value)
+        q = np.trunc(100 * usage * ready / (1000 * ready)) / target
+        plain = np.where(near(q), current, np.ceil(q * ready))
+        again = np.trunc(100 * usage * ready / (1000 * current)) / target  # those that start are idle
+        wanted = np.ceil(again * current)
+        kept = near(again) | (again <= 1) | (wanted < current)
+        return np.where((current > ready) & (q > 1), np.where(kept, current, wanted), plain)
+
+    def _stabilised(self, now_s: np.ndarray, raw: np.ndarray, current: np.ndarray) -> np.ndarray:
+        """`History.stabilised` of the rows that recommend something, NaN of the others."""
+        p = self._policy
+        longest_s = max(p.stabilization_up_s, p.stabilization_down_s)
+        while self._recommended and (self._recommended[0][0] < now_s - longest_s).all():
+            self._recommended.popleft()
+        self._recommended.append((now_s, raw))
+        times = np.stack([t for t, _ in self._recommended])
+        counts = np.stack([n for _, n in self._recommended])
+        times[-1] = np.inf  # this one counts in any window
+        known = counts == counts
+        up = np.where(known & (times > now_s - p.stabilization_up_s), counts, np.inf).min(axis=0)
+        down = np.where(known & (times > now_s - p.stabilization_down_s), counts, -np.inf).max(axis=0)
+        return np.where(raw == raw, np.minimum(np.maximum(current, up), down), np.nan)
+
+    def _limits(self, now_s: np.ndarray, current: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The highest and the lowest counts that the rates allow, as `History.up_limit` and `down_limit`."""
+        found = []
+        for behavior, sign in ((self._policy.up, 1), (self._policy.down, -1)):
+            if behavior.select == "disabled":
+                found.append(current)
+                continue
+            limits = []
+            for rate in behavior.rates:
+                start = current.copy()
+                for times, change in self._changed:
+                    start -= np.where(times > now_s - rate.period_s, change, 0.0)
+                if rate.type == "pods":
+                    limits.append(start + sign * rate.value)
+                else:
+                    share = start * (1 + sign * rate.value / 100)
+                    limits.append(np.ceil(share) if sign > 0 else np.trunc(share))
+            furthest = np.maximum if (behavior.select == "max") == (sign > 0) else np.minimum
+            limit = furthest.reduce(limits)
+            found.append(np.maximum(current, limit) if sign > 0 else np.minimum(current, limit))
+        return found[0], found[1]
+
+    def _record(self, now_s: np.ndarray, change: np.ndarray) -> None:
+        if change.any():
+            self._changed.append((now_s, change))
+        while self._changed and (self._changed[0][0] <= now_s - self._longest_s).all():
+            self._changed.popleft()

@@ -33,6 +33,8 @@ from pilotage.control.policy import (
     Policy,
     Situation,
     Together,
+    times_of,
+    values_of,
 )
 from pilotage.control.scaling import Predictive, parse
 from pilotage.control.tree import Tree
@@ -362,11 +364,11 @@ class _Learned:
         self._first = True
 
     def decide(self, seen: Sequence[Observation]) -> list[Decision]:
-        values = np.stack([one.values for one in seen])
+        values = values_of(seen)
         if not self._first:  # the first observation is older than the run; the history has it
             self._rows.update(values)
         self._first = False
-        actions = self._network(self._rows.view(np.array([one.now_s for one in seen]), values))
+        actions = self._network(self._rows.view(times_of(seen), values))
         if self._choices is not None:
             options = np.array(self._choices.options)
             if self._choices.masked:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, overload
 
 import numpy as np
 
@@ -267,6 +267,38 @@ class Observation:
     def _replicas(self) -> float:
         values = self.values
         return float(values[_READY] + values[_STARTING] + values[_PENDING])
+
+
+class Observations(Sequence[Observation]):
+    """What is reported of many services at a tick, in arrays: times of shape (rows,), values (rows, len(FEATURES)).
+
+    A row becomes an `Observation` when it is asked for; who needs only `values` of all saves that. All are of one age.
+    """
+
+    def __init__(self, now_s: Sequence[float], values: np.ndarray, age_s: np.ndarray) -> None:
+        self.now_s, self.values, self._age_s = now_s, values, age_s
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @overload
+    def __getitem__(self, row: int) -> Observation: ...
+    @overload
+    def __getitem__(self, row: slice) -> Observations: ...
+    def __getitem__(self, row: int | slice) -> Observation | Observations:
+        if isinstance(row, slice):
+            return Observations(self.now_s[row], self.values[row], self._age_s)
+        return Observation(self.now_s[row], self.values[row], self._age_s)
+
+
+def values_of(seen: Sequence[Observation]) -> np.ndarray:
+    """The values of all rows; shape (rows, len(FEATURES))."""
+    return seen.values if isinstance(seen, Observations) else np.stack([one.values for one in seen])
+
+
+def times_of(seen: Sequence[Observation]) -> np.ndarray:
+    """The times of all rows, in seconds; shape (rows,)."""
+    return np.array(seen.now_s if isinstance(seen, Observations) else [one.now_s for one in seen], float)
 
 
 @dataclass(frozen=True, slots=True)

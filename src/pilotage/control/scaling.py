@@ -35,6 +35,7 @@ from pilotage.control.policy import (
     Policy,
     Situation,
     Together,
+    values_of,
 )
 from pilotage.control.queueing import little, square_root_staffing, staffing_for_wait
 from pilotage.control.queueing import staffing as erlang_staffing
@@ -192,7 +193,7 @@ class _Predictive:
 
     def decide(self, seen: Sequence[Observation]) -> list[Decision]:
         if not self._first:  # the first observation is older than the run; the history has it
-            values = np.stack([one.values for one in seen])
+            values = values_of(seen)
             self._tracker.update(values[:, INDEX["arrival_rate"]], values[:, INDEX["arrival_peak"]])
         self._first = False
         need = self._policy.need(self._tracker, self._capacity)

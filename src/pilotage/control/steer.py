@@ -28,7 +28,7 @@ class Decides(Protocol):
 
 
 Record = Callable[[int, Sequence[Observation], Sequence[Decision]], None]
-_Ask = Callable[[list[Observation]], Sequence[Decision]]
+_Ask = Callable[[Sequence[Observation]], Sequence[Decision]]
 
 
 class Helm:
@@ -111,7 +111,8 @@ class _Questions:
                 return
             self.at, (mine, ask) = k, self._asked[k]
             try:
-                self.found |= dict(zip(mine, ask([self._seen[row] for row in mine]), strict=True))
+                seen = self._seen if len(mine) == len(self._seen) else [self._seen[row] for row in mine]
+                self.found |= dict(zip(mine, ask(seen), strict=True))
             except Exception as error:
                 self.found |= dict.fromkeys(mine, error)
 

@@ -26,6 +26,7 @@ from pilotage.control.policy import (
     Policy,
     Situation,
     Together,
+    values_of,
 )
 from pilotage.control.scaling import Predictive
 from pilotage.world.spec import Count, Spec, SpecError
@@ -152,7 +153,7 @@ class Questions:
 
     def see(self, seen: Sequence[Observation]) -> np.ndarray:
         """Shape (rows, inputs)."""
-        values = np.stack([one.values for one in seen])
+        values = values_of(seen)
         if not self._first:  # the first observation is older than the run; the history has it
             rates = values[:, INDEX["arrival_rate"]], values[:, INDEX["arrival_peak"]]
             self._outlook.update(*rates)

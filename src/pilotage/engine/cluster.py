@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from pilotage.control.placing import LearnedPlacement, shipped
-from pilotage.control.policy import FEATURES, Decision, Observation, Situation, measure
+from pilotage.control.policy import FEATURES, Decision, Observations, Situation, measure
 from pilotage.engine import kernel, traffic  # noqa: F401  (traffic: compiled drawing of arrivals)
 from pilotage.engine.layout import (
     ANY_POOL,
@@ -86,6 +86,13 @@ def recorded(scenario: Scenario, worlds: Sequence[World]) -> list[World]:
             sources.append(Recorded(cluster.open(w, s, float(begin_s[w])).until(float(end_s[w]))))
         out.append(world._replace(start_s=float(cluster.now_s[w]), traffic=tuple(sources)))
     return out
+
+
+def observed(ticks: np.ndarray, now_s: np.ndarray) -> Observations:
+    """What a monitor would report of counters of shape (worlds, services), row by row, at times of shape (worlds,)."""
+    values = measure(ticks).reshape(-1, len(FEATURES))
+    values.setflags(write=False)
+    return Observations(np.repeat(now_s, ticks.shape[1]).tolist(), values, _FRESH)
 
 
 def stream(seed: int, name: str) -> np.random.Generator:
@@ -412,31 +419,30 @@ class Cluster:
         self._state = self._state._replace(messages=messages)
 
     # --- the face of a live cluster --------------------------------------------------------------------
-    def read(self) -> tuple[Observation, ...]:
+    def read(self) -> Observations:
         """What a monitor would report now of every row: the services of the first world, of the second, …"""
-        services = self.shape[1]
-        now_s = self.now_s.tolist()
-        values = measure(self.ticks).reshape(-1, len(FEATURES))
-        return tuple(Observation(now_s[r // services], row, _FRESH) for r, row in enumerate(values))
+        return observed(self.ticks, self.now_s)
 
     def apply(self, decisions: Sequence[Decision]) -> None:
         """Takes one decision per row; they act when time goes on."""
-        self.decisions = np.array(
-            [
-                (
-                    decision.order,
-                    decision.release,
-                    decision.max_batch or 0,
-                    ANY_POOL if decision.pool is None else self._pool_index[decision.pool],
-                    SAME_VARIANT
-                    if decision.variant is None
-                    else self._variant_index[k % self.shape[1]][decision.variant],
-                    SAME_WAIT if decision.batch_wait_s is None else decision.batch_wait_s,
-                )
-                for k, decision in enumerate(decisions)
-            ],
-            ORDER,
-        ).reshape(self.shape)
+        orders = self.no_orders()
+        rows = orders.reshape(-1)
+        for k, decision in enumerate(decisions):
+            if not (decision.order or decision.release or decision.max_batch) and (
+                decision.pool is decision.variant is decision.batch_wait_s is None
+            ):
+                continue  # most change nothing
+            rows[k] = (
+                decision.order,
+                decision.release,
+                decision.max_batch or 0,
+                ANY_POOL if decision.pool is None else self._pool_index[decision.pool],
+                SAME_VARIANT
+                if decision.variant is None
+                else self._variant_index[k % self.shape[1]][decision.variant],
+                SAME_WAIT if decision.batch_wait_s is None else decision.batch_wait_s,
+            )
+        self.decisions = orders
 
     def wait(self) -> None:
         """Lets one tick pass."""

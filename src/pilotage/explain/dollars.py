@@ -100,7 +100,7 @@ def weigh(
     count, copies, helm = 0, None, Helm([policy] * services, situations, guard or Guard())
     many: Helm | None = None
     for tick in range(ticks[-1] + 1):
-        seen = cluster.read()
+        seen = list(cluster.read())
         decided = helm.decide(seen) if many is None else many.decide(seen * (count * futures))[:services]
         if many is None:
             # how many alternatives there are is known from the first decision; all copies remember the same past

@@ -14,10 +14,13 @@ from typing import Annotated, Final
 
 import numpy as np
 from msgspec import Meta
-from scipy.optimize import nnls
 
+from pilotage.live.generations import Estimate, Generations, generations
 from pilotage.live.history import Prometheus, Recording
+from pilotage.live.mlflow_server import MlflowServer
 from pilotage.live.prices import PriceOf
+from pilotage.live.registries import Folder
+from pilotage.world.lifecycle import Lifecycle
 from pilotage.world.pools import Pool
 from pilotage.world.servers import BatchServer, Constant, RequestDemand
 from pilotage.world.services import Economics
@@ -39,19 +42,25 @@ RESAMPLES: Final = 300
 DAY_S: Final = 86400.0
 COARSEST: Final = 1.6  # ratio of the edges of the bucket that holds the objective
 
-Estimate = tuple[float, float, float]  # value, low, high
-
 
 class Known(Spec, frozen=True, kw_only=True):
-    """A service of the fleet: what metrics do not tell of it."""
+    """A service of the fleet: what metrics do not tell of it.
+
+    Without `accuracy` it is the registry's, of `metric` of the version of `model` (None: of the service's name) that is
+    live, or 1. A `lifecycle` is what is assumed of drift and retrainings; what the registry knows of versions takes its
+    place.
+    """
 
     name: Name
     slo_ms: Positive
     pool: Name
     server: BatchServer = BatchServer()
     demand: RequestDemand = Constant()
-    accuracy: Probability = 1.0
+    accuracy: Probability | None = None
     economics: Economics = Economics()
+    lifecycle: Lifecycle | None = None
+    model: str | None = None
+    metric: str = "accuracy"
     min_replicas: Count = 1
     max_replicas: PositiveCount = 100
 
@@ -60,12 +69,14 @@ class Fleet(Spec, frozen=True, kw_only=True):
     """A file of `pilotage calibrate`: where the history is, the pools, the services.
 
     Where `prices` names a pool, its price is looked up; where not, it is the `price_usd_per_hour` that the file says.
+    `registry` is where the models' versions are.
     """
 
     title: str = "calibrated fleet"
     prometheus: Prometheus
     pools: Annotated[tuple[Pool, ...], Meta(min_length=1)]
     services: Annotated[tuple[Known, ...], Meta(min_length=1)]
+    registry: MlflowServer | Folder | None = None
     prices: dict[Name, PriceOf] = {}  # noqa: RUF012  (msgspec copies it)
     policies: tuple[str, ...] = ("hpa", "predictive")
 
@@ -83,6 +94,18 @@ class Fleet(Spec, frozen=True, kw_only=True):
     @staticmethod
     def load(path: Path) -> Fleet:
         return decode(read_toml(path, "a file of a fleet"), Fleet, str(path))
+
+    def known(self, service: Known) -> tuple[Known, Generations | None]:
+        """A service with what the registry knows of its model; RegistryError where that fails."""
+        if self.registry is None:
+            return service, None
+        found = generations(
+            self.registry, service.model or service.name, service.metric, self.prometheus.start_s, self.prometheus.end_s
+        )  # fmt: skip
+        accuracy, life = service.accuracy, service.lifecycle
+        if accuracy is None and found.accuracy is not None:
+            accuracy = found.accuracy[0]
+        return service.replace(accuracy=accuracy, lifecycle=life and found.fitted(life)), found
 
     def priced(self, folder: Path) -> tuple[Pool, ...]:
         """The pools, with prices (and shapes of nodes, where the pool has none) from tables below `folder`."""
@@ -134,20 +157,12 @@ def fit(history: Recording, slo_s: float, seed: int = 0) -> Fit:
             f"{100 * history.missing_share:.2g} % of the points have no replica count: the last known was kept"
         )
     blocks = np.array_split(np.arange(len(history.arrived)), min(BLOCKS, len(history.arrived)))
-    table = np.array(
-        [
-            [x[block].sum() for x in (history.arrived, history.batches, history.batched, history.busy_s)]
-            for block in blocks
-        ]
-    )
+    arrived = np.array([history.arrived[block].sum() for block in blocks])
     seconds = np.array([history.step_s * len(block) for block in blocks])
-    value = _law(history.batches, history.batched, history.busy_s)
-    draws, rates = np.zeros((RESAMPLES, 2)), np.zeros(RESAMPLES)
-    for k in range(RESAMPLES):
-        picked = rng.integers(0, len(blocks), len(blocks))
-        steps = np.concatenate([blocks[b] for b in picked])
-        draws[k] = _law(history.batches[steps], history.batched[steps], history.busy_s[steps])
-        rates[k] = table[picked, 0].sum() / seconds[picked].sum()
+    sums = np.array([_sums(history.batches[b], history.batched[b], history.busy_s[b]) for b in blocks])
+    picked = rng.integers(0, len(blocks), (RESAMPLES, len(blocks)))
+    value, draws = _laws(sums.sum(axis=0)), _laws(sums[picked].sum(axis=1))
+    rates = arrived[picked].sum(axis=1) / seconds[picked].sum(axis=1)
     low, high = np.quantile(draws, [0.025, 0.975], axis=0)
     expected = 1e-3 * (value[0] * history.batches + value[1] * history.batched)
     tenths = np.array_split(np.arange(len(expected)), min(10, len(expected)))
@@ -169,28 +184,40 @@ def fit(history: Recording, slo_s: float, seed: int = 0) -> Fit:
             f"the buckets of latency_seconds are too coarse at the objective of {slo_s:g} s to judge a fit there; put "
             "edges on both sides of it, no further apart than by a factor of 1.6"
         )
-    arrived = float(history.arrived.sum())
     return Fit(
-        rate_rps=(arrived / span_s, float(np.quantile(rates, 0.025)), float(np.quantile(rates, 0.975))),
+        rate_rps=(
+            float(arrived.sum()) / span_s,
+            float(np.quantile(rates, 0.025)),
+            float(np.quantile(rates, 0.975)),
+        ),
         base_ms=(float(value[0]), float(low[0]), float(high[0])),
         per_item_ms=(float(value[1]), float(low[1]), float(high[1])),
         noise_cv=_noise(history, expected),
         start_up_s=(start, start - margin, start + margin),
         start_up_cv=history.start_up_cv if history.start_ups else 0.0,
         drift=float(np.max(np.abs(np.array(ratios) - 1))) if ratios else 0.0,
-        unexplained=float(history.batched.sum() / arrived - 1),
+        unexplained=float(history.batched.sum() / arrived.sum() - 1),
         draws=draws,
         notes=tuple(notes),
     )
 
 
-def _law(batches: np.ndarray, batched: np.ndarray, busy_s: np.ndarray) -> np.ndarray:
-    """Base and per-item time in ms, neither negative: busy time by least squares, steps weighted by their noise."""
-    some = batches > 0
-    weight = 1 / np.sqrt(batches[some])
-    rows = np.stack([batches[some], batched[some]], axis=1) * weight[:, None]
-    solution: np.ndarray = 1e3 * nnls(rows, busy_s[some] * weight)[0]
-    return solution
+def _sums(batches: np.ndarray, batched: np.ndarray, busy_s: np.ndarray) -> list[float]:
+    """What `_laws` needs of some steps, weighted by 1 / batches, as their noise is; the whole is the sum of parts."""
+    b, r, y = (x[batches > 0] for x in (batches, batched, busy_s))
+    return [b.sum(), r.sum(), (r * r / b).sum(), y.sum(), (r * y / b).sum()]
+
+
+def _laws(sums: np.ndarray) -> np.ndarray:
+    """Base and per-item time in ms by least squares of busy time, neither negative; shapes (..., 5) and (..., 2)."""
+    bb, br, rr, by, ry = np.moveaxis(np.asarray(sums, float), -1, 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        both = np.stack([rr * by - br * ry, bb * ry - br * by], axis=-1) / (bb * rr - br * br)[..., None]
+        one = np.stack([by / bb, ry / rr], axis=-1)
+        inside = np.isfinite(both).all(axis=-1) & (both >= 0).all(axis=-1)
+    better = np.stack([by * one[..., 0] >= ry * one[..., 1]] * 2, axis=-1)
+    better[..., 1] = ~better[..., 0]
+    return 1e3 * np.where(inside[..., None], both, np.where(better, one, 0.0))
 
 
 def _noise(history: Recording, expected_s: np.ndarray) -> float:

@@ -8,14 +8,15 @@ series is refused: a recording rule should sum it first.
 
 from __future__ import annotations
 
-import json
 import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final
+from http.client import HTTPException
+from typing import Annotated, Final
 
+import msgspec
 import numpy as np
 from msgspec import Meta
 
@@ -74,33 +75,52 @@ class Prometheus(Spec, frozen=True, kw_only=True):
         for lo in range(0, len(times), MOST_POINTS):
             piece = times[lo : lo + MOST_POINTS]
             for row in self._ask(query, float(piece[0]), float(piece[-1])):
-                key = tuple(sorted(row["metric"].items()))
+                key = tuple(sorted(row.metric.items()))
                 if key not in found:
                     if len(found) >= MOST_SERIES:
                         raise HistoryError(
                             f"{query}: more than {MOST_SERIES} series; sum them in a recording rule, by service and le"
                         )
                     found[key] = np.full(len(times), np.nan)
-                at = [round((float(t) - self.start_s) / self.step_s) for t, _ in row["values"]]
-                found[key][at] = [float(v) for _, v in row["values"]]
+                if not row.values:  # it has native histograms
+                    continue
+                when, what = zip(*row.values, strict=True)
+                at = np.rint((np.array(when) - self.start_s) / self.step_s).astype(int)
+                found[key][at] = list(map(float, what))
         return [Series(dict(key), values) for key, values in found.items()]
 
-    def _ask(self, query: str, start_s: float, end_s: float) -> list[dict[str, Any]]:
+    def _ask(self, query: str, start_s: float, end_s: float) -> list[_Row]:
         form = {"query": query, "start": start_s, "end": end_s, "step": self.step_s}
         body = urllib.parse.urlencode(form).encode()
         url = f"{self.url.rstrip('/')}/api/v1/query_range"
         try:
             request = urllib.request.Request(url, body)  # noqa: S310  (http or https, by the pattern of `url`)
             with urllib.request.urlopen(request, timeout=self.timeout_s) as answer:  # noqa: S310
-                found = json.load(answer)
+                found = msgspec.json.decode(answer.read(), type=_Answer)
         except urllib.error.HTTPError as error:
             raise HistoryError(f"{url}: {query}: HTTP {error.code}: {error.read()[:300]!r}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, HTTPException, ValueError) as error:
             raise HistoryError(f"{url}: {query}: {error}") from None
-        if found.get("status") != "success":
-            raise HistoryError(f"{url}: {query}: {found.get('error', 'no success')}")
-        result: list[dict[str, Any]] = found["data"]["result"]
-        return result
+        if found.data is None:
+            raise HistoryError(f"{url}: {query}: {found.error or 'no success'}")
+        return found.data.result
+
+
+class _Row(msgspec.Struct):
+    """A series of an answer, with (Unix time, value) of every point that there is."""
+
+    metric: dict[str, str]
+    values: list[tuple[float, str]] = []
+
+
+class _Data(msgspec.Struct):
+    result: list[_Row]
+
+
+class _Answer(msgspec.Struct):
+    status: str
+    data: _Data | None = None
+    error: str = ""
 
 
 def _unix_s(text: str) -> float:

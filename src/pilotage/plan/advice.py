@@ -298,7 +298,7 @@ def _sensitivity(
             {"what_if": question, "plan": plan, "usd_per_hour": o.usd_per_hour * factor, "stays": stays}
         )
 
-    more = Trials(asked, _loaded(model, 1.5), platform=trials.platform, seed=seed)
+    more = Trials(asked, loaded(model, 1.5), platform=trials.platform, seed=seed)
     again = more.outcome(c, chosen.size)
     kept = 100 * (1 - float(again.missed.mean()))
     stays = f"as it is, {kept:.4g} % would be in time" + (
@@ -317,7 +317,7 @@ def _sensitivity(
     return rows
 
 
-def _loaded(model: Model, factor: float) -> Model:
+def loaded(model: Model, factor: float) -> Model:
     """The model with its traffic at a multiple of its rate."""
     traffic = model.traffic
     assert traffic is not None

@@ -1,0 +1,215 @@
+"""How long does `pilotage rehearse` take on a week of 50 services?
+
+A fleet is drawn at random and its week is simulated, service by service, as a Prometheus would have seen it every
+minute; promtool writes that into a real one. Then the command itself is run on it, from its start to its answer: it
+reads the history, fits, replays what was recorded, and runs two policies on five draws of the fit. Judged are its
+seconds by the clock, and, since other work on the machine stretches those, its processor seconds on all cores (of the
+command and its workers, not of Prometheus). How long it takes depends on the requests there were, so that the load is
+part of the line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from pilotage.control.hpa import Hpa
+from pilotage.engine.cluster import World
+from pilotage.recording import open_metrics
+from pilotage.results import as_csv, provenance, write_whole
+from pilotage.scenario import Scenario
+from pilotage.world.arrivals import Diurnal
+from pilotage.world.pools import Pool
+from pilotage.world.servers import Affine, BatchServer, Variant
+from pilotage.world.services import Service
+
+STEP_S = 60.0
+POOL = Pool(name="cpu", price_usd_per_hour=0.34, max_nodes=30)
+EDGES_S = tuple(float(f"{0.005 * 1.5**k:.4g}") for k in range(20))  # 5 ms to 11 s
+POLICIES = ("hpa", "predictive")
+
+
+def drawn(k: int, seed: int, lowest_rps: float, highest_rps: float) -> Service:
+    """A service at random: a rate between two bounds (log-uniform), a daily rhythm, batches of up to 4 to 16."""
+    rng = np.random.default_rng([seed, k])
+    law = Affine(
+        base_ms=float(rng.uniform(8, 40)),
+        per_item_ms=float(rng.uniform(2, 10)),
+        noise_cv=float(rng.uniform(0.05, 0.3)),
+    )
+    rate = float(np.exp(rng.uniform(np.log(lowest_rps), np.log(highest_rps))))
+    return Service(
+        name=f"service-{k}",
+        slo_ms=300.0,
+        pools=("cpu",),
+        traffic=Diurnal(rate_rps=rate, day_amplitude=0.6, peak_hour=14.0, noise_cv=0.2),
+        server=BatchServer(
+            max_batch=int(rng.choice([4, 8, 16])), batch_wait_ms=float(rng.choice([0.0, 5.0]))
+        ),
+        variants=(Variant(name="v", load_s=float(rng.uniform(20, 90)), load_cv=0.1, latency={"cpu": law}),),
+        initial_replicas=2,
+        max_replicas=20,
+    )
+
+
+def record(service: Service, seed: int, hours: float, began_s: float, home: Path) -> None:
+    """Writes the service's simulated history into the blocks of a Prometheus."""
+    scenario = Scenario(title="real", pools=(POOL,), services=(service,), tick_s=STEP_S, horizon_h=hours)
+    policy = Hpa(target_utilization=0.6)
+    text = open_metrics(scenario, [policy], World(seed), began_s=began_s, edges_s=EDGES_S)
+    written = home / f"{service.name}.om"
+    written.write_text(text)
+    command = ["promtool", "tsdb", "create-blocks-from", "openmetrics", "--max-block-duration=512h"]
+    subprocess.run(
+        [*command, str(written), str(home / "data")],
+        check=True,
+        capture_output=True,
+        env=os.environ | {"PATH": _path()},
+    )
+    written.unlink()
+
+
+@contextmanager
+def remembering(home: Path) -> Iterator[str]:
+    """The URL of a Prometheus on those blocks."""
+    (home / "prometheus.yml").write_text("global: {scrape_interval: 1h}\n")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        "prometheus", f"--config.file={home / 'prometheus.yml'}", f"--storage.tsdb.path={home / 'data'}",
+        f"--web.listen-address=127.0.0.1:{port}", "--storage.tsdb.retention.time=100y",
+    ]  # fmt: skip
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    server = subprocess.Popen(command, **quiet, process_group=0, env=os.environ | {"PATH": _path()})
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(2400):
+            try:
+                urllib.request.urlopen(f"{url}/-/ready", timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.05)
+        yield url
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
+
+
+def _path() -> str:
+    return os.pathsep.join(filter(None, (os.environ.get("PILOTAGE_PROMETHEUS"), os.environ["PATH"])))
+
+
+def fleet_file(services: list[Service], url: str, began_s: float, hours: float) -> str:
+    start, end = (np.datetime64(int(t), "s").astype(str) for t in (began_s, began_s + 3600 * hours))
+    lines = [
+        f"policies = {json.dumps(POLICIES)}",
+        f"[prometheus]\nurl = '{url}'\nstart = '{start}'\nend = '{end}'\nstep_s = {STEP_S}",
+        f"[[pools]]\nname = 'cpu'\nprice_usd_per_hour = {POOL.price_usd_per_hour}\n"
+        f"max_nodes = {POOL.max_nodes * len(services)}",
+    ]
+    for one in services:
+        lines.append(
+            f"[[services]]\nname = '{one.name}'\nslo_ms = {one.slo_ms}\npool = 'cpu'\n"
+            f"max_replicas = {one.max_replicas}\n"
+            f"server = {{max_batch = {one.server.max_batch}, batch_wait_ms = {one.server.batch_wait_ms}}}\n"
+            "economics = {late_usd = 0.001, dropped_usd = 0.001}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, help="not needed: nothing here reads a trace")
+    parser.add_argument("--out", type=Path, default=Path("results/rehearse"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--services", type=int, default=50)
+    parser.add_argument("--hours", type=float, default=168.0)
+    parser.add_argument("--rates", type=float, nargs=2, default=(0.05, 2.0), help="requests/s of a service")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that make the recordings")
+    parser.add_argument("--quick", action="store_true", help="four hours of five services")
+    options = parser.parse_args()
+    count, hours = (5, 4.0) if options.quick else (options.services, options.hours)
+    if not all(shutil.which(name, path=_path()) for name in ("prometheus", "promtool")):
+        raise SystemExit(
+            "error: no prometheus and promtool on the path, nor in the folder PILOTAGE_PROMETHEUS"
+        )
+    started, lasted = datetime.now(UTC), {}
+    options.out.mkdir(parents=True, exist_ok=True)
+    services = [drawn(k, options.seed, *options.rates) for k in range(count)]
+    began_s = (time.time() - 3600 * (hours + 6)) // STEP_S * STEP_S
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        began = time.perf_counter()
+        with ProcessPoolExecutor(options.jobs) as pool:
+            several = [
+                pool.submit(record, service, 1000 * options.seed + k, hours, began_s, home)
+                for k, service in enumerate(services)
+            ]
+            for k, one in enumerate(as_completed(several)):
+                one.result()
+                print(f"{k + 1} services recorded after {time.perf_counter() - began:.0f} s", flush=True)
+        lasted["simulate recordings"] = round(time.perf_counter() - began, 1)
+        with remembering(home) as url:
+            (home / "fleet.toml").write_text(fleet_file(services, url, began_s, hours))
+            command = [
+                sys.executable, "-m", "pilotage", "rehearse", str(home / "fleet.toml"), "--anyway", "--json",
+                "--out", str(home / "out"),
+            ]  # fmt: skip
+            before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            took_s = time.perf_counter() - began
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    lasted["rehearse"] = round(took_s, 1)
+    took_cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    answer = json.loads(done.stdout)
+    policies, fits = answer["policies"], answer["services"]
+    week = {
+        "services": count, "hours": hours, "requests": int(policies[0]["requests"] / 5),
+        "good_fits": sum(one["good"] for one in fits), "seconds": f"{took_s:.1f}", "cpu_seconds": f"{took_cpu_s:.1f}",
+        "load_average": f"{os.getloadavg()[0]:.1f}",
+    }  # fmt: skip
+    rows = [
+        week | {"policy": row["policy"], **{f"usd_{k}": f"{v:.6g}" for k, v in row["total_usd"].items()}}
+        for row in policies
+    ]
+    what = (
+        f"a rehearsal of {hours:g} h of {count} services, {week['requests'] / 1e6:.3g} million requests in all, two "
+        f"policies and the history's reading included, on {os.cpu_count()} cores"
+    )
+    whole = count >= 50 and hours >= 168
+    acceptance = [
+        {"line": f"{kind} of {what}", "asked": f"{asked} for a week of 50 services", "measured": f"{took:.4g}",
+         "low": "", "high": "", "met": bool(whole and took <= most)}
+        for kind, asked, took, most in (
+            ("seconds", "<= 120", took_s, 120), ("processor seconds", "<= 240 (120 s on 2 cores)", took_cpu_s, 240),
+        )
+    ]  # fmt: skip
+    for row in acceptance:
+        print(row)
+    write_whole(options.out / "table.csv", as_csv(rows))
+    write_whole(options.out / "acceptance.csv", as_csv(acceptance))
+    record_ = provenance("rehearse", sys.argv, started, lasted)
+    record_ |= {"seed": options.seed, "quick": options.quick, "load_average": os.getloadavg()}
+    write_whole(options.out / "run.json", json.dumps(record_, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
