@@ -170,3 +170,22 @@ def batch_times_s(
     times: np.ndarray = (output * step_s + at_once * prefill_s) * np.maximum(n, 1) / at_once
     times[0] = 0.0
     return times
+
+
+def first_tokens_s(
+    server: LLMServer, law: IterationLaw, means: tuple[float, float], largest: int
+) -> np.ndarray:
+    """Seconds to the first token at a replica where n mean requests decode, for n from 0 to `largest`.
+
+    A request waits for the iteration in flight, which prefills as much as there is to do at n, and is prefilled in
+    its own, or in several if its prompt is longer than a chunk. Nobody else waits.
+    """
+    prompt, output = means
+    n = np.arange(largest + 1)
+    chunk = min(prompt, server.chunk_tokens if server.scheduler == "chunked" else server.max_tokens)
+    decode = law.decode or law
+    step_s = decode.base_s + (decode.sequence_s + decode.context_s * (prompt + output / 2)) * n
+    prefill_s = law.prefill_s * prompt + law.square_s * prompt * chunk  # of one prompt
+    busy_s = step_s + prefill_s * np.minimum(n / output, 1.0)
+    times: np.ndarray = busy_s + step_s * math.ceil(prompt / chunk) + prefill_s
+    return times

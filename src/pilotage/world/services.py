@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from pilotage.world.arrivals import Traffic
 from pilotage.world.lifecycle import Lifecycle
-from pilotage.world.llm import LLMServer, batch_times_s
+from pilotage.world.llm import LLMServer, batch_times_s, first_tokens_s
 from pilotage.world.pools import Pool
 from pilotage.world.servers import BatchServer, Constant, IterationLaw, LatencyLaw, RequestDemand, Variant
 from pilotage.world.spec import Count, Name, NonNegative, Positive, PositiveCount, Spec, SpecError
@@ -133,3 +133,15 @@ class Service(Spec, frozen=True, kw_only=True):
             times = batch_times_s(self.llm, law, self.tokens.means, self.server.max_batch)
             return times, np.zeros_like(times)
         return law.batch_times_s(self.server.max_batch)
+
+    def waits_s(self, law: LatencyLaw) -> np.ndarray:
+        """Seconds that a request may have to wait for its answer at a replica that takes n at once, for n from 1 to
+        the largest batch: for the batch in flight and its own; of an LLM service, for its first token, and infinitely
+        long where tokens come too slowly after it."""
+        fixed, variable = self.batch_times_s(law)
+        times: np.ndarray = (fixed + variable)[1:]
+        if self.llm is None or self.tokens is None or not isinstance(law, IterationLaw):
+            return 2 * times
+        waits = first_tokens_s(self.llm, law, self.tokens.means, self.server.max_batch)[1:]
+        _, tpot_s, _ = self.llm.objectives.seconds
+        return np.where(times / self.tokens.means[1] <= tpot_s, waits, np.inf)
