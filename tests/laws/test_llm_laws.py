@@ -14,11 +14,11 @@ from pilotage.engine.cluster import Cluster, World
 from pilotage.engine.layout import ORDER
 from pilotage.engine.llm_layout import DOOR
 from pilotage.engine.serving import serve, serve_apart
-from pilotage.scenario import Scenario
+from pilotage.scenario import Scenario, folder, load
 from pilotage.world.arrivals import Handover, Poisson
-from pilotage.world.llm import KvMemory, LLMServer, Objectives
+from pilotage.world.llm import KvMemory, LLMServer, Objectives, shipped_profiles
 from pilotage.world.pools import Pool, Resources
-from pilotage.world.servers import Affine, BatchServer, IterationLaw, Variant
+from pilotage.world.servers import Affine, BatchServer, IterationLaw, Profiled, Variant
 from pilotage.world.services import Economics, Service
 from pilotage.world.spec import SpecError
 from pilotage.world.tokens import RandomTokens, Requests, Sessions
@@ -330,3 +330,48 @@ def test_servers_and_requests_that_make_no_sense_are_refused() -> None:
     ):
         with pytest.raises(SpecError, match=message):
             bad()
+
+
+def test_a_model_larger_than_its_gpus_is_refused_at_load(tmp_path) -> None:
+    text = (folder() / "llm-mixed.toml").read_text()
+    path = tmp_path / "large.toml"
+    path.write_text(text.replace("weights_gib = 15.0", "weights_gib = 145.0"))
+    with pytest.raises(SpecError, match=r"(?s)large\.toml.*145 GiB of weights.*services\[0\]\.llm"):
+        load(path)
+    path.write_text(text.replace('kind = "iteration"', 'kind = "profile"\nname = "llama-9000"', 1))
+    with pytest.raises(SpecError, match="profile 'llama-9000' does not exist; "):
+        load(path)
+
+
+def test_a_fleet_rejects_what_can_never_fit_and_serves_the_rest() -> None:
+    tokens = RandomTokens(prompt_mean=4000, prompt_cv=1.0, output_mean=20, max_tokens=100_000)
+    server = LLMServer(kv_blocks=300, max_batch=16, chunk_tokens=256)  # 16 tokens each
+    scenario = fleet(llm_service(llm=server, tokens=tokens, traffic=Poisson(rate_rps=0.2)))
+    cluster = Cluster(scenario, [World(5)])
+    for _ in range(scenario.ticks):
+        cluster.advance(cluster.no_orders())
+    total = cluster.totals[0, 0]
+    lengths = tokens.begin(None, None).of(
+        int(cluster.params["seed_demand"][0]), np.arange(int(total["arrived"]))
+    )
+    needed = -(-(lengths.prompt + lengths.output - 1) // server.block_tokens)
+    assert total["rejected"] == (needed > server.blocks - server.watermark_blocks).sum() > 0
+    assert total["served"] > 0
+
+
+def test_a_profile_is_a_law_by_name() -> None:
+    profiles = shipped_profiles()
+    assert {p.source.split()[0] for p in profiles.values()} >= {"aisimulate", "Mutinifni/splitwise-sim"}
+    for name, profile in profiles.items():
+        law = Profiled(name=name)
+        assert law.vector == profile.law.vector
+        assert law.decode == profile.law.decode
+        assert min(law.vector) >= 0
+        assert profile.errors["mape"] < 0.3
+        assert profile.caveat
+    name = next(iter(profiles))
+    by_name = llm_service(
+        variants=(Variant(name="v", latency={"gpu": Profiled(name=name)}, resources=Resources(gpus=1.0)),)
+    )
+    by_hand = by_name.variants[0].latency["gpu"]
+    assert by_name.batch_times_s(by_hand)[0].tolist() == by_name.batch_times_s(profiles[name].law)[0].tolist()
