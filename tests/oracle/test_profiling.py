@@ -73,7 +73,7 @@ def test_two_regimes_give_back_their_laws() -> None:
     law, off = fit_regimes(batches, seconds)
     assert np.allclose(law.vector, TRUE.vector, rtol=1e-6)
     assert law.decode is not None
-    assert np.allclose(law.decode.vector[::2], decode.vector[::2], rtol=1e-6, atol=1e-9)
+    assert np.allclose(np.array(law.decode.vector)[[0, 2, 3]], np.array(decode.vector)[[0, 2, 3]], rtol=1e-6)
     assert off["max"] < 1e-9
 
 
