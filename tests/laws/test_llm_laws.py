@@ -368,7 +368,7 @@ def test_a_profile_is_a_law_by_name() -> None:
         assert law.decode == profile.law.decode
         assert min(law.vector) >= 0
         assert profile.errors["mape"] < 0.3
-        assert profile.caveat
+        assert ("fails" in profile.caveat) == (profile.errors["p95"] > 0.3)
     name = next(iter(profiles))
     by_name = llm_service(
         variants=(Variant(name="v", latency={"gpu": Profiled(name=name)}, resources=Resources(gpus=1.0)),)
