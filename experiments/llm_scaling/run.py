@@ -263,7 +263,8 @@ def main() -> None:
         rows.append(
             {
                 "env": env, "policy": name, "runs": len(of), "usd": f"{total['mean']:.5g}",
-                "low": f"{total['low']:.5g}", "high": f"{total['high']:.5g}", "node_usd": f"{items[0]:.5g}", "late_usd": f"{items[1]:.5g}",
+                "low": f"{total['low']:.5g}", "high": f"{total['high']:.5g}", "node_usd": f"{items[0]:.5g}",
+                "late_usd": f"{items[1]:.5g}",
                 "dropped_usd": f"{items[2]:.5g}", "in_time": f"{np.mean([in_time(run) for run in of]):.6f}",
                 "parameters": describe(policy),
             }
