@@ -51,6 +51,7 @@ check: $(STAMP)
 # speed, side by side with peers; writes results/bench
 bench: $(STAMP)
 	$(BIN)/python experiments/bench.py
+	$(BIN)/python experiments/llm_serving/bench.py $(if $(DATA),--data $(DATA))
 
 # every experiment; needs the traces: DATA=folder (default: PILOTAGE_DATA)
 DATA ?= $(PILOTAGE_DATA)
@@ -78,7 +79,8 @@ reproduce: $(STAMP) bench
 	$(BIN)/python experiments/cleanrl_ppo.py
 	$(BIN)/python experiments/fidelity/vidur/run.py --data $(DATA)
 	$(BIN)/python experiments/fidelity/vllm/run.py --data $(DATA)
-	$(BIN)/python experiments/llm_serving/bench.py --data $(DATA)
+	$(BIN)/python experiments/llm_profiles/run.py --data $(DATA)
+	$(BIN)/python experiments/llm_scaling/run.py --data $(DATA)
 	$(BIN)/python experiments/live_loop/run.py --thorough
 
 clean:

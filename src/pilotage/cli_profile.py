@@ -18,8 +18,12 @@ _screen = Console(stderr=True)
 
 @app.command()
 def profile(
-    target: Annotated[str, typer.Argument(help="a .onnx or .skops file, or the URL of a KServe V2 server")],
-    model: Annotated[str | None, typer.Option(help="the model's name on the server")] = None,
+    target: Annotated[
+        str | None, typer.Argument(help="a .onnx or .skops file, or the URL of a KServe V2 server")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="the model's name on the server, or on Hugging Face")
+    ] = None,
     max_batch: Annotated[int, typer.Option(min=1, max=1024)] = 16,
     seconds: Annotated[float, typer.Option(min=0.1, help="how long batches are measured")] = 10.0,
     warm_up_s: Annotated[float, typer.Option(min=0.1, help="within which times must come to rest")] = 30.0,
@@ -33,9 +37,32 @@ def profile(
     accuracy: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     out: Annotated[Path | None, typer.Option("--out", help="folder for variant.toml and the figure")] = None,
+    estimator: Annotated[
+        str | None, typer.Option("--from", help="aisimulate: estimate an LLM's iterations, measure nothing")
+    ] = None,
+    hardware: Annotated[str | None, typer.Option(help="aisimulate's name of the system: h100_sxm")] = None,
+    backend: Annotated[str, typer.Option(help="vllm, sglang or trtllm, for aisimulate")] = "vllm",
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs of a replica, for aisimulate")] = 1,
+    python: Annotated[
+        str | None, typer.Option(help="a Python that has aisimulate (default: this one)")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model's time against batch size, its load time and memory, with intervals."""
+    """Measure a model's time against batch size, its load time and memory, with intervals.
+
+    With `--from aisimulate`, estimate the iteration law of an LLM on hardware that is not here.
+    """
+    if estimator is not None:
+        if estimator != "aisimulate" or model is None or hardware is None or target is not None:
+            raise SpecError(
+                "--from: valid: --from aisimulate --model NAME --hardware SYSTEM, and no file or URL"
+            )
+        _estimate(model, hardware, backend, tensor_parallel, python, pool, out, as_json)
+        return
+    if target is None:
+        raise SpecError(
+            "nothing to measure; give a .onnx or .skops file, the URL of a server, or --from aisimulate"
+        )
     from pilotage.live.profile import open_loop, pin
     from pilotage.live.profile import profile as measure
     from pilotage.live.profiled import ProfileError, open_model
@@ -119,3 +146,37 @@ def profile(
         )
     if out is not None:
         print(f"# variant: {out / 'variant.toml'}, figure: {out / 'fit.svg'}")
+
+
+def _estimate(
+    model: str, hardware: str, backend: str, tensor_parallel: int, python: str | None, pool: str, out: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """The variant of an LLM as aisimulate estimates it, and the profile beside it."""
+    import sys
+
+    import msgspec
+
+    from pilotage.agents.estimates import estimated
+    from pilotage.agents.profiling import as_toml, save_profile
+
+    with _screen.status("" if as_json else f"estimating {model} on {hardware}"):
+        found = estimated(
+            model, hardware, backend=backend, tensor_parallel=tensor_parallel, python=python or sys.executable
+        )
+    plain = msgspec.to_builtins(found)
+    if as_json:
+        print_json(plain)
+    fit = ", ".join(f"{name} {share:.1%}" for name, share in found.errors.items())
+    text = (
+        f"# {found.model} on {found.hardware}, {found.engine}, tensor parallel {found.tensor_parallel}\n"
+        f"# {found.source}\n# error of the law: {fit}\n# {found.caveat}\n"
+        f'[[services.variants]]\nname = "estimated"\n\n'
+        + as_toml(plain["law"], f"services.variants.latency.{pool}")
+    )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "variant.toml").write_text(text)
+        save_profile(found, out / "profile.toml")
+    if not as_json:
+        print(text, end="")

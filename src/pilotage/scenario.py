@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from pilotage.world.arrivals import Handover
 from pilotage.world.faults import AtNotice, Outage, RandomOutages
 from pilotage.world.pools import Pool
 from pilotage.world.servers import Variant
@@ -97,6 +98,7 @@ class Scenario(Spec, frozen=True, kw_only=True):
                     f"outage of zone {outage.zone!r}, which no pool has; {closest(outage.zone, zones)}"
                 )
         self._check_interference()
+        self._check_handovers()
         if self.ticks < 1:
             raise SpecError(f"horizon_h {self.horizon_h} is shorter than one tick of {self.tick_s} s")
 
@@ -172,6 +174,32 @@ class Scenario(Spec, frozen=True, kw_only=True):
                 "give the job less, or a pool with larger nodes"
             )
 
+    def _check_handovers(self) -> None:
+        """Every prefill service comes before the one decode service that takes over from it, with the same tokens."""
+        giving = {s.name: s for s in self.services if s.llm is not None and s.llm.role == "prefill"}
+        taken: set[str] = set()
+        known: list[str] = []
+        for service in self.services:
+            if isinstance(service.traffic, Handover):
+                where, name = f"service {service.name!r}: traffic 'handover'", service.traffic.service
+                free = [one for one in known if one in giving and one not in taken]
+                if name not in free:
+                    raise SpecError(
+                        f"{where} from {name!r}; valid: a prefill service before it from which no other takes over"
+                        + (f": {', '.join(free)}" if free else "; there is none")
+                    )
+                if service.tokens != giving[name].tokens:
+                    raise SpecError(
+                        f"{where}: its tokens differ from those of {name!r}; they must be the same"
+                    )
+                taken.add(name)
+            known.append(service.name)
+        for name in giving:
+            if name not in taken:
+                raise SpecError(
+                    f"service {name!r} has llm.role 'prefill', but no service has traffic of kind 'handover' from it"
+                )
+
     def _check_interference(self) -> None:
         services = [s.name for s in self.services]
         pairs = set()
@@ -205,6 +233,8 @@ class Scenario(Spec, frozen=True, kw_only=True):
             for name in ("llm", "tokens"):
                 if service[name] is None:
                     del service[name]
+            if "llm" in service and service["llm"]["role"] == "unified":
+                del service["llm"]["role"]
         return hashlib.sha256(msgspec.json.encode(plain, order="sorted")).hexdigest()
 
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from pilotage.engine.cluster import Cluster, World
 from pilotage.engine.layout import ORDER
 from pilotage.engine.llm_layout import DOOR
-from pilotage.engine.serving import serve
-from pilotage.scenario import Scenario
-from pilotage.world.arrivals import Poisson
-from pilotage.world.llm import KvMemory, LLMServer, Objectives
+from pilotage.engine.serving import serve, serve_apart
+from pilotage.scenario import Scenario, folder, load
+from pilotage.world.arrivals import Handover, Poisson
+from pilotage.world.llm import KvMemory, LLMServer, Objectives, shipped_profiles
 from pilotage.world.pools import Pool, Resources
-from pilotage.world.servers import Affine, BatchServer, IterationLaw, Variant
+from pilotage.world.servers import Affine, BatchServer, IterationLaw, Profiled, Variant
 from pilotage.world.services import Economics, Service
 from pilotage.world.spec import SpecError
 from pilotage.world.tokens import RandomTokens, Requests, Sessions
@@ -87,6 +87,18 @@ def llm_service(**changes) -> Service:
     return Service(**(fields | changes))
 
 
+def apart(service: Service) -> tuple[Service, Service]:
+    """The same service in two halves."""
+    assert service.llm is not None
+    prefill = service.replace(llm=service.llm.replace(role="prefill", objectives=Objectives()))
+    return prefill, service.replace(
+        name="decode",
+        slo_ms=100.0,
+        traffic=Handover(service=service.name, transfer_ms=40.0, transfer_us_per_token=100.0),
+        llm=service.llm.replace(role="decode", objectives=Objectives()),
+    )
+
+
 def batch_service() -> Service:
     return Service(
         name="ranker", traffic=Poisson(rate_rps=3.0), slo_ms=500.0, pools=("gpu",), max_replicas=3,
@@ -130,9 +142,9 @@ def cases(draw):
         crashes_per_hour=200.0 if crashing else 0.0,
         initial_replicas=draw(st.integers(0, 3)), min_replicas=0,
     )  # fmt: skip
-    mixed = draw(st.booleans())
+    others = {"alone": (service,), "mixed": (batch_service(), service), "apart": apart(service)}
     scenario = fleet(
-        *((batch_service(), service) if mixed else (service,)), crashes_per_hour=100.0 if crashing else 0.0
+        *others[draw(st.sampled_from(sorted(others)))], crashes_per_hour=100.0 if crashing else 0.0
     )
     ticks = draw(st.integers(5, 25))
     orders = np.zeros((ticks, 1, len(scenario.services)), ORDER)
@@ -178,6 +190,10 @@ def test_a_fleet_with_llm_services_conserves_requests_blocks_and_money(case) -> 
             )
             assert here == inside[r] == int(np.isin(q["state"], (0, 1, 2)).sum())
     assert math.isclose(node_usd, float(cluster.totals["node_usd"].sum()), rel_tol=1e-9, abs_tol=1e-12)
+    if scenario.services[-1].name == "decode":  # what was handed over has arrived, or is on its way
+        on_their_way = len(cluster._llm.rows[1]._on_their_way)
+        assert cluster.totals[0, 1]["arrived"] + on_their_way <= cluster.totals[0, 0]["served"]
+        assert cluster.totals[0, 0]["tpots"] == 0
     cluster.finish()
     assert (cluster.totals["overdue"][0] <= inside).all()
 
@@ -229,17 +245,55 @@ def test_a_fleet_whose_replicas_stay_equals_the_service_by_itself(routing: str, 
         assert total["hit_tokens"] > 0
 
 
+def test_a_fleet_of_two_halves_equals_the_halves_by_themselves() -> None:
+    rng = np.random.default_rng(4)
+    times = np.cumsum(rng.exponential(0.4, 300))
+    tokens = RandomTokens(prompt_mean=300, output_mean=40, max_tokens=2000)
+    server = LLMServer(kv_blocks=300, max_batch=16, chunk_tokens=256)
+    first, second = apart(llm_service(llm=server, tokens=tokens, max_replicas=2))
+    scenario = fleet(first, second)
+    cluster = Cluster(scenario, [World(3, traffic=(Times(times), second.traffic))])
+    for _ in range(scenario.ticks):
+        cluster.advance(cluster.no_orders())
+    lengths = tokens.begin(None, None).of(int(cluster.params["seed_demand"][0]), np.arange(len(times)))
+    alone = serve_apart(
+        server, SLOW, Requests(times, lengths.prompt, lengths.output), prefill=2, decode=2,
+        transfer_s=0.04, transfer_s_per_token=1e-4,
+    )  # fmt: skip
+    prefill, decode = cluster.totals[0]
+    assert prefill["served"] == len(times) == (~np.isnan(alone.e2el_s)).sum()
+    assert decode["served"] == decode["tpots"] == (lengths.output > 1).sum()
+    assert math.isclose(prefill["latency_s"], float(alone.ttft_s.sum()), rel_tol=1e-12)
+    assert math.isclose(decode["latency_s"], float(np.nansum(alone.tpot_s)), rel_tol=1e-9)
+    assert decode["late"] == (alone.tpot_s > 0.1).sum() > 0
+    assert prefill["output_tokens"] + decode["output_tokens"] == lengths.output.sum()
+
+
+def test_halves_that_do_not_fit_together_are_refused() -> None:
+    first, second = apart(llm_service())
+    for services, message in (
+        ((second, first), "prefill service before it"),
+        ((first,), "no service has traffic of kind 'handover' from it"),
+        ((first, second, second.replace(name="third")), "from which no other takes over"),
+        ((first, second.replace(tokens=RandomTokens(prompt_mean=9, output_mean=9))), "they must be the same"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            fleet(*services)
+    with pytest.raises(SpecError, match="belong together"):
+        second.replace(traffic=Poisson(rate_rps=1.0))
+    with pytest.raises(SpecError, match=r"objectives\.tpot_ms"):
+        first.replace(llm=first.llm.replace(objectives=Objectives(tpot_ms=9.0)))
+
+
 def test_ticks_make_no_difference() -> None:
     served = []
     for tick_s in (1.0, 5.0, 60.0):
-        scenario = fleet(llm_service()).replace(tick_s=tick_s)
+        scenario = fleet(llm_service(name="whole"), *apart(llm_service())).replace(tick_s=tick_s)
         cluster = Cluster(scenario, [World(1)])
         for _ in range(scenario.ticks):
             cluster.advance(cluster.no_orders())
-        total = cluster.totals[0, 0]
-        served.append(
-            (total["served"], total["late"], round(float(total["latency_s"]), 6), total["output_tokens"])
-        )
+        totals = cluster.totals[0][["served", "late", "output_tokens"]].tolist()
+        served.append((totals, cluster.totals["latency_s"].round(6).tolist()))
     assert served[0] == served[1] == served[2]
 
 
@@ -276,3 +330,48 @@ def test_servers_and_requests_that_make_no_sense_are_refused() -> None:
     ):
         with pytest.raises(SpecError, match=message):
             bad()
+
+
+def test_a_model_larger_than_its_gpus_is_refused_at_load(tmp_path) -> None:
+    text = (folder() / "llm-mixed.toml").read_text()
+    path = tmp_path / "large.toml"
+    path.write_text(text.replace("weights_gib = 15.0", "weights_gib = 145.0"))
+    with pytest.raises(SpecError, match=r"(?s)large\.toml.*145 GiB of weights.*services\[0\]\.llm"):
+        load(path)
+    path.write_text(text.replace('kind = "iteration"', 'kind = "profile"\nname = "llama-9000"', 1))
+    with pytest.raises(SpecError, match="profile 'llama-9000' does not exist; "):
+        load(path)
+
+
+def test_a_fleet_rejects_what_can_never_fit_and_serves_the_rest() -> None:
+    tokens = RandomTokens(prompt_mean=4000, prompt_cv=1.0, output_mean=20, max_tokens=100_000)
+    server = LLMServer(kv_blocks=300, max_batch=16, chunk_tokens=256)  # 16 tokens each
+    scenario = fleet(llm_service(llm=server, tokens=tokens, traffic=Poisson(rate_rps=0.2)))
+    cluster = Cluster(scenario, [World(5)])
+    for _ in range(scenario.ticks):
+        cluster.advance(cluster.no_orders())
+    total = cluster.totals[0, 0]
+    lengths = tokens.begin(None, None).of(
+        int(cluster.params["seed_demand"][0]), np.arange(int(total["arrived"]))
+    )
+    needed = -(-(lengths.prompt + lengths.output - 1) // server.block_tokens)
+    assert total["rejected"] == (needed > server.blocks - server.watermark_blocks).sum() > 0
+    assert total["served"] > 0
+
+
+def test_a_profile_is_a_law_by_name() -> None:
+    profiles = shipped_profiles()
+    assert {p.source.split()[0] for p in profiles.values()} >= {"aisimulate", "Mutinifni/splitwise-sim"}
+    for name, profile in profiles.items():
+        law = Profiled(name=name)
+        assert law.vector == profile.law.vector
+        assert law.decode == profile.law.decode
+        assert min(law.vector) >= 0
+        assert profile.errors["mape"] < 0.3
+        assert ("fails" in profile.caveat) == (profile.errors["p95"] > 0.3)
+    name = next(iter(profiles))
+    by_name = llm_service(
+        variants=(Variant(name="v", latency={"gpu": Profiled(name=name)}, resources=Resources(gpus=1.0)),)
+    )
+    by_hand = by_name.variants[0].latency["gpu"]
+    assert by_name.batch_times_s(by_hand)[0].tolist() == by_name.batch_times_s(profiles[name].law)[0].tolist()

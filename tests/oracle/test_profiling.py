@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pilotage.agents.profiling import fit_iterations, fit_requests, save_profile
+from pilotage.agents.estimates import GRID, estimated
+from pilotage.agents.profiling import fit_iterations, fit_regimes, fit_requests, save_profile
 from pilotage.engine.serving import serve
 from pilotage.world.llm import KvMemory, LLMServer, Profile, load_profile
 from pilotage.world.servers import IterationLaw
@@ -62,3 +64,54 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
     )  # fmt: skip
     save_profile(profile, tmp_path / "p.toml")
     assert load_profile(tmp_path / "p.toml") == profile
+
+
+def test_two_regimes_give_back_their_laws() -> None:
+    decode = TRUE.replace(base_s=0.02, sequence_s=1e-4)
+    n, tokens, cached, decodes, context = GRID.T
+    batches = np.column_stack([n * tokens, decodes, n * cached + decodes * context, n * tokens**2]).astype(
+        float
+    )
+    seconds = np.array([(TRUE if row[0] > 0 else decode).seconds(*row) for row in batches])
+    law, off = fit_regimes(batches, seconds)
+    assert np.allclose(law.vector, TRUE.vector, rtol=1e-6)
+    assert law.decode is not None
+    assert np.allclose(np.array(law.decode.vector)[[0, 2, 3]], np.array(decode.vector)[[0, 2, 3]], rtol=1e-6)
+    assert off["max"] < 1e-9
+
+
+# stands for a Python that has aisimulate: `-c PROGRAM` with the question on standard input
+STAND_IN = """#!{python}
+import json, sys
+asked = json.load(sys.stdin)
+if asked["config"]["system"] == "abacus":
+    print(json.dumps({{"error": "unsupported system"}}))
+    sys.exit()
+ms = [1e3 * (0.01 + 1e-5 * n * p + 2e-5 * d + 3e-8 * (n * c + d * k) + 1e-9 * n * p * p)
+      for n, p, c, d, k in asked["grid"]]
+print("a library says hello")
+print(json.dumps({{"ms": ms, "backend": "9.9", "version": "0.0"}}))
+"""
+
+
+def test_estimates_become_a_profile(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(STAND_IN.format(python=sys.executable))
+    python.chmod(0o755)
+    found = estimated("some/model", "h100_sxm", tensor_parallel=2, python=str(python))
+    assert np.allclose(found.law.vector, (0.01, 1e-5, 2e-5, 3e-8, 1e-9), rtol=1e-5)
+    assert (found.engine, found.tensor_parallel) == ("vllm 9.9", 2)
+    assert found.errors["max"] < 1e-6
+    assert "aisimulate 0.0" in found.source
+    with pytest.raises(SpecError, match="no kernel times of some/model on abacus with vllm"):
+        estimated("some/model", "abacus", python=str(python))
+    with pytest.raises(SpecError, match="cannot be run"):
+        estimated("some/model", "h100_sxm", python=str(tmp_path / "nowhere"))
+
+
+def test_a_python_without_aisimulate_is_named(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!{sys.executable}\nimport surely_not_installed_anywhere\n")
+    python.chmod(0o755)
+    with pytest.raises(SpecError, match=r"ModuleNotFoundError.*valid: a Python with"):
+        estimated("some/model", "h100_sxm", python=str(python))

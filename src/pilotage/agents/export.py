@@ -56,7 +56,7 @@ from pilotage.control.steer import Helm, steer
 from pilotage.engine.cluster import Cluster, World
 from pilotage.engine.run import at_tick, tick_of
 from pilotage.scenario import Scenario
-from pilotage.world.arrivals import Poisson
+from pilotage.world.arrivals import Handover, Poisson
 from pilotage.world.spec import Spec, SpecError
 
 ACTION: Final[dict[str, str]] = {
@@ -251,11 +251,14 @@ def _selftest(
 def _case(watched: Watched, service: int, rng: np.random.Generator | None) -> Case:
     """The first ticks of a service, with some measurements left out if there is a generator; decisions to come."""
     situation, seen = watched.situations[service], [row[service] for row in watched.seen[:_TICKS]]
+    own = situation.service
+    if not isinstance(own.traffic, Handover):
+        own = own.replace(traffic=Poisson(rate_rps=1.0))  # which no policy knows
     values = np.stack([one.values for one in seen])
     if rng is not None:
         values = np.where(rng.random(values.shape) < _MISSING, np.nan, values)
     return Case(
-        service=situation.service.replace(traffic=Poisson(rate_rps=1.0)),  # which no policy knows
+        service=own,
         pools=tuple(situation.pools.values()),
         tick_s=situation.tick_s,
         history_rps=tuple(situation.history_rps.tolist()),

@@ -62,6 +62,20 @@ def fit_iterations(batches: np.ndarray, seconds: np.ndarray) -> tuple[IterationL
     return law, errors(np.array([law.seconds(*row) for row in batches]), seconds)
 
 
+def fit_regimes(batches: np.ndarray, seconds: np.ndarray) -> tuple[IterationLaw, dict[str, float]]:
+    """The same with a law of its own for iterations that only decode, and the errors of both together.
+
+    Where no iteration does both, decodes beside a prefill are taken to cost what they cost by themselves.
+    """
+    prefills = batches[:, 0] > 0
+    decode, _ = fit_iterations(batches[~prefills], seconds[~prefills])
+    law, _ = fit_iterations(batches[prefills], seconds[prefills])
+    if not (batches[prefills, 1] > 0).any():
+        law = law.replace(sequence_s=decode.sequence_s, context_s=decode.context_s)
+    found = [(law if p else decode).seconds(*row) for p, row in zip(prefills, batches, strict=True)]
+    return law.replace(decode=decode), errors(np.array(found), seconds)
+
+
 def fit_requests(
     server: LLMServer,
     requests: Requests,
@@ -109,8 +123,8 @@ def fit_requests(
     return _law(np.exp(origin + best - _SHIFT))
 
 
-def save_profile(profile: Profile, path: Path) -> None:
-    """Writes a profile as `world.llm.load_profile` reads it, whole or not at all."""
+def as_toml(fields: dict[str, Any], name: str = "") -> str:
+    """Nested dictionaries of plain values as TOML, below the table `name`; None is left out."""
     tables: list[str] = []
 
     def table(name: str, fields: dict[str, Any]) -> None:
@@ -125,7 +139,12 @@ def save_profile(profile: Profile, path: Path) -> None:
         for full, value in inner.items():
             table(full, value)
 
-    table("", msgspec.to_builtins(profile))
+    table(name, fields)
+    return "\n\n".join(filter(None, tables)) + "\n"
+
+
+def save_profile(profile: Profile, path: Path) -> None:
+    """Writes a profile as `world.llm.load_profile` reads it, whole or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_text("\n\n".join(filter(None, tables)) + "\n")
+    part.write_text(as_toml(msgspec.to_builtins(profile)))
     part.replace(path)

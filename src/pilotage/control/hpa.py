@@ -199,11 +199,15 @@ class History:
                 kept.popleft()
 
 
+SHARES = ("utilization", "kv_usage")  # means over ready replicas; the other metrics are totals
+
+
 class Hpa(Policy, frozen=True, kw_only=True, tag="hpa"):
-    """HPA v2 with upstream's defaults, on utilisation, or on a per-replica average of another feature."""
+    """HPA v2 with upstream's defaults, on utilisation, on the KV usage of LLM replicas (held to `target_utilization`,
+    too; services without a KV cache go by their utilisation), or on a per-replica average of another feature."""
 
     target_utilization: Annotated[float, Meta(ge=0.2, le=0.95)] = 0.8
-    metric: Literal["utilization", "concurrency", "arrival_rate"] = "utilization"
+    metric: Literal["utilization", "kv_usage", "concurrency", "arrival_rate"] = "utilization"
     target_average: Positive = 10.0
     tolerance_up: Annotated[float, Meta(ge=0, le=0.5)] = 0.1
     tolerance_down: Annotated[float, Meta(ge=0, le=0.5)] = 0.1
@@ -216,7 +220,8 @@ class Hpa(Policy, frozen=True, kw_only=True, tag="hpa"):
     max_replicas: PositiveCount | None = None
 
     def begin(self, situation: Situation) -> Controller:
-        return HpaController(self, situation)
+        blind = self.metric == "kv_usage" and situation.service.llm is None
+        return HpaController(self.replace(metric="utilization") if blind else self, situation)
 
     def begin_together(self, situations: Sequence[Situation]) -> Together | None:
         return _Together(self, situations) if len(situations) >= FEW else None
@@ -266,7 +271,7 @@ class HpaController:
         value = seen[p.metric]
         if math.isnan(value):
             raise NoMetricsError
-        if p.metric != "utilization":
+        if p.metric not in SHARES:
             return from_average(
                 current, value, p.target_average, tolerance_up=p.tolerance_up, tolerance_down=p.tolerance_down
             )

@@ -198,13 +198,20 @@ class LoadHistory:
         return mean
 
 
+def _longest_s(s: Situation) -> float:
+    """The wait at the largest batch at which the answer does not come too slowly whatever the wait."""
+    waits_s = s.waits_s()
+    finite = waits_s[np.isfinite(waits_s)]
+    return float(finite[-1] if len(finite) else 2 * s.batch_times_s()[-1])
+
+
 def _usable(s: Situation) -> float:
-    """The share of a replica's capacity that is left if a request may wait for one batch and be in the next."""
-    times_s = s.batch_times_s()
+    """The share of a replica's capacity that is left if no request may wait for longer than the objective."""
+    times_s, waits_s = s.batch_times_s(), s.waits_s()
     sizes = np.arange(1, len(times_s) + 1)
-    fits = 2 * times_s <= s.service.slo_s
+    fits = waits_s <= s.service.slo_s
     rates = sizes / times_s
-    best = rates[fits].max() if fits.any() else rates[0] * min(1.0, s.service.slo_s / (2 * times_s[0]))
+    best = rates[fits].max() if fits.any() else rates[0] * min(1.0, s.service.slo_s / waits_s[0])
     return max(float(best / rates.max()), 1e-3)
 
 
@@ -283,7 +290,7 @@ class Outlook:
             max(s.start_up_s, 1.0) / 60,
             np.clip(stake, 1e-3, 1e6),
             capacity_rps * s.tick_s,
-            max(s.service.slo_s / float(s.batch_times_s()[-1]), 1e-3),
+            max(2 * s.service.slo_s / _longest_s(s), 1e-3),
             _usable(s),
         ])  # fmt: skip
 

@@ -373,6 +373,10 @@ class Situation:
         times: np.ndarray = (fixed + variable)[1:]
         return times
 
+    def waits_s(self, pool: str | None = None) -> np.ndarray:
+        """What `Service.waits_s` says, in a pool (None: the preferred one); shape (max_batch,)."""
+        return self.service.waits_s(self.service.variants[0].latency[pool or self.service.pools[0]])
+
     def concurrency_at(self, utilization: float) -> float:
         """Requests in a replica's batches while it serves that share of its capacity, always with a batch of one size.
 

@@ -169,12 +169,14 @@ class _Wva:
         self._fleet = Fleet(service.pools)
         target_ms = policy.target_share * service.slo_ms
         itl_ms = None if service.llm is None else service.llm.objectives.tpot_ms
+        decodes = service.llm is not None and service.llm.role == "decode"
         self._rps: Mapping[str, float] = {}
         for name in service.pools:
             profile = _profile(situation, name)
             try:
+                ttft_ms = target_ms - situation.pools[name].network_ms
                 rate = profile.highest_rps(
-                    ttft_ms=target_ms - situation.pools[name].network_ms, itl_ms=itl_ms
+                    ttft_ms=None if decodes else ttft_ms, itl_ms=target_ms if decodes else itl_ms
                 )
             except Infeasible:
                 continue
@@ -203,7 +205,8 @@ class _Wva:
 
 def _profile(situation: Situation, pool: str) -> Profile:
     """A service's batch times on a pool as a line through those of one request and of a full batch; of an LLM service
-    its iteration law at the mean request, half-way through the output."""
+    its iteration law at the mean request, half-way through the output; where prefill and decode are apart, the one has
+    no output but the first token, and the other no input."""
     service = situation.service
     law = service.variants[0].latency[pool]
     if service.llm is not None and service.tokens is not None and isinstance(law, IterationLaw):
@@ -215,8 +218,8 @@ def _profile(situation: Situation, pool: str) -> Profile:
             beta=1e3 * (decode.sequence_s + decode.context_s * context),
             gamma=1e3 * law.base_s,
             delta=1e3 * (law.prefill_s + law.square_s * min(tokens_in, service.llm.chunk_tokens)),
-            tokens_in=tokens_in,
-            tokens_out=tokens_out,
+            tokens_in=0.0 if service.llm.role == "decode" else tokens_in,
+            tokens_out=1.0 if service.llm.role == "prefill" else tokens_out,
             max_batch=max(1, min(service.server.max_batch, fit)),
         )
     times_ms = 1e3 * situation.batch_times_s(pool)

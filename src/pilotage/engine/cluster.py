@@ -40,7 +40,7 @@ from pilotage.engine.numbers import closures, encode, lay_out
 from pilotage.engine.placement import PAIRWISE, RULES, TERMS, WEIGHTS
 from pilotage.metrics import BUCKETS
 from pilotage.scenario import Placement, Scenario
-from pilotage.world.arrivals import Arrivals, Traffic
+from pilotage.world.arrivals import Arrivals, Handover, Traffic
 from pilotage.world.spec import SpecError, decode
 
 T = TypeVar("T")
@@ -74,6 +74,17 @@ class Recorded:
         return Arrivals(iter([(self._times_s, math.inf)]), start_s)
 
 
+class _Later:
+    """Places for the requests of a decode service, one for every request that its prefill service knows of: when they
+    come the engine finds out, until then they are infinitely far away."""
+
+    def __init__(self, giver: Arrivals | _Later) -> None:
+        self._giver = giver
+
+    def until(self, t_s: float) -> np.ndarray:
+        return np.full(len(self._giver.until(t_s)), math.inf)
+
+
 def recorded(scenario: Scenario, worlds: Sequence[World]) -> list[World]:
     """The same worlds with their traffic drawn once and for all: runs are the same, and need not draw it again."""
     cluster = Cluster(scenario.replace(history_h=0.0), worlds)  # which would draw the history, too
@@ -81,9 +92,13 @@ def recorded(scenario: Scenario, worlds: Sequence[World]) -> list[World]:
     begin_s = np.maximum(0.0, cluster.now_s - scenario.history_h * 3600)
     out = []
     for w, world in enumerate(worlds):
-        sources = []
+        sources: list[Traffic | Recorded] = []
         for s in range(len(scenario.services)):
-            sources.append(Recorded(cluster.open(w, s, float(begin_s[w])).until(float(end_s[w]))))
+            own = scenario.services[s].traffic
+            if isinstance(own, Handover):
+                sources.append(own)
+            else:
+                sources.append(Recorded(cluster.open(w, s, float(begin_s[w])).until(float(end_s[w]))))
         out.append(world._replace(start_s=float(cluster.now_s[w]), traffic=tuple(sources)))
     return out
 
@@ -202,7 +217,7 @@ class Cluster:
         self._known_s = np.zeros(w)
         self._dry_s = 0.0  # how long the traffic read so far lasts
         self._start_s = np.zeros(w)
-        self._sources: dict[int, Arrivals] = {}
+        self._sources: dict[int, Arrivals | _Later] = {}
         self._history: list[np.ndarray] = [np.zeros(0)] * (w * s)
         self.decisions = self.no_orders()
         self.restart(range(w), self.worlds)
@@ -253,6 +268,8 @@ class Cluster:
                 edges = start_s + scenario.tick_s * (np.arange(bins + 1) - bins)
                 past = source.until(start_s)
                 self._history[r] = np.diff(np.searchsorted(past, edges)) / scenario.tick_s
+                if isinstance(source, _Later):  # about what its prefill service was sent
+                    self._history[r] = self._history[w * services + self._giver(s)]
                 self._sources[r] = source
             self._state.seeds[w] = self.seed_nodes(w)
             self._close(w, closures(scenario, start_s, stream(world.seed, "outages")))
@@ -274,10 +291,18 @@ class Cluster:
         self._state.closures[w]["pool"] = -1
         self._state.closures[w, : len(found)] = found
 
-    def open(self, w: int, s: int, begin_s: float) -> Arrivals:
+    def _giver(self, s: int) -> int:
+        """The prefill service from which decode service s takes over."""
+        source = self.scenario.services[s].traffic
+        assert isinstance(source, Handover)
+        return [service.name for service in self.scenario.services].index(source.service)
+
+    def open(self, w: int, s: int, begin_s: float) -> Arrivals | _Later:
         """The traffic of one row from `begin_s` to the end of its run, on the traffic's clock."""
         scenario, world = self.scenario, self.worlds[w]
         service = scenario.services[s]
+        if isinstance(service.traffic, Handover):
+            return _Later(self.open(w, self._giver(s), begin_s))
         source = service.traffic if world.traffic is None else world.traffic[s]
         return source.begin(
             lambda name: stream(world.seed, f"{service.name}/traffic/{name}"),

@@ -3,8 +3,11 @@
 Decisions, placement, bills and faults are the same for all services (`nodes`); only who serves differs. A sequence has
 a place in its row's arrays from its arrival until it has left, so that memory follows what is in the system.
 
-What an LLM service does not have yet: several roles (prefill and decode apart; see `serving.serve_apart`), queue
-limits, timeouts and impatient clients, models that decay. A batch limit lowered by a policy acts on admissions only.
+Where prefill and decode are apart, the rows of one service are two: what the first has handed over in a tick, and what
+was still on its way, arrives at the second, whose places for arrivals are given their times.
+
+What an LLM service does not have yet: queue limits, timeouts and impatient clients, models that decay. A batch limit
+lowered by a policy acts on admissions only.
 """
 
 from __future__ import annotations
@@ -16,21 +19,28 @@ from pilotage.engine.layout import TOKEN_COUNTS, Numbers, State
 from pilotage.engine.llm_layout import (
     BUILD,
     COMING,
+    DECODE,
     DONE,
     ENGINE,
+    HANDED_OVER,
+    PREFILL,
     RUNNING,
     SEQUENCE,
+    UNIFIED,
     UNUSED,
     WAITING,
 )
 from pilotage.engine.numbers import data_path
 from pilotage.engine.serving import build_record, new_fleet, server_record
 from pilotage.scenario import Scenario
+from pilotage.world.arrivals import Handover
 from pilotage.world.llm import LLMServer
 from pilotage.world.servers import IterationLaw
 from pilotage.world.tokens import Tokens
 
 _AT_FIRST = 1024  # sequences
+_ROLES = {"unified": UNIFIED, "prefill": PREFILL, "decode": DECODE}
+_NOBODY = np.zeros(0, SEQUENCE)
 
 
 class Row:
@@ -38,10 +48,11 @@ class Row:
 
     def __init__(self, server: LLMServer, tokens: Tokens, slots: int, ready: np.ndarray) -> None:
         self.tokens = tokens
-        record, engines = server_record(server), np.zeros(slots, ENGINE)
+        record, engines = server_record(server, _ROLES[server.role]), np.zeros(slots, ENGINE)
         sequences = np.zeros(0, SEQUENCE)
         self.fleet = new_fleet(record, engines, sequences, tokens.ids, tokens.distinct)._replace(ready=ready)
         self.coming = np.zeros(0, np.int32)
+        self.handed = self._on_their_way = _NOBODY  # by this row in the last tick; to this row
         self.restart()
 
     def restart(self) -> None:
@@ -60,6 +71,7 @@ class Row:
         )
         self._free = np.arange(_AT_FIRST)[::-1].copy()  # a stack of the places that are free
         self._left = _AT_FIRST
+        self.handed = self._on_their_way = _NOBODY
 
     def outstanding(self) -> np.ndarray:
         e = self.fleet.engines
@@ -68,12 +80,8 @@ class Row:
 
     def take_in(self, times_s: np.ndarray, numbers: np.ndarray, seed: int) -> None:
         """Gives the requests that arrive in the coming tick a place."""
-        n = len(times_s)
-        if self._left < n:
-            self._grow(n)
-        at = self._free[self._left - n : self._left][::-1]
-        self._left -= n
-        lengths, q = self.tokens.of(seed, numbers), np.zeros(n, SEQUENCE)
+        at = self._places(len(times_s))
+        lengths, q = self.tokens.of(seed, numbers), np.zeros(len(times_s), SEQUENCE)
         q["arrival_s"] = q["here_s"] = times_s
         q["first_s"] = q["last_s"] = np.nan
         q["prompt"] = q["target"] = lengths.prompt
@@ -83,6 +91,26 @@ class Row:
             q["id_lo"], q["ids"], q["hold_lo"] = lengths.lo, lengths.blocks, at * self.tokens.most
         self.fleet.sequences[at] = q
         self.coming = at.astype(np.int32)
+
+    def take_over(self, giver: Row, until: float) -> np.ndarray:
+        """Gives what is here before `until`, of all that another row has handed over, a place; returns when it is."""
+        q = np.concatenate([self._on_their_way, giver.handed])
+        q = q[np.argsort(q["here_s"], kind="stable")]
+        n = int(np.searchsorted(q["here_s"], until))
+        self._on_their_way, q = q[n:], q[:n]
+        at = self._places(n)
+        q["state"], q["replica"], q["ids"] = COMING, -1, 0
+        self.fleet.sequences[at] = q
+        self.coming = at.astype(np.int32)
+        times_s: np.ndarray = q["here_s"]
+        return times_s
+
+    def _places(self, n: int) -> np.ndarray:
+        if self._left < n:
+            self._grow(n)
+        at = self._free[self._left - n : self._left][::-1]
+        self._left -= n
+        return at
 
     def _grow(self, n: int) -> None:
         old = len(self.fleet.sequences)
@@ -103,14 +131,19 @@ class Row:
         f = self.fleet
         n = int(f.desk[DONE])
         gone = f.done[:n]
+        left = f.sequences[gone]
+        self.handed = left[left["state"] == HANDED_OVER]
         f.sequences["state"][gone] = UNUSED
         self._free[self._left : self._left + n] = gone
         self._left += n
 
     def overdue(self, now_s: float, slo_s: float) -> int:
-        """Requests inside whose first token is, or was, too late."""
+        """Requests inside whose first token is, or was, too late; of a decode service, whose tokens are."""
         q = self.fleet.sequences
         inside = (q["state"] == COMING) | (q["state"] == WAITING) | (q["state"] == RUNNING)
+        if self.fleet.server["role"] == DECODE:
+            later = q["total"] - q["prompt"] - 1
+            return int((inside & (now_s - q["first_s"] > slo_s * later)).sum())
         first_s = np.where(np.isnan(q["first_s"]), now_s, q["first_s"])
         return int((inside & (first_s - q["arrival_s"] > slo_s)).sum())
 
@@ -135,6 +168,14 @@ class LlmRows:
             for r in range(s, len(params), services):
                 lo, hi = params["replica_lo"][r], params["replica_hi"][r]
                 self.rows[r] = Row(service.llm, tokens, hi - lo, state.ready[lo:hi])
+        self._givers: dict[int, int] = {}  # of the rows that take over, the rows that they take over from
+        names = [service.name for service in scenario.services]
+        for r in self.rows:
+            if isinstance(traffic := scenario.services[r % services].traffic, Handover):
+                self._givers[r] = giver = r - r % services + names.index(traffic.service)
+                record = self.rows[giver].fleet.server
+                record["transfer_s"] = traffic.transfer_ms / 1e3
+                record["transfer_s_per_token"] = traffic.transfer_us_per_token / 1e6
         others = [r for r in range(len(params)) if r not in self.rows]
         cuts = np.flatnonzero(np.diff(others) > 1) + 1
         self.others = [(int(part[0]), int(part[-1]) + 1) for part in np.split(others, cuts) if len(part)]
@@ -164,10 +205,14 @@ class LlmRows:
                 continue
             record, t0 = state.rows[r], float(clock_s[w])
             lo = int(record["storage_lo"] + record["arrival_lo"])
-            hi = int(record["storage_lo"] + record["arrival_hi"])
-            n = int(np.searchsorted(arrivals[lo:hi], t0 + tick_s))
-            numbers_of = int(record["first_number"] + record["arrival_lo"]) + np.arange(n)
-            row.take_in(arrivals[lo : lo + n], numbers_of, int(self._params["seed_demand"][r]))
+            if r in self._givers:
+                times_s = row.take_over(self.rows[self._givers[r]], t0 + tick_s)
+                arrivals[lo : lo + len(times_s)] = times_s
+            else:
+                hi = int(record["storage_lo"] + record["arrival_hi"])
+                n = int(np.searchsorted(arrivals[lo:hi], t0 + tick_s))
+                numbers_of = int(record["first_number"] + record["arrival_lo"]) + np.arange(n)
+                row.take_in(arrivals[lo : lo + n], numbers_of, int(self._params["seed_demand"][r]))
             row.fleet.server["max_batch"] = min(int(record["max_batch"]), row.fleet.running.shape[1])
             llm_ticks.tick(
                 r, row.fleet, self._builds, row.coming, state, numbers, arrivals, requests, histograms[r],

@@ -16,10 +16,12 @@ from pilotage.engine.layout import READY as SERVES
 from pilotage.engine.llm import enter
 from pilotage.engine.llm_layout import (
     COMING,
+    DECODE,
     DONE,
     DOOR,
     DOOR_HEAD,
     DOOR_TAIL,
+    HANDED_OVER,
     LOST,
     NEXT,
     READY,
@@ -239,28 +241,32 @@ def count(c, f, sign, now):
 
 @compiled
 def close_books(c, f, histogram, until):
-    """What a monitor would see now, and the requests that are through."""
-    row, tick = c.row, c.tick
+    """What a monitor would see now, and the requests that are through. Latency is that of the first token; of replicas
+    that only decode, the time per token after it, transfer and queues included."""
+    row, tick, decodes = c.row, c.tick, f.server["role"] == DECODE
     least_s, most_s = math.inf, 0.0
     for j in range(f.desk[DONE]):
         q = f.sequences[f.done[j]]
-        if q["state"] != SERVED:
+        if q["state"] != SERVED and q["state"] != HANDED_OVER:
             continue
         replica = c.replicas[q["replica"]]
         network_s = c.pools[replica["pool"]]["network_s"]
         ttft_s, later = q["first_s"] - q["arrival_s"] + network_s, q["total"] - q["prompt"] - 1
+        if q["state"] == HANDED_OVER:
+            later = 0
         tpot_s = (q["last_s"] - q["first_s"]) / later if later > 0 else 0.0
         e2el_s = q["last_s"] - q["arrival_s"] + network_s
-        good = ttft_s <= c.param["slo_s"] and tpot_s <= f.server["tpot_s"] and e2el_s <= f.server["e2el_s"]
+        latency_s = tpot_s if decodes else ttft_s
+        good = latency_s <= c.param["slo_s"] and tpot_s <= f.server["tpot_s"] and e2el_s <= f.server["e2el_s"]
         tick["late"] += not good
         tick["served"] += 1
-        tick["latency_s"] += ttft_s
+        tick["latency_s"] += latency_s
         tick["tpot_s"] += tpot_s
         tick["tpots"] += later > 0
         tick["inside_s"] += q["last_s"] - c.t0
         tick["wrong"] += c.variants[replica["variant"]]["error_share"]
-        c.scratch[bucket(ttft_s)] += 1
-        least_s, most_s = min(least_s, ttft_s), max(most_s, ttft_s)
+        c.scratch[bucket(latency_s)] += 1
+        least_s, most_s = min(least_s, latency_s), max(most_s, latency_s)
     if tick["served"] > 0:
         widen(c, least_s, most_s)
     waiting, executing = f.desk[DOOR], 0

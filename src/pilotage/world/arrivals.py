@@ -21,7 +21,7 @@ import numpy as np
 from msgspec import Meta
 
 from pilotage.world import traces
-from pilotage.world.spec import Spec, SpecError
+from pilotage.world.spec import Name, Spec, SpecError
 
 Rate = Annotated[float, Meta(gt=0, le=1e6)]
 Seconds = Annotated[float, Meta(gt=0, le=1e9)]
@@ -454,7 +454,23 @@ class Splice(Source, frozen=True, kw_only=True, tag="splice"):
                     yield np.minimum(begin_s + part.until(upto_s), last_s), begin_s + upto_s
 
 
-Traffic = Union[Poisson, Gamma, Mmpp, Diurnal, Counts, Trace, Sum, Scale, Warp, Jitter, Splice]  # noqa: UP007
+class Handover(Source, frozen=True, kw_only=True, tag="handover"):
+    """What LLM `service` has prefilled: its KV blocks are here `transfer_ms`, and `transfer_us_per_token` for every
+    token of the prompt, after the first token. It has no arrivals of its own, so it can be no part of other sources."""
+
+    service: Name
+    transfer_ms: Annotated[float, Meta(ge=0, le=60_000)] = 0.0
+    transfer_us_per_token: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+
+    def blocks(self, stream: Streams, start_s: float, data: Path | None, gain: float) -> Iterator[Block]:
+        raise SpecError(
+            f"{self.label} from {self.service!r} is the traffic of a decode service, and of nothing else"
+        )
+
+
+Traffic = Union[  # noqa: UP007
+    Poisson, Gamma, Mmpp, Diurnal, Counts, Trace, Sum, Scale, Warp, Jitter, Splice, Handover
+]
 
 
 # --- the machinery of random sources -------------------------------------------------------------------

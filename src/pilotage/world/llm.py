@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 import numpy as np
@@ -18,7 +19,9 @@ from pilotage.world.spec import (
     Probability,
     Spec,
     SpecError,
+    closest,
     decode,
+    read_json,
     read_toml,
 )
 from pilotage.world.tokens import MAX_TOKENS
@@ -70,6 +73,23 @@ class Profile(Spec, frozen=True, kw_only=True):
     caveat: str = ""
 
 
+PROFILES: Final = Path(__file__).with_name("profiles.json")
+
+
+@cache
+def shipped_profiles() -> dict[str, Profile]:
+    """The profiles that come with the package, by name; `experiments/llm_profiles` fitted them."""
+    return decode(read_json(PROFILES, "the shipped profiles"), dict[str, Profile], str(PROFILES.name))
+
+
+def shipped_profile(name: str) -> Profile:
+    """One of them; SpecError where there is none of that name."""
+    found = shipped_profiles().get(name)
+    if found is None:
+        raise SpecError(f"profile {name!r} does not exist; {closest(name, list(shipped_profiles()))}")
+    return found
+
+
 def load_profile(path: str | Path) -> Profile:
     """The profile in a TOML file; SpecError with the file and the place in it if it makes no sense."""
     return decode(read_toml(Path(path), "a profile"), Profile, str(path))
@@ -107,6 +127,9 @@ class LLMServer(Spec, frozen=True, kw_only=True):
     `routing`: *round-robin*, *least-outstanding*, or *kv-aware*, which sends a request where the blocks still to be
     prefilled (its own and the waiting ones, times `overlap_weight`) and those in use are fewest.
 
+    `role`: *unified*, or one half of a service whose prompts are prefilled on some replicas and decoded on others:
+    *prefill* is through with a request at its first token, *decode* takes over what a prefill service hands to it.
+
     `vidur` repeats a quirk of Vidur's chunked scheduler: a prompt preempted half-way forgets its other half, which is
     then produced as if it were output.
     """
@@ -123,6 +146,7 @@ class LLMServer(Spec, frozen=True, kw_only=True):
     routing: Literal["round-robin", "least-outstanding", "kv-aware"] = "least-outstanding"
     overlap_weight: NonNegative = 1.0
     objectives: Objectives = Objectives()
+    role: Literal["unified", "prefill", "decode"] = "unified"
     vidur: bool = False
 
     def __post_init__(self) -> None:
@@ -158,6 +182,7 @@ def batch_times_s(
 
     Each decodes its output, at the context that it has half-way, and every one is prefilled once meanwhile; more than
     fit into the KV cache take turns. Reused prefixes are not counted on. What policies take a replica's capacity to be.
+    A prefill service fills its iterations with prompts, a decode service prefills nothing.
     """
     prompt, output = means
     fit = max(1.0, (law.kv_blocks or server.blocks) * server.block_tokens / (prompt + output / 2))
@@ -166,8 +191,37 @@ def batch_times_s(
     chunk = min(prompt, server.chunk_tokens if server.scheduler == "chunked" else server.max_tokens)
     cross_s = law.cross_s * prompt * (prompt - chunk) / 2
     prefill_s = law.prefill_s * prompt + law.square_s * prompt * chunk + cross_s
+    if server.role == "prefill":
+        most = server.chunk_tokens if server.scheduler == "chunked" else server.max_tokens
+        prefills: np.ndarray = n * prefill_s + law.base_s * np.maximum(n * prompt / most, np.minimum(n, 1))
+        return prefills
+    if server.role == "decode":
+        prefill_s = 0.0
     decode = law.decode or law
     step_s = decode.base_s + decode.sequence_s * at_once + decode.context_s * at_once * (prompt + output / 2)
     times: np.ndarray = (output * step_s + at_once * prefill_s) * np.maximum(n, 1) / at_once
     times[0] = 0.0
     return times
+
+
+def waits_s(server: LLMServer, law: IterationLaw, means: tuple[float, float], largest: int) -> np.ndarray:
+    """Seconds of what the objective of a service is for, at a replica with n mean requests, for n from 1 to `largest`.
+
+    Time to first token: the iteration in flight, which prefills as much as there is to do at n, and the iterations of
+    the prompt itself; infinite where tokens come too slowly after it. Of a prefill service, the time of n prompts;
+    of a decode service, the time per token.
+    """
+    prompt, output = means
+    times = batch_times_s(server, law, means, largest)[1:]
+    if server.role == "prefill":
+        return times
+    if server.role == "decode":
+        return times / output
+    n = np.arange(1, largest + 1)
+    chunk = min(prompt, server.chunk_tokens if server.scheduler == "chunked" else server.max_tokens)
+    decode = law.decode or law
+    step_s = decode.base_s + (decode.sequence_s + decode.context_s * (prompt + output / 2)) * n
+    prefill_s = law.prefill_s * prompt + law.square_s * prompt * chunk  # of one prompt
+    first_s = (1 + math.ceil(prompt / chunk)) * step_s + prefill_s * (1 + np.minimum(n / output, 1.0))
+    _, tpot_s, _ = server.objectives.seconds
+    return np.where(times / output <= tpot_s, first_s, np.inf)

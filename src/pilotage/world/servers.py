@@ -8,6 +8,7 @@ from collections.abc import Callable
 from statistics import NormalDist
 from typing import Annotated, Final, Literal
 
+import msgspec
 import numpy as np
 from msgspec import Meta
 
@@ -204,7 +205,25 @@ class IterationLaw(Law, frozen=True, kw_only=True, tag="iteration"):
         )
 
 
-LatencyLaw = Affine | Table | IterationLaw
+class Profiled(IterationLaw, frozen=True, kw_only=True, tag="profile"):
+    """The iteration law of a profile that comes with the package (`world.llm.PROFILES`), by name."""
+
+    name: str
+    base_s: Coefficient = 0.0
+    prefill_s: Coefficient = 0.0
+    sequence_s: Coefficient = 0.0
+    context_s: Coefficient = 0.0
+
+    def __post_init__(self) -> None:
+        from pilotage.world.llm import shipped_profile  # which is made of laws itself
+
+        law = shipped_profile(self.name).law
+        for name in ("base_s", "prefill_s", "sequence_s", "context_s", "square_s", "decode"):
+            msgspec.structs.force_setattr(self, name, getattr(law, name))
+        IterationLaw.__post_init__(self)
+
+
+LatencyLaw = Affine | Table | IterationLaw | Profiled
 
 
 class Variant(Spec, frozen=True, kw_only=True):

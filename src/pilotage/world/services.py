@@ -8,9 +8,9 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from pilotage.world.arrivals import Traffic
+from pilotage.world.arrivals import Handover, Traffic
 from pilotage.world.lifecycle import Lifecycle
-from pilotage.world.llm import LLMServer, batch_times_s
+from pilotage.world.llm import LLMServer, batch_times_s, waits_s
 from pilotage.world.pools import Pool
 from pilotage.world.servers import BatchServer, Constant, IterationLaw, LatencyLaw, RequestDemand, Variant
 from pilotage.world.spec import Count, Name, NonNegative, Positive, PositiveCount, Spec, SpecError
@@ -36,8 +36,9 @@ class Service(Spec, frozen=True, kw_only=True):
 
     With `llm`, an LLM service, `tokens` says how long its requests are, and latency laws are those of iterations. Its
     latency is the time to first token, and `slo_ms` the objective for that; a request is late when it misses this one
-    or another of `llm.objectives`. It has no `server` of its own (that is set to one with its `max_batch`), no `demand`
-    and, as yet, no `lifecycle`, no queue limit and no impatient clients.
+    or another of `llm.objectives`. Of a decode service, latency is the time per token after the first, and `slo_ms`
+    the objective for that; its traffic is a `Handover`. An LLM service has no `server` of its own (that is set to one
+    with its `max_batch`), no `demand` and, as yet, no `lifecycle`, no queue limit and no impatient clients.
     """
 
     name: Name
@@ -101,6 +102,10 @@ class Service(Spec, frozen=True, kw_only=True):
     def _check_llm(self) -> None:
         """What belongs to an LLM service stands in one, and what does not, does not."""
         laws = [law for variant in self.variants for law in variant.latency.values()]
+        if isinstance(self.traffic, Handover) != (self.llm is not None and self.llm.role == "decode"):
+            raise SpecError(
+                "traffic of kind 'handover' and llm.role 'decode' belong together; give both or none"
+            )
         if self.llm is None:
             if self.tokens is not None:
                 raise SpecError("tokens are given without llm; they belong to an LLM service")
@@ -117,8 +122,12 @@ class Service(Spec, frozen=True, kw_only=True):
             raise SpecError(
                 "an LLM service has no demand (its requests have tokens) and, as yet, no lifecycle"
             )
-        if self.llm.objectives.ttft_ms is not None:
-            raise SpecError("objectives.ttft_ms is slo_ms in a service; leave it out")
+        unasked = {"unified": ("ttft",), "prefill": ("ttft", "tpot", "e2el"), "decode": ("ttft", "tpot")}
+        for name in unasked[self.llm.role]:
+            if getattr(self.llm.objectives, f"{name}_ms") is not None:
+                raise SpecError(
+                    f"objectives.{name}_ms: a {self.llm.role} service has slo_ms for its own objective; leave it out"
+                )
         if self.llm.vidur:
             raise SpecError("vidur repeats a quirk of a simulator, which no fleet has; leave it out")
         server = BatchServer(max_batch=min(self.llm.max_batch, 1024))
@@ -133,3 +142,12 @@ class Service(Spec, frozen=True, kw_only=True):
             times = batch_times_s(self.llm, law, self.tokens.means, self.server.max_batch)
             return times, np.zeros_like(times)
         return law.batch_times_s(self.server.max_batch)
+
+    def waits_s(self, law: LatencyLaw) -> np.ndarray:
+        """Seconds that a request may have to wait for its answer at a replica that takes n at once, for n from 1 to
+        the largest batch: for the batch in flight and its own; of an LLM service, what `world.llm.waits_s` says."""
+        if self.llm is not None and self.tokens is not None and isinstance(law, IterationLaw):
+            return waits_s(self.llm, law, self.tokens.means, self.server.max_batch)
+        fixed, variable = self.batch_times_s(law)
+        times: np.ndarray = (fixed + variable)[1:]
+        return 2 * times

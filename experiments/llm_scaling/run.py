@@ -1,0 +1,343 @@
+"""Learned scaling of LLM services against tuned rules, on `llm-chat` and `llm-mixed`.
+
+`run.py --data DIR --out DIR`: (1) two training runs fine-tune the shipped policy on what hindsight tells of windows of
+LLM traffic: the 18 minutes of the Azure trace before `llm-chat` begins, at other rates, ServeGen's clients and
+synthetic traffic, with log-normal tokens; the one that is better on windows of validation is kept. (2) Everybody is
+tuned on training windows, in dollars. On `llm-chat` rules have so many trials in the engine; `anticipate` and the
+learned policies, whose levels hindsight can price, have theirs there, and stay as they are where that is better on
+validation. On `llm-mixed` all have the same trials in the engine. (3) All meet the environments' own traffic, none of
+which was trained or tuned on: the rest of the trace on paired seeds, and another day of `llm-mixed`. Which learned
+policy is compared was chosen by (2); the rule is the one that turns out cheapest in (3). Intervals are 95 %, by
+bootstrap over paired runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pandas as pd
+
+from pilotage.agents.domain import busy_rps, capacity_rps, log_uniform, sized, traffic_at_random
+from pilotage.agents.hindsight import Settings, joined, look_back, ratios, search, train
+from pilotage.agents.tune import candidate_of, tune
+from pilotage.control.foresight import Anticipate, Foresight
+from pilotage.control.guard import Guard
+from pilotage.control.learned import policy_from
+from pilotage.control.policy import Policy
+from pilotage.control.scaling import describe, parse
+from pilotage.engine.cluster import World, recorded
+from pilotage.engine.run import Run, simulate
+from pilotage.evaluate import interval, ratio_interval
+from pilotage.metrics import attainment
+from pilotage.results import as_csv, provenance, write_whole
+from pilotage.scenario import Scenario, load
+from pilotage.world.arrivals import Gamma, Scale, Segment, Splice, Traffic
+from pilotage.world.tokens import RandomTokens
+
+RULES = ("saturation", "hpa:metric=kv_usage", "wva", "predictive", "anticipate")
+SHIPPED, TRAINED = "learned", "learned on LLM services"
+CHAT, MIXED = "llm-chat", "llm-mixed"
+DAY_S, HOUR_S = 86400.0, 3600.0
+RUNS = 2  # of training
+WINDOWS = {"train": 16, "validate": 6}  # of each run
+SEARCHED = 40  # trials in hindsight
+TRIALS = 10  # in the engine
+TUNED_ON = 8  # training windows of the chat service
+MIXED_TRAINING_H = (9.0, 19.0)  # hours of the first day; the environment's own begin on the second
+MIXED_TEST_H = (31.0, 25.0, 36.0, 41.0)  # the first is where the environment begins
+SEEDS = {CHAT: 6, MIXED: len(MIXED_TEST_H)}  # paired test runs
+TEST_SEED = 800_000
+SMALLER = 192  # a batch limit below the environment's 256
+
+
+def training_scenario(data: Path) -> Scenario:
+    """The chat service with tokens of the same means, a quarter of an hour at a time."""
+    scenario = load(CHAT, data)
+    tokens = RandomTokens(
+        prompt_mean=1155.0, prompt_cv=0.95, output_mean=211.0, output_cv=0.8, max_tokens=8000
+    )
+    service = scenario.services[0].replace(tokens=tokens, max_replicas=16)
+    return scenario.replace(services=(service,), horizon_h=0.25)
+
+
+def window(rng: np.random.Generator, data: Path, scenario: Scenario, kind: str) -> World:
+    """A window of the trace's past at a third to 4/3 of the rate, or of traffic that needs 2 to 9 replicas at most."""
+    if kind == "past":
+        own = scenario.services[0].traffic
+        assert isinstance(own, Scale)
+        past = own.replace(factor=own.factor * log_uniform(rng, 1 / 3, 4 / 3))
+        # all of it lies before the environment's own start
+        start_s = float(round(rng.uniform(30, 1080 - scenario.horizon_h * HOUR_S)))
+        return World(int(rng.integers(2**31)), start_s, (past,))
+    start_s = 60 * round(rng.uniform(1.1, 6.5) * DAY_S / 60)
+    end_s = start_s + scenario.horizon_h * HOUR_S + 60
+    replicas, capacity = log_uniform(rng, 2, 9), capacity_rps(scenario)
+    if kind == "synthetic":
+        of = str(rng.choice(["diurnal", "diurnal", "flash"]))
+        traffic = traffic_at_random(rng, of, replicas * capacity, end_s)
+    else:
+        source = clients(rng, data, start_s - 2 * HOUR_S, end_s)
+        traffic = sized(source, busy_rps(source, data, start_s - HOUR_S, end_s), replicas, capacity)
+    return World(int(rng.integers(2**31)), start_s, (traffic,))
+
+
+def clients(rng: np.random.Generator, data: Path, from_s: float, to_s: float) -> Traffic:
+    """Some clients of ServeGen's larger model together: their rates of every 10 minutes, and gaps as irregular as
+    theirs are on average."""
+    table = pd.read_csv(data / "arrivals/servegen/language_m-mid_rates_day00-06.csv.gz")
+    table = table[(table["t_s"] > from_s - 600) & (table["t_s"] < to_s)]
+    busy = table.groupby("client")["rate_rps"].sum()
+    chosen = rng.choice(busy.index[busy > busy.quantile(0.5)], int(rng.integers(1, 7)), replace=False)
+    rows = table[table["client"].isin(chosen)]
+    segments = [Segment(source=Gamma(rate_rps=1e-3, cv=1.0), duration_s=600 * max(from_s // 600, 1))]
+    for t in np.arange(600 * max(from_s // 600, 1), to_s + 600, 600):
+        now = rows[rows["t_s"] == t]
+        rate = max(float(now["rate_rps"].sum()), 1e-3)
+        share = now["rate_rps"] / rate
+        cv = float(np.sqrt((share * now["cv"] ** 2).sum())) if len(now) else 1.0
+        segments.append(Segment(source=Gamma(rate_rps=rate, cv=float(np.clip(cv, 0.5, 4))), duration_s=600.0))
+    return Splice(segments=tuple(segments))
+
+
+def windows(data: Path, seed: int, run: int, split: str, count: int) -> list[World]:
+    rng = np.random.default_rng([seed, run, len(split)])
+    kinds = ("past", "synthetic", "past", "clients")
+    return [window(rng, data, training_scenario(data), kinds[k % len(kinds)]) for k in range(count)]
+
+
+def learn(data: Path, seed: int, counts: dict[str, int], epochs: int, run: int) -> dict[str, Any]:
+    """One training run: hindsight of its own windows, then the shipped network goes on learning."""
+    began, cpu = time.perf_counter(), time.process_time()
+    scenario = training_scenario(data)
+    tables = {
+        split: look_back(scenario, windows(data, seed, run, split, count)) for split, count in counts.items()
+    }
+    start = policy_from(SHIPPED)
+    assert isinstance(start, Foresight)
+    settings = Settings(
+        epochs=epochs, windows_per_batch=6, learning_rate=5e-4, dropout=0.05, ticks=scenario.ticks,
+        price_spread=0.4, seed=run,
+    )  # fmt: skip
+    policy, curve = train(tables["train"], tables["validate"], settings, start=start.network)
+    lasted = {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - began}
+    print(f"training run {run}: {curve[0]:.3f} -> {min(curve):.3f} over hindsight, {lasted}", flush=True)
+    return {"policy": policy, "curve": curve, "tables": tables, **lasted}
+
+
+def tuning_windows(env: str, data: Path, seed: int) -> tuple[Scenario, list[list[World]]]:
+    """What everybody is tuned on, in groups."""
+    if env == CHAT:
+        scenario = training_scenario(data)
+        found = windows(data, seed, 0, "train", TUNED_ON)
+    else:
+        scenario = load(MIXED).replace(horizon_h=0.6)
+        found = [World(seed + k, h * HOUR_S) for k, h in enumerate(MIXED_TRAINING_H)]
+    return scenario, [[world] for world in recorded(scenario, found)]
+
+
+def tuned(
+    data: Path, seed: int, trials: int, task: tuple[str, str, Policy, Policy | None]
+) -> tuple[Policy, list[float]]:
+    """The best of a contender's trials on an environment's training windows."""
+    env, name, policy, start = task
+    began, cpu = time.perf_counter(), time.process_time()
+    scenario, groups = tuning_windows(env, data, seed)
+    study = tune(policy, scenario, groups, trials=trials, seed=seed, starts=[start] if start else [])
+    best = candidate_of(policy, study.best_params)
+    values = [float(t.values[0]) for t in study.trials if t.values]
+    print(
+        f"{env}: {name}: {values[0]:.2f} -> {min(values):.2f} $, {time.process_time() - cpu:.0f} s CPU, "
+        f"{time.perf_counter() - began:.0f} s: {describe(best)}",
+        flush=True,
+    )
+    return best, values
+
+
+def test_worlds(env: str, data: Path, seed: int, count: int) -> tuple[Scenario, list[World]]:
+    scenario = load(env, data)
+    hours = MIXED_TEST_H if env == MIXED else (None,) * count
+    found = [
+        World(TEST_SEED + 1000 * seed + k, None if hour is None else hour * HOUR_S)
+        for k, hour in enumerate(hours[:count])
+    ]
+    return scenario, recorded(scenario, found)
+
+
+def judged(
+    data: Path, seed: int, seeds: dict[str, int], task: tuple[str, str, Policy, int | None]
+) -> list[Run]:
+    """One policy over an environment's test runs; with a batch limit, on servers that have it."""
+    env, name, policy, limit = task
+    scenario, worlds = test_worlds(env, data, seed, seeds[env])
+    if limit is not None:
+        chat = scenario.services[0]
+        assert chat.llm is not None
+        smaller = chat.replace(llm=chat.llm.replace(max_batch=limit), server=type(chat.server)())
+        scenario = scenario.replace(services=(smaller, *scenario.services[1:]))
+    runs = simulate(scenario, [policy] * len(worlds), worlds, guard=Guard(), label=name)
+    print(f"{env}: {name}: {[round(run.total_usd, 2) for run in runs]}", flush=True)
+    return runs
+
+
+def in_time(run: Run) -> float:
+    """Share of all requests of a run that met every objective."""
+    total = run.totals
+    lost = sum(float(total[name].sum()) for name in ("rejected", "timed_out", "abandoned", "lost", "overdue"))
+    served = float(total["served"].sum())
+    return attainment(served - float(total["late"].sum()), served + lost)
+
+
+def compared(env: str, learned: str, runs: dict[str, list[Run]], rules: list[str]) -> list[dict[str, Any]]:
+    """The acceptance lines of an environment: learned against the rule that cost least."""
+    usd = {name: np.array([run.total_usd for run in of]) for name, of in runs.items()}
+    share = {name: np.array([in_time(run) for run in of]) for name, of in runs.items()}
+    best = min(rules, key=lambda name: usd[name].mean())
+    ratio = ratio_interval(usd[learned], usd[best])
+    saved = {"mean": 1 - ratio["mean"], "low": 1 - ratio["high"], "high": 1 - ratio["low"]}
+    more = interval(share[learned] - share[best])
+    lines = [
+        (f"{env}: saving of '{learned}' over '{best}'", "> 0, interval", saved, saved["low"] > 0),
+        (f"{env}: requests in time, '{learned}' less '{best}'", ">= 0", more, more["mean"] >= 0),
+    ]
+    return [
+        {"line": line, "asked": asked, "measured": f"{of['mean']:.5g}", "low": f"{of['low']:.5g}",
+         "high": f"{of['high']:.5g}", "met": bool(met)}
+        for line, asked, of, met in lines
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("results/llm_scaling"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    data, seed, quick = options.data.resolve(), options.seed, options.quick
+    counts = {"train": 4, "validate": 2} if quick else WINDOWS
+    trials = 2 if quick else TRIALS
+    seeds = {CHAT: 2, MIXED: 2} if quick else SEEDS
+    started, began, lasted = datetime.now(UTC), time.perf_counter(), {}
+
+    def lap(name: str) -> None:
+        lasted[name] = round(time.perf_counter() - began - sum(lasted.values()), 1)
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        trainings = list(pool.map(partial(learn, data, seed, counts, 3 if quick else 30), range(RUNS)))
+        table, validation = (joined([t["tables"][split] for t in trainings]) for split in counts)
+
+        def validated(policy: Foresight | Anticipate) -> float:
+            return float(np.exp(np.log(ratios(policy, validation)).mean()))
+
+        trained = min((t["policy"] for t in trainings), key=validated)
+        write_whole(options.out / "policy.json", msgspec.json.encode(trained).decode())
+        lap("train")
+
+        contenders: dict[str, Policy] = {name: parse(name) for name in RULES}
+        contenders |= {SHIPPED: policy_from(SHIPPED), TRAINED: trained}
+        envs = (CHAT, MIXED)
+        best: dict[tuple[str, str], tuple[Policy, list[float]]] = {}
+        searched, validation_rows = {}, []
+        for name, policy in contenders.items():
+            if isinstance(policy, Foresight | Anticipate):
+                other, values = search(policy, table, trials=4 if quick else SEARCHED, seed=seed)
+                searched[name] = other
+                better = min((policy, other), key=validated)
+                best[CHAT, name] = better, values
+                validation_rows.append(
+                    {
+                        "policy": name, "over_hindsight": f"{validated(better):.4f}",
+                        "as_it_is": f"{validated(policy):.4f}", "tuned": f"{validated(other):.4f}",
+                        "parameters": describe(better),
+                    }
+                )  # fmt: skip
+                print(validation_rows[-1], flush=True)
+        tasks = [
+            (env, name, policy, searched.get(name) if name == "anticipate" else None)
+            for env in envs
+            for name, policy in contenders.items()
+            if (env, name) not in best
+        ]
+        found = pool.map(partial(tuned, data, seed, trials), tasks)
+        best |= {(env, name): one for (env, name, *_), one in zip(tasks, found, strict=True)}
+        trial_rows = [
+            {
+                "env": env,
+                "policy": name,
+                "trial": k,
+                "value": f"{value:.5g}",
+                "of": "cost over hindsight" if env == CHAT and name in searched else "usd",
+            }
+            for (env, name), (_, values) in best.items()
+            for k, value in enumerate(values)
+        ]
+        lap("tune")
+
+        chosen = {
+            CHAT: min((SHIPPED, TRAINED), key=lambda name: validated(best[CHAT, name][0])),  # type: ignore[arg-type]
+            MIXED: min((SHIPPED, TRAINED), key=lambda name: min(best[MIXED, name][1])),
+        }
+        plans = [(env, f"{name}, tuned", policy, None) for (env, name), (policy, _) in best.items()]
+        for env in envs:
+            plans.append((env, f"{SHIPPED}, as it is", policy_from(SHIPPED), None))
+        name = f"{chosen[CHAT]}, tuned"
+        limited = (CHAT, f"{name}, batches of {SMALLER}", best[CHAT, chosen[CHAT]][0], SMALLER)
+        plans.append(limited)
+        judge = partial(judged, data, seed, seeds)
+        runs = {plan[:2]: of for plan, of in zip(plans, pool.map(judge, plans), strict=True)}
+        lap("judge")
+
+    rows, acceptance = [], []
+    for (env, name, policy, _), of in zip(plans, runs.values(), strict=True):
+        items = np.mean([run.usd.sum(axis=0) for run in of], axis=0)
+        total = interval(np.array([run.total_usd for run in of]))
+        rows.append(
+            {
+                "env": env, "policy": name, "runs": len(of), "usd": f"{total['mean']:.5g}",
+                "low": f"{total['low']:.5g}", "high": f"{total['high']:.5g}", "node_usd": f"{items[0]:.5g}",
+                "late_usd": f"{items[1]:.5g}",
+                "dropped_usd": f"{items[2]:.5g}", "in_time": f"{np.mean([in_time(run) for run in of]):.6f}",
+                "parameters": describe(policy),
+            }
+        )  # fmt: skip
+    for env in envs:
+        mine = {name: of for (where, name), of in runs.items() if where == env}
+        acceptance += compared(env, f"{chosen[env]}, tuned", mine, [f"{name}, tuned" for name in RULES])
+    for k, t in enumerate(trainings):
+        acceptance.append(
+            {"line": f"training run {k} on {CHAT}'s service, minutes on one core", "asked": "<= 10",
+             "measured": f"{t['cpu_s'] / 60:.3g}", "low": "", "high": "", "met": t["cpu_s"] <= 600}
+        )  # fmt: skip
+    for row in (*rows, *acceptance):
+        print(row)
+    curves = [
+        {"run": k, "epoch": epoch, "validation_over_hindsight": f"{value:.5g}"}
+        for k, t in enumerate(trainings)
+        for epoch, value in enumerate(t["curve"])
+    ]
+    for file, content in (
+        ("table.csv", rows), ("acceptance.csv", acceptance), ("trials.csv", trial_rows), ("learning.csv", curves),
+        ("validation.csv", validation_rows),
+    ):  # fmt: skip
+        write_whole(options.out / file, as_csv(content))
+    record = provenance("llm_scaling", sys.argv, started, lasted)
+    record |= {"seed": seed, "test_runs": seeds, "trials": trials, "windows": counts}
+    record["training"] = [{k: round(t[k], 1) for k in ("cpu_s", "wall_s")} for t in trainings]
+    record["scenarios"] = {env: load(env, data).digest() for env in envs}
+    write_whole(options.out / "run.json", json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
