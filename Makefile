@@ -4,14 +4,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo demo-live ray test test-full conformance check bench reproduce clean
+.PHONY: install demo demo-live ray test test-full conformance check docs audit sbom dist bench reproduce reproduce-quick clean
 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade "pip>=24"
-	$(BIN)/pip install --quiet -e ".[all,dev]"
+	$(BIN)/pip install --quiet -e ".[all,dev,docs,release]"
 	touch $(STAMP)
 
 # install, tune, train, compare against production autoscalers and the clairvoyant bound, write the report
@@ -47,6 +47,26 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# the documentation as a site, in site/
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# known vulnerabilities of what is installed, where a network answers
+audit: $(STAMP)
+	$(BIN)/python tests/audit.py
+
+# what is installed, as a CycloneDX bill of materials
+sbom: $(STAMP)
+	mkdir -p build
+	$(BIN)/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml --of JSON -o build/sbom.json $(BIN)/python
+
+# wheel and source distribution, built and checked
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 # speed, side by side with peers; writes results/bench
 bench: $(STAMP)
@@ -82,4 +102,4 @@ reproduce: $(STAMP) bench
 	$(BIN)/python experiments/live_loop/run.py --thorough
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist site
