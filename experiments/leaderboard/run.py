@@ -2,7 +2,7 @@
 
 `pilotage.leaderboard` plays it; what `runs.csv` of the folder has already is not run again, and bundles that were added
 (`pilotage leaderboard --add NAME=BUNDLE`) stay. Asked: that every policy runs everywhere, in ten minutes of one core.
-With `--quick` runs are an hour long, and two.
+With `--quick` runs are half an hour long, and two.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pilotage.leaderboard import RUNS, SEED, entrants, environments, play, write_board
+from pilotage.leaderboard import RUNS, SEED, entrants, environments, play, shortened, write_board
 from pilotage.results import as_csv, provenance, write_whole
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     scenarios = environments(options.data)
     if options.quick:
-        scenarios = [one.replace(horizon_h=min(1.0, one.horizon_h)) for one in scenarios]
+        scenarios = [shortened(one, 0.5) for one in scenarios]
     runs = 2 if options.quick else RUNS
     rows = play(
         options.out, scenarios, entrants({}), runs=runs,

@@ -32,12 +32,12 @@ def leaderboard(
         list[str] | None, typer.Option("--env", help="only these environments; repeatable (default: all)")
     ] = None,
     runs: Annotated[int, typer.Option(min=2, help="paired runs of each policy in each environment")] = 4,
-    hours: Annotated[float | None, typer.Option(min=0.01, help="at most, of a run (default: 4)")] = None,
+    hours: Annotated[float | None, typer.Option(min=0.01, help="at most, of a run (default: 2)")] = None,
     data: Annotated[Path | None, typer.Option("--data", help="folder of traces (PILOTAGE_DATA)")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Rank all policies, in dollars over those of hpa, and write table.csv and a page; adds bundles of yours."""
-    from pilotage.leaderboard import SEED, entrants, environments, play, table, write_board
+    from pilotage.leaderboard import SEED, entrants, environments, play, shortened, table, write_board
     from pilotage.results import provenance, write_whole
     from pilotage.world.spec import closest
 
@@ -56,7 +56,7 @@ def leaderboard(
                 raise SpecError(f"--env {name!r}: is not on the board here; {closest(name, known)}")
         scenarios = [known[name] for name in dict.fromkeys(env)]
     if hours is not None:
-        scenarios = [one.replace(horizon_h=min(hours, one.horizon_h)) for one in scenarios]
+        scenarios = [shortened(one, hours) for one in scenarios]
     started, began = datetime.now(UTC), time.process_time()
     try:
         out.mkdir(parents=True, exist_ok=True)

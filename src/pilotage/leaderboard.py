@@ -40,12 +40,12 @@ from pilotage.world.spec import SpecError
 BASELINE: Final = "hpa"
 SEED: Final = 4_000_000  # apart from the seeds that training, tuning and `evaluate` use
 RUNS: Final = 4  # of each policy in each environment
-HOURS: Final = 4.0  # at most, of a run
+HOURS: Final = 2.0  # at most, of a run; longer where an outage comes later
 _OWN_NUMBERS: Final = {
     "static",
     "schedule",
     "foresight",
-}  # nothing without parameters of one service, or a network
+}  # nothing without a service's own numbers, or a network
 _LEAST: Final = 1e-6  # ratio, where a policy costs nothing
 COUNTED: Final = ("served", "late", "overdue", "rejected", "timed_out", "abandoned", "lost")
 COLUMNS: Final = ("env", "policy", "seed", "scenario_sha256", "policy_sha256", "submitted", "total_usd",
@@ -65,9 +65,14 @@ def environments(data: Path | None) -> list[Scenario]:
     """The serving environments that can be run here; those of recorded traffic need `data`."""
     found = [load(env, data) for env in shipped()]
     serving = [one for one in found if all(service.lifecycle is None for service in one.services)]
-    return [
-        one.replace(horizon_h=min(HOURS, one.horizon_h)) for one in serving if one.data or not _recorded(one)
-    ]
+    return [shortened(one, HOURS) for one in serving if one.data or not _recorded(one)]
+
+
+def shortened(scenario: Scenario, hours: float) -> Scenario:
+    """A scenario of at most so many hours, or of an hour more than its last outage, which is what it is there for."""
+    ends = [outage.start_h + outage.duration_h + 1.0 for outage in scenario.outages]
+    shorter: Scenario = scenario.replace(horizon_h=min(max([hours, *ends]), scenario.horizon_h))
+    return shorter
 
 
 def _recorded(scenario: Scenario) -> bool:
