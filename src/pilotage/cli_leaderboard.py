@@ -32,7 +32,7 @@ def leaderboard(
         list[str] | None, typer.Option("--env", help="only these environments; repeatable (default: all)")
     ] = None,
     runs: Annotated[int, typer.Option(min=2, help="paired runs of each policy in each environment")] = 4,
-    hours: Annotated[float | None, typer.Option(min=0.01, help="at most, of a run (default: 2)")] = None,
+    hours: Annotated[float | None, typer.Option(min=0.01, help="at most, of a run (default: 1)")] = None,
     data: Annotated[Path | None, typer.Option("--data", help="folder of traces (PILOTAGE_DATA)")] = None,
     as_json: AsJson = False,
 ) -> None:

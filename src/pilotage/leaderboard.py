@@ -40,7 +40,7 @@ from pilotage.world.spec import SpecError
 BASELINE: Final = "hpa"
 SEED: Final = 4_000_000  # apart from the seeds that training, tuning and `evaluate` use
 RUNS: Final = 4  # of each policy in each environment
-HOURS: Final = 2.0  # at most, of a run; longer where an outage comes later
+HOURS: Final = 1.0  # at most, of a run; longer where an outage comes later
 _OWN_NUMBERS: Final = {
     "static",
     "schedule",
