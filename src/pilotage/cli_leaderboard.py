@@ -75,7 +75,7 @@ def leaderboard(
     board = write_board(out, rows, record)
     write_whole(out / "run.json", json.dumps(record, indent=1) + "\n")
     if as_json:
-        print_json(table(board))
+        print_json({"envs": [one.name for one in scenarios], "runs": runs, "rows": table(board)})
         return
     shown = Table(
         title=f"dollars over those of hpa, {len(scenarios)} environments", box=SIMPLE_HEAD, pad_edge=False

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 pytest.importorskip("jinja2", reason="needs the extra `report`")
@@ -123,3 +127,60 @@ def test_the_page_is_whole_and_escapes(played: Path) -> None:
 def test_what_cannot_be_added_is_named(name: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=says):
         entrants({name: tmp_path / "nowhere"})
+
+
+ROW = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["place", "policy", "submitted", "env", "usd", "over_hpa", "low", "high", "attainment", "note"],
+    "properties": {
+        "policy": {"type": "string"}, "env": {"type": "string"}, "note": {"type": "string"},
+        "submitted": {"type": "boolean"}, "place": {"type": ["integer", "string"]},
+        **{name: {"type": "string"} for name in ("usd", "over_hpa", "low", "high", "attainment")},
+    },
+}  # fmt: skip
+BOARD = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["envs", "runs", "rows"],
+    "properties": {
+        "envs": {"type": "array", "items": {"type": "string"}},
+        "runs": {"type": "integer"},
+        "rows": {"type": "array", "items": ROW},
+    },
+}
+
+
+def test_the_command_prints_one_object_and_names_what_cannot_be(tmp_path: Path) -> None:
+    def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [
+            sys.executable,
+            "-m",
+            "pilotage",
+            "leaderboard",
+            *arguments,
+            "--out",
+            str(tmp_path / "board"),
+        ]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+    done = ask("--env", "quickstart", "--hours", "0.05", "--runs", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    jsonschema.validate(found, BOARD)
+    assert (found["envs"], found["runs"]) == (["quickstart"], 2)
+    assert {one["policy"] for one in found["rows"]} == {one.name for one in entrants({})}
+    assert {path.name for path in (tmp_path / "board").iterdir()} == {
+        "index.html",
+        "run.json",
+        "runs.csv",
+        "table.csv",
+    }
+    for arguments, code, says in (
+        (("--add", "mine"), 2, "NAME=BUNDLE"),
+        (("--add", f"mine={tmp_path}"), 3, "error: bundle"),
+        (("--env", "drift-none"), 2, "is not on the board"),
+    ):
+        refused = ask(*arguments)
+        assert refused.returncode == code, refused.stderr
+        assert says in refused.stderr
