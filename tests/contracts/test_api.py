@@ -132,3 +132,17 @@ def test_mlflow_sends_no_telemetry_of_ours() -> None:
 def test_python_m_pilotage_is_the_command_line() -> None:
     done = subprocess.run([sys.executable, "-m", "pilotage", "--version"], capture_output=True, text=True)
     assert done.stdout.strip() == pilotage.__version__
+
+
+def test_a_shell_completes_commands_and_options() -> None:
+    program = "import sys; sys.argv[0] = 'pilotage'; from pilotage.cli import main; main()"
+
+    def completed(words: str, at: int) -> list[str]:
+        asked = {"_PILOTAGE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(at)}
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | asked
+        )
+        return done.stdout.split()
+
+    assert completed("pilotage simul", 1) == ["simulate"]
+    assert completed("pilotage simulate quickstart --pol", 3) == ["--policy"]
