@@ -14,7 +14,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pilotage.leaderboard import RUNS, SEED, entrants, environments, play, shortened, write_board
+from pilotage.leaderboard import HOURS, RUNS, SEED, entrants, environments, play, shortened, write_board
 from pilotage.results import as_csv, provenance, write_whole
 
 
@@ -30,9 +30,8 @@ def main() -> None:
     started, began = datetime.now(UTC), time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
     scenarios = environments(options.data)
-    if options.quick:
-        scenarios = [shortened(one, 0.25) for one in scenarios]
-    runs = 2 if options.quick else RUNS
+    runs, hours = (2, 0.25) if options.quick else (RUNS, HOURS)
+    scenarios = [shortened(one, hours) for one in scenarios]
     rows = play(
         options.out, scenarios, entrants({}), runs=runs,
         step=lambda text: print(f"{time.perf_counter() - began:.0f} s: {text}", flush=True),
@@ -43,7 +42,7 @@ def main() -> None:
         "seeds": [SEED + k for k in range(runs)],
         "scenarios": {one.name: one.digest() for one in scenarios},
     }
-    board = write_board(options.out, rows, record, options.seed)
+    board = write_board(options.out, rows, record, hours=hours, seed=options.seed)
     cells = [cell for one in board for cell in one.cells.values()]
     ran = sum(not cell.note for cell in cells) / len(cells)
     cpu_s = sum(float(row["cpu_s"]) for row in rows if row["cpu_s"])

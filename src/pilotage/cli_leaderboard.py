@@ -37,7 +37,7 @@ def leaderboard(
     as_json: AsJson = False,
 ) -> None:
     """Rank all policies, in dollars over those of hpa, and write table.csv and a page; adds bundles of yours."""
-    from pilotage.leaderboard import SEED, entrants, environments, play, shortened, table, write_board
+    from pilotage.leaderboard import HOURS, SEED, entrants, environments, play, shortened, table, write_board
     from pilotage.results import provenance, write_whole
     from pilotage.world.spec import closest
 
@@ -72,7 +72,7 @@ def leaderboard(
         "seeds": [SEED + k for k in range(runs)],
         "scenarios": {one.name: one.digest() for one in scenarios},
     }
-    board = write_board(out, rows, record)
+    board = write_board(out, rows, record, hours=hours or HOURS)
     write_whole(out / "run.json", json.dumps(record, indent=1) + "\n")
     if as_json:
         print_json({"envs": [one.name for one in scenarios], "runs": runs, "rows": table(board)})

@@ -297,9 +297,17 @@ def table(board: Sequence[Standing]) -> list[dict[str, Any]]:
 
 
 def write_board(
-    folder: Path, rows: Sequence[Mapping[str, str]], run: Mapping[str, Any], seed: int = 0
+    folder: Path,
+    rows: Sequence[Mapping[str, str]],
+    run: Mapping[str, Any],
+    *,
+    hours: float = HOURS,
+    seed: int = 0,
 ) -> list[Standing]:
-    """Writes `table.csv` and `index.html`, one self-contained page in the style of the report."""
+    """Writes `table.csv` and `index.html`, one self-contained page in the style of the report.
+
+    `run` is the provenance of the rows, `hours` the length of a run, `seed` that of the bootstrap.
+    """
     board = standings(rows, seed)
     write_whole(folder / "table.csv", as_csv(table(board)))
     environment = jinja2.Environment(
@@ -317,7 +325,7 @@ def write_board(
         envs=list(board[0].cells),
         best={env: min(o.cells[env].usd for o in board if not o.cells[env].note) for env in board[0].cells},
         runs=len({row["seed"] for row in rows}),
-        hours=HOURS,
+        hours=hours,
         baseline=BASELINE,
         run=dict.fromkeys(("command", "commit", "dirty", "seeds", "started_at", "versions")) | dict(run),
         times=TIMES,
