@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from pilotage.results import as_csv, write_whole
 
@@ -26,43 +26,22 @@ ROOT: Final = Path(__file__).parents[1]
 LIMIT_S: Final = 1800.0  # of one experiment, on a crowded machine
 
 
-class Step(NamedTuple):
-    """An experiment: its results' folder, its program, whether it needs traces, and why it is not compared, if so."""
-
-    name: str
-    program: str
-    traces: bool = False
-    alone: str = ""
-
-
-LESS, SPEED = "trains less", "measures this machine"
-STEPS: Final = (
-    Step("quickstart", "quickstart.toml", alone=LESS),
-    Step("real_traffic", "real_traffic.toml", True, LESS),
-    Step("placement", "placement/run.py", alone=LESS),
-    Step("retraining", "retraining/run.py", True, LESS),
-    Step("fleet_lifecycle", "fleet_lifecycle/run.py", alone=LESS),
-    Step("export", "export/run.py", alone=LESS),
-    Step("cleanrl_ppo", "cleanrl_ppo.py", alone=LESS),
-    Step("ledger", "ledger.py", alone=SPEED),
-    Step("steer", "steer/run.py", alone=SPEED),
-    Step("bench", "bench.py", alone=SPEED),
-    Step("llm_serving", "llm_serving/bench.py", True, SPEED),
-    Step("canary", "canary/run.py"),
-    Step("rollout", "rollout/run.py"),
-    Step("rollback", "rollback/run.py"),
-    Step("drift_detection", "drift_detection/run.py"),
-    Step("anomaly", "anomaly/run.py", True),
-    Step("bias_gate", "bias_gate/run.py", True),
-    Step("traffic_fit", "traffic_fit.py", True),
-    Step("plan", "plan/run.py"),
-    Step("leaderboard", "leaderboard/run.py", alone="shorter runs"),
-    Step("fidelity/ray_serve", "fidelity/ray_serve/run.py", True),
-    Step("fidelity/vidur", "fidelity/vidur/run.py", True),
-    Step("fidelity/vllm", "fidelity/vllm/run.py", True),
-    Step("fidelity/silicon", "fidelity/silicon/run.py", True),
-)
-
+LESS, SPEED, SHORT = "trains less", "measures this machine", "shorter runs"
+# whose figures are not compared, and why
+ALONE: Final = {
+    "quickstart": LESS,
+    "real_traffic": LESS,
+    "placement": LESS,
+    "retraining": LESS,
+    "fleet_lifecycle": LESS,
+    "export": LESS,
+    "cleanrl_ppo": LESS,
+    "ledger": SPEED,
+    "steer": SPEED,
+    "bench": SPEED,
+    "llm_serving": SPEED,
+    "leaderboard": SHORT,
+}
 LEFT_OUT: Final = {
     "calibrate": "needs a Prometheus server",
     "explain": "three quarters of an hour",
@@ -71,13 +50,36 @@ LEFT_OUT: Final = {
     "scaling": "hours of training and tuning",
     "workers": "starts Dask and Ray",
 }
+TRACES: Final = {  # what cannot run without them
+    "real_traffic",
+    "retraining",
+    "anomaly",
+    "bias_gate",
+    "traffic_fit",
+    "llm_serving",
+    "fidelity/ray_serve",
+    "fidelity/vidur",
+    "fidelity/vllm",
+    "fidelity/silicon",
+}
+HELPERS: Final = {"bench_peers", "reproduce_quick"}  # no claim of their own
 
 
-def command(step: Step, data: Path | None, out: Path, seed: int) -> list[str]:
-    program = f"experiments/{step.program}"
-    study = ["-m", "pilotage", "study"] if program.endswith(".toml") else []
-    given = ["--data", str(data)] if step.traces and data else []
-    return [sys.executable, *study, program, *given, "--seed", str(seed), "--quick", "--out", str(out)]
+def programs() -> dict[str, Path]:
+    """Every experiment by the name of its results' folder: a file, or a folder with `run.py` or `bench.py`."""
+    here = ROOT / "experiments"
+    found = {path.stem: path for path in sorted([*here.glob("*.toml"), *here.glob("*.py")])}
+    for name in ("bench.py", "run.py"):
+        found |= {str(path.parent.relative_to(here)): path for path in sorted(here.glob(f"*/**/{name}"))}
+    found.setdefault("scaling", here / "scaling" / "judge.py")
+    return {name: path for name, path in found.items() if name not in HELPERS}
+
+
+def command(program: Path, data: Path | None, out: Path, seed: int) -> list[str]:
+    study = ["-m", "pilotage", "study"] if program.suffix == ".toml" else []
+    given = ["--data", str(data)] if data else []
+    named = str(program.relative_to(ROOT))
+    return [sys.executable, *study, named, *given, "--seed", str(seed), "--quick", "--out", str(out)]
 
 
 def lines(path: Path) -> dict[str, tuple[float, float]]:
@@ -118,19 +120,19 @@ def main() -> int:
     options = parser.parse_args()
     data = Path(options.data).resolve() if options.data else None
     rows, agreed, asked = [], 0, 0
-    for step in STEPS:
-        if options.only and step.name not in options.only:
+    for name, program in programs().items():
+        if name not in (options.only or programs()) or name in LEFT_OUT:
             continue
-        out = (options.out / step.name).resolve()
+        out = (options.out / name).resolve()
         out.mkdir(parents=True, exist_ok=True)
-        row = {"experiment": step.name, "state": "left out: no traces", "wall_s": "", "cpu_s": "", "compared": 0,
+        row = {"experiment": name, "state": "left out: no traces", "wall_s": "", "cpu_s": "", "compared": 0,
                "disagree": 0, "why": ""}  # fmt: skip
-        if not step.traces or data:
+        if data or name not in TRACES:
             began, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
             with (out / "output.txt").open("w") as file:
                 try:
                     done = subprocess.run(
-                        command(step, data, out, options.seed),
+                        command(program, data, out, options.seed),
                         cwd=ROOT,
                         stdout=file,
                         stderr=file,
@@ -142,11 +144,11 @@ def main() -> int:
             now = resource.getrusage(resource.RUSAGE_CHILDREN)
             row["wall_s"] = round(time.perf_counter() - began, 1)
             row["cpu_s"] = round(now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime, 1)
-            if step.alone:
-                row["why"] = f"not compared: {step.alone}"
+            if name in ALONE:
+                row["why"] = f"not compared: {ALONE[name]}"
             elif row["state"] == "done":
                 row["compared"], apart = compared(
-                    ROOT / "results" / step.name / "acceptance.csv", out / "acceptance.csv"
+                    ROOT / "results" / name / "acceptance.csv", out / "acceptance.csv"
                 )
                 row["disagree"], row["why"] = len(apart), "; ".join(apart)
                 asked, agreed = asked + row["compared"], agreed + row["compared"] - row["disagree"]

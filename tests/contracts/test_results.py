@@ -20,7 +20,6 @@ ROOT = Path(__file__).parents[2]
 EXPERIMENTS, RESULTS = ROOT / "experiments", ROOT / "results"
 RECORDS = sorted(RESULTS.rglob("*run.json"))
 ACCEPTANCE = sorted(RESULTS.rglob("*acceptance.csv"))
-HELPERS = {"bench_peers", "reproduce_quick"}  # no claim of their own
 # why an experiment has no results yet
 PENDING = {
     "cleanrl_ppo": "an example; what it prints is tested",
@@ -32,10 +31,8 @@ BOUND = re.compile(r"\s*(<=|>=|<|>|=)\s*(-?\d+(?:\.\d+)?(?:e-?\d+)?)\s*")
 
 
 def experiments() -> set[str]:
-    """Names of experiments, as their results' folders: a file, or a folder with a program."""
-    files = {path.stem for path in [*EXPERIMENTS.glob("*.toml"), *EXPERIMENTS.glob("*.py")]}
-    folders = {str(path.parent.relative_to(EXPERIMENTS)) for path in EXPERIMENTS.glob("**/*.py")} - {"."}
-    return (files | folders) - HELPERS
+    """Names of experiments, as their results' folders."""
+    return set(reproduce_quick.programs())
 
 
 def name(path: Path) -> str:
@@ -52,14 +49,15 @@ def test_every_experiment_has_results_or_a_reason() -> None:
     assert experiments() - with_results - set(PENDING) == set()
 
 
-def test_every_experiment_is_run_quickly_or_said_why_not(tmp_path: Path) -> None:
-    steps = [step.name for step in reproduce_quick.STEPS]
-    assert set(steps) | set(reproduce_quick.LEFT_OUT) == experiments()
-    assert len(set(steps)) == len(steps)
-    assert not set(steps) & set(reproduce_quick.LEFT_OUT)
-    for step in reproduce_quick.STEPS:
-        program = EXPERIMENTS / step.program
-        assert program.suffix == ".toml" or '"--quick"' in program.read_text()
+def test_every_experiment_is_run_quickly_or_said_why_not() -> None:
+    programs = reproduce_quick.programs()
+    sources = {str(path.parent.relative_to(EXPERIMENTS)) for path in EXPERIMENTS.glob("*/**/*.py")}
+    assert sources <= set(programs), "a folder without run.py"
+    for named in (reproduce_quick.ALONE, reproduce_quick.LEFT_OUT, reproduce_quick.TRACES):
+        assert set(named) <= set(programs)
+    assert not set(reproduce_quick.ALONE) & set(reproduce_quick.LEFT_OUT)
+    for program in programs.values():
+        assert program.suffix == ".toml" or '"--quick"' in program.read_text(), program
 
 
 def test_lines_agree_where_intervals_overlap(tmp_path: Path) -> None:
