@@ -4,14 +4,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo demo-live ray test test-full conformance check bench reproduce clean
+.PHONY: install demo demo-live ray test test-full conformance check docs audit sbom dist bench reproduce reproduce-quick clean
 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade "pip>=24"
-	$(BIN)/pip install --quiet -e ".[all,dev]"
+	$(BIN)/pip install --quiet -e ".[all,dev,docs,release]"
 	touch $(STAMP)
 
 # install, tune, train, compare against production autoscalers and the clairvoyant bound, write the report
@@ -47,6 +47,31 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@$(MAKE) --no-print-directory audit
+
+# the documentation as a site, in site/
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# known vulnerabilities of what is installed, by pip-audit; where no service answers nothing is audited, and that is said
+AUDIT := build/audit.txt
+audit: $(STAMP)
+	@mkdir -p build; code=0; timeout 120 $(BIN)/pip-audit --progress-spinner off --skip-editable --timeout 10 > $(AUDIT) 2>&1 || code=$$?; \
+	if grep -q "^Found .* known vulnerabilit" $(AUDIT); then cat $(AUDIT); exit 1; \
+	elif [ $$code != 0 ]; then echo "audit: no answer from a vulnerability service; left out"; \
+	else echo "audit: no known vulnerability; not known to the service: $$(grep -c 'could not be audited' $(AUDIT)) packages"; fi
+
+# what is installed, as a CycloneDX bill of materials
+sbom: $(STAMP)
+	mkdir -p build
+	$(BIN)/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml --of JSON -o build/sbom.json $(BIN)/python
+
+# wheel and source distribution, built and checked
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 # speed, side by side with peers; writes results/bench
 bench: $(STAMP)
@@ -82,6 +107,11 @@ reproduce: $(STAMP) bench
 	$(BIN)/python experiments/llm_profiles/run.py --data $(DATA)
 	$(BIN)/python experiments/llm_scaling/run.py --data $(DATA)
 	$(BIN)/python experiments/live_loop/run.py --thorough
+	$(BIN)/python experiments/leaderboard/run.py --data $(DATA)
+
+# the quick forms of the experiments, into build/reproduce, beside the committed results
+reproduce-quick: $(STAMP)
+	$(BIN)/python experiments/reproduce_quick.py $(if $(DATA),--data $(DATA))
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist site

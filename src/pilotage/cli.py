@@ -19,6 +19,7 @@ from pilotage import (
     cli_bundles,
     cli_calibrate,
     cli_explain,
+    cli_leaderboard,
     cli_plan,
     cli_profile,
     cli_steer,
@@ -40,6 +41,7 @@ app.add_typer(cli_steer.app)
 app.add_typer(cli_calibrate.app)
 app.add_typer(cli_plan.app)
 app.add_typer(cli_profile.app)
+app.add_typer(cli_leaderboard.app)
 _screen = Console(stderr=True)
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 

@@ -14,6 +14,7 @@ from pilotage.world.spec import SpecError
 
 if TYPE_CHECKING:
     from pilotage.control.bundle import Bundle, Judged
+    from pilotage.control.policy import Policy
 
 app = typer.Typer()
 
@@ -24,7 +25,12 @@ KeyFile = Annotated[
 
 @app.command()
 def export(
-    policy: Annotated[str, typer.Argument(help="name, name:field=value,…, .toml file, folder of a training")],
+    policy: Annotated[
+        str,
+        typer.Argument(
+            help="name, name:field=value,…, .toml file, folder of a training, or .zip that stable-baselines3 saved"
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help="the bundle: a folder that does not exist yet")],
     env: Annotated[
         list[str] | None, typer.Option("--env", help="environment it is judged on; repeatable (quickstart)")
@@ -55,7 +61,13 @@ def export(
     from pilotage.scenario import load
     from pilotage.world.spec import decode, read_toml
 
-    chosen, limits = policy_from(policy), Guard()
+    if policy.endswith(".zip"):
+        from pilotage.agents.saved_model import read_model
+
+        chosen: Policy = read_model(Path(policy))
+    else:
+        chosen = policy_from(policy)
+    limits = Guard()
     if guard is not None:
         limits = decode(read_toml(guard, "a file with limits"), Guard, str(guard))
     scenarios = []

@@ -29,7 +29,7 @@ def test_the_wheel_holds_environments_and_template(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for path in (ROOT / "envs").glob("*.toml"):
         assert f"pilotage/envs/{path.name}" in names
-    assert "pilotage/report.html.j2" in names
+    assert {"pilotage/report.html.j2", "pilotage/leaderboard.html.j2", "pilotage/py.typed"} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "experiments", "results"))]
 
 

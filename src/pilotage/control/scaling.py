@@ -257,6 +257,10 @@ def parse(text: str) -> Policy:
     """`hpa`, `hpa:target_utilization=0.6,min_replicas=2`, or the path of a TOML file with a `kind`."""
     if text.endswith(".toml"):
         return decode(read_toml(Path(text), "a policy file"), Scaling, text)  # type: ignore[arg-type]
+    if text.endswith(".zip"):
+        raise SpecError(
+            f"policy {text!r}: a saved model; `pilotage export {text} --out BUNDLE` makes a policy of it"
+        )
     return named(text, _BY_NAME, "policy", "a .toml file or a folder")
 
 
