@@ -68,37 +68,46 @@ class ExactSpending:
     for a constant ratio of rates, also where the share changes, so the test rejects when it reaches a boundary: the
     least one whose probability, among canaries not yet rejected, is within what may be spent by now. That probability
     is computed, not bounded: the law of the count is followed exactly, and what counts being whole leaves unspent is
-    spent later. (The e-process at the same level spends less within any given time.) The laws of all lanes share one
-    range of counts, so lanes should be alike.
+    spent later. (The e-process at the same level spends less within any given time.) Lanes with the same totals and
+    shares so far share a law; all laws share one range of counts, so lanes should be alike.
     """
 
     def __init__(self, alpha: float, half_spent: float) -> None:
         self._alpha, self._half = alpha, half_spent
-        # probability at equality and without a rejection so far, shape (lanes, counts from _low)
-        self._law: np.ndarray | None = None
+        # probability at equality and without a rejection so far, shape (laws, counts from _low)
+        self._law = np.ones((1, 1))
         self._low = 0
-        self.spent: np.ndarray = np.zeros(())
-        self._looks: np.ndarray = np.zeros(())
+        self._spent, self._looks = np.zeros(1), np.zeros(1)  # by law
+        self._law_of: np.ndarray | None = None  # of each lane
         self.count: np.ndarray = np.zeros((), int)  # the canary's, so far
+
+    @property
+    def spent(self) -> np.ndarray:
+        """The level spent so far, by lane."""
+        spent: np.ndarray = self._spent[0 if self._law_of is None else self._law_of].reshape(self.count.shape)
+        return spent
 
     def see(self, x0: np.ndarray, x1: np.ndarray, n0: np.ndarray, n1: np.ndarray) -> np.ndarray:
         """Whether it rejects after one more interval (bool, lanes)."""
         shape = np.broadcast(x0, x1, n0, n1).shape
         share = np.broadcast_to(share_of(n0, n1), shape).ravel()
-        if self._law is None:
-            self._law = np.ones((share.size, 1))
-            self.spent, self._looks, self.count = np.zeros(shape), np.zeros(shape), np.zeros(shape, int)
-        self._looks = self._looks + np.broadcast_to((np.asarray(n0) > 0) & (np.asarray(n1) > 0), shape)
-        self.count = self.count + x1
-        law = self._followed(self._law, np.broadcast_to(np.asarray(x0) + x1, shape).ravel(), share)
+        total = np.broadcast_to(np.asarray(x0) + x1, shape).ravel()
+        before = np.zeros(share.size, int) if self._law_of is None else self._law_of
+        apart = [before, total, share]
+        _, first, law_of = np.unique(np.stack(apart), axis=1, return_index=True, return_inverse=True)
+        before, total, share = (column[first] for column in apart)
+        self._law_of, self.count = law_of.reshape(-1), self.count + np.broadcast_to(x1, shape)
+        self._looks = self._looks[before] + ((share > 0) & (share < 1))  # both arms had traffic
+        self._spent = self._spent[before]
+        law = self._followed(self._law[before], total, share)
         above = np.zeros((len(law), law.shape[1] + 1))
         above[:, :-1] = np.cumsum(law[:, ::-1], axis=1)[:, ::-1]
-        allowed = self._alpha * self._looks / (self._looks + self._half) - self.spent
-        first = (above > np.maximum(allowed, 0).reshape(-1, 1)).sum(axis=1)
-        self.spent = self.spent + above[np.arange(len(law)), first].reshape(shape)
-        law[np.arange(law.shape[1]) >= first[:, None]] = 0
+        allowed = self._alpha * self._looks / (self._looks + self._half) - self._spent
+        boundary = (above > np.maximum(allowed, 0)[:, None]).sum(axis=1)
+        self._spent += above[np.arange(len(law)), boundary]
+        law[np.arange(law.shape[1]) >= boundary[:, None]] = 0
         self._law = law
-        return np.asarray(self.count >= (self._low + first).reshape(shape))
+        return np.asarray(self.count >= (self._low + boundary)[self._law_of].reshape(shape))
 
     def _followed(self, law: np.ndarray, total: np.ndarray, share: np.ndarray) -> np.ndarray:
         """The law of the count after `total` more bad outcomes."""
@@ -113,7 +122,7 @@ class ExactSpending:
         seen = np.flatnonzero(after.max(axis=0) > _FORGOTTEN)
         after = after[:, seen[0] : seen[-1] + 1] if len(seen) else after[:, :1]
         self._low += least + (int(seen[0]) if len(seen) else 0)
-        self.spent = self.spent + np.maximum(law.sum(axis=1) - after.sum(axis=1), 0).reshape(self.spent.shape)
+        self._spent += np.maximum(law.sum(axis=1) - after.sum(axis=1), 0)
         return after
 
 
