@@ -104,15 +104,13 @@ def explain(
 
 def named_policy(text: str) -> tuple[str, Any]:
     """What kind of policy an argument names, and the policy."""
+    from pilotage.control import rollout
     from pilotage.control.learned import policy_from
     from pilotage.control.lifecycle import BY_NAME, SHIPPED, retraining_from
-    from pilotage.control.rollout import AnyRule
-    from pilotage.world.spec import named
 
     name = text.partition(":")[0]
-    rules = {str(rule.__struct_config__.tag): rule for rule in AnyRule.__args__}
-    if name in rules:
-        return "rollout", named(text, rules, "rule", "a scaling or retraining policy")
+    if name in rollout.BY_NAME or name == rollout.SHIPPED or text.endswith("rollout.json"):
+        return "rollout", rollout.rollout_from(text)
     if name in BY_NAME or text == SHIPPED or text.endswith("retraining.json"):
         return "retraining", retraining_from(text)
     return "scaling", policy_from(text)

@@ -176,8 +176,9 @@ def test_an_explanation_that_fails_a_check_ends_with_code_3(
 
 
 def test_every_kind_of_policy_is_known_by_its_name() -> None:
-    assert [named_policy(name)[0] for name in ("hpa", "learned", "ski-rental", "learned-retraining", "sequential")] == [
-        "scaling", "scaling", "retraining", "retraining", "rollout",
+    assert [named_policy(name)[0] for name in
+            ("hpa", "learned", "ski-rental", "learned-retraining", "sequential", "learned-rollout:alpha=0.01")] == [
+        "scaling", "scaling", "retraining", "retraining", "rollout", "rollout",
     ]  # fmt: skip
 
 

@@ -20,10 +20,10 @@ from pilotage.control.scaling import Predictive
 from pilotage.control.tree import Node, Tree
 from pilotage.engine.cluster import Cluster, World, recorded
 from pilotage.explain.attribution import attribute
-from pilotage.explain.choice import Replay, State, Vector, memory_of, record, visited
+from pilotage.explain.choice import Remembering, Replay, State, Vector, memory_of, record, visited
 from pilotage.explain.dollars import split, weigh
 from pilotage.explain.sight import sight_of
-from pilotage.explain.trust import check
+from pilotage.explain.trust import Relearned, check
 from pilotage.scenario import load
 from pilotage.world.spec import SpecError, decode
 
@@ -75,6 +75,30 @@ def test_a_policy_that_rolls_dice_is_refused():
     assert "additivity" in failed(check(some, range(4)))
 
 
+def test_a_choice_that_remembers_is_asked_once_but_for_the_check_that_it_answers_alike() -> None:
+    asked, rng = [], np.random.default_rng(6)
+
+    class Dear(Remembering):
+        names, units, unit = ("a", "b"), ("", ""), "replicas"
+        shown = rng.normal(size=(5, 2))
+
+        def ask(self, picks, blend=1.0):
+            asked.append(len(picks))
+            return self.shown[picks[:, 0], 0] + blend + dice * rng.normal(size=len(picks))
+
+    for dice in (0.0, 1.0):
+        choice = Dear()
+        picks = np.array([[0, 1], [2, 1], [0, 1]])
+        first = choice.outcome(picks)
+        assert asked.pop() == 2
+        np.testing.assert_array_equal(choice.outcome(picks), first)
+        assert not asked
+        assert choice.outcome(picks, 0.5)[0] != first[0]
+        asked.clear()
+        some = [attribute(Dear()) for _ in range(4)]
+        assert ("additivity" in failed(check(some, [0, 1]))) == bool(dice)
+
+
 def test_an_explanation_of_something_else_is_refused():
     """The right sums, given to the wrong inputs."""
     wrong = [one._replace(phi=np.roll(one.phi, 1)) for one in explained(lambda x: 3 * x[:, 0] + x[:, 1])]
@@ -89,8 +113,8 @@ def test_an_input_that_was_taken_not_to_matter_and_does_is_noticed():
 
 def test_what_random_weights_explain_as_well_is_refused():
     some = explained(network(1))
-    own = [one.phi for one in some]
-    assert "random weights" in failed(check(some, range(4), relearned=lambda seed: (own, own)))
+    own = [one.choice for one in some]
+    assert "random weights" in failed(check(some, range(4), relearned=Relearned(own, lambda seed: own)))
 
 
 def test_a_policy_that_always_does_the_same_has_nothing_to_explain():

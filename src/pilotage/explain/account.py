@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, NamedTuple
 import numpy as np
 
 from pilotage.control.canary import Rule
+from pilotage.control.guard import Guard
 from pilotage.control.policy import Policy
 from pilotage.control.retraining import Retraining
 from pilotage.control.scaling import parse
@@ -35,8 +36,11 @@ from pilotage.explain.nearest import Flip, nearest
 from pilotage.explain.sight import chosen, relearned, sight_of
 from pilotage.explain.trust import Check, check
 from pilotage.explain.versions import (
+    VERDICTS,
     RolloutReplay,
     canaries,
+    relearned_retraining,
+    relearned_rollout,
     retraining_choices,
     rollout_words,
     weigh_retraining,
@@ -152,11 +156,8 @@ class Scaling:
         checks = check(explained, self.players, relearned=weights, seed=self.seed)
         if self.repeated is not None:
             checks.append(
-                Check(
-                    name="replay", asked=">= 0.95 of decisions repeated", measured=self.repeated,
-                    passed=self.repeated >= 0.95, note=f"a fresh controller is shown the last {self.ticks} ticks",
-                )
-            )  # fmt: skip
+                _replayed(self.repeated, f"a fresh controller is shown the last {self.ticks} ticks")
+            )
         return Study(explained, self.players, checks, self.repeated)
 
 
@@ -271,7 +272,9 @@ def retraining(
     choices, batches = retraining_choices(policy, streams, states, background, seed)
     players = relevant(choices, seed)
     explained = [attribute(choice, players, seed=seed) for choice in choices]
-    checks = check(explained, players, seed=seed)
+    checks = check(explained, players, relearned=relearned_retraining(policy, choices[:8]), seed=seed)
+    repeated = float(np.mean(np.equal(_labels(explained), [batch.retrain for batch in batches])))
+    checks.append(_replayed(repeated, "the answer to what was seen, asked again"))
     which = next((k for k, b in enumerate(batches) if b.retrain), 0) if tick is None else tick
     if not 0 <= which < len(batches):
         raise SpecError(f"--tick {which}: valid: 0 to {len(batches) - 1}")
@@ -286,9 +289,10 @@ def retraining(
         at=f"batch {batch.at}, {batch.seen.age} batches after training", decision=decision, sentence="",
         outcome=one.outcome, usual=one.usual, unit=one.choice.unit, method=one.method,
         contributions=_contributions(one), horizon_h=service.lifecycle.batch_h * batch.seen.left,
-        options=_options([decision, other], usd), flip=nearest(one, players), repeated=None, trust=tuple(checks),
+        options=_options([decision, other], usd), flip=nearest(one, players), repeated=repeated,
+        trust=tuple(checks),
     )  # fmt: skip
-    return account.replace(sentence=sentence(account)), one, Study(explained, players, checks, None)
+    return account.replace(sentence=sentence(account)), one, Study(explained, players, checks, repeated)
 
 
 def rollout(
@@ -308,7 +312,8 @@ def rollout(
     """The account of a verdict on a canary: `tick` is the how manieth canary (None: the first that was sent back). The
     dollars are those of the whole run, of the canary under this rule and of never trying it."""
     drawn = [World(BACKGROUND_SEED + 100 * seed + k) for k in range(worlds)]
-    heard = canaries(rule, scenario, parse(scaling), candidates, drawn)
+    every = canaries(rule, scenario, parse(scaling), candidates, drawn)
+    heard = [one for one in every if one.outcome.evidence]
     if len(heard) < 4:
         raise SpecError(
             f"{scenario.name}: only {len(heard)} canaries were ever judged; give a longer run (--hours)"
@@ -316,7 +321,10 @@ def rollout(
     choices = [RolloutReplay(rule, one, [other for other in heard if other is not one]) for one in heard]
     players = relevant(choices[::4], seed)
     explained = [attribute(choice, players, seed=seed) for choice in choices]
-    checks = check(explained, players, seed=seed)
+    checks = check(explained, players, relearned=relearned_rollout(rule, heard), seed=seed)
+    decided = [VERDICTS[one.outcome.decided] for one in heard]
+    repeated = float(np.mean(np.equal(_labels(explained), decided)))
+    checks.append(_replayed(repeated, "the verdict on what was seen, asked again"))
     which = (
         next((k for k, one in enumerate(heard) if one.outcome.decided == "abort"), 0)
         if tick is None
@@ -325,20 +333,32 @@ def rollout(
     if not 0 <= which < len(heard):
         raise SpecError(f"--tick {which}: valid: 0 to {len(heard) - 1}")
     one, canary = explained[which], heard[which]
-    tried = np.array([o.usd for o in rehearse(scenario, parse(scaling), canary.candidate, rule, drawn)])
-    never = np.array([o.usd for o in rehearse(scenario, parse(scaling), canary.candidate, None, drawn)])
+    tried = np.array([o.outcome.usd for o in every if o.candidate == canary.candidate])
+    without = rehearse(scenario, parse(scaling), canary.candidate, None, drawn, guard=Guard())
+    never = np.array([o.usd for o in without])
     account = Account(
         env=scenario.name, policy=name, kind="rollout", subject=scenario.services[0].name,
-        at=f"canary {which}, interval {len(canary.evidence)}", decision=rollout_words(canary), sentence="",
+        at=f"canary {which}, interval {len(canary.outcome.evidence)}", decision=rollout_words(canary), sentence="",
         outcome=one.outcome, usual=one.usual, unit=one.choice.unit, method=one.method,
         contributions=_contributions(one), horizon_h=scenario.horizon_h,
         options=_options(["tried under this rule", "never tried"], np.stack([tried, never])),
-        flip=nearest(one, players), repeated=None, trust=tuple(checks),
+        flip=nearest(one, players), repeated=repeated, trust=tuple(checks),
     )  # fmt: skip
-    return account.replace(sentence=sentence(account)), one, Study(explained, players, checks, None)
+    return account.replace(sentence=sentence(account)), one, Study(explained, players, checks, repeated)
 
 
 # --- parts ---------------------------------------------------------------------------------------------------
+def _labels(explained: Sequence[Attribution]) -> list[int]:
+    return [int(one.choice.label(np.array([one.outcome]))[0]) for one in explained]
+
+
+def _replayed(share: float, note: str) -> Check:
+    """The check on decisions that were taken again."""
+    return Check(
+        name="replay", asked=">= 0.95 of decisions repeated", measured=share, passed=share >= 0.95, note=note
+    )
+
+
 def _options(names: Sequence[str], usd: np.ndarray) -> tuple[Option, ...]:
     """`usd` has shape (alternatives, futures, ITEMS); the first is what was decided."""
     found = []
