@@ -21,6 +21,7 @@ from pilotage.control.tree import Node, Tree
 from pilotage.engine.cluster import Cluster, World, recorded
 from pilotage.explain.attribution import attribute
 from pilotage.explain.choice import Remembering, Replay, State, Vector, memory_of, record, visited
+from pilotage.explain.distil import Settings, grow, judge
 from pilotage.explain.dollars import split, weigh
 from pilotage.explain.sight import sight_of
 from pilotage.explain.trust import Relearned, check
@@ -87,6 +88,7 @@ def test_a_choice_that_remembers_is_asked_once_but_for_the_check_that_it_answers
             return self.shown[picks[:, 0], 0] + blend + dice * rng.normal(size=len(picks))
 
     for dice in (0.0, 1.0):
+        asked.clear()
         choice = Dear()
         picks = np.array([[0, 1], [2, 1], [0, 1]])
         first = choice.outcome(picks)
@@ -94,7 +96,6 @@ def test_a_choice_that_remembers_is_asked_once_but_for_the_check_that_it_answers
         np.testing.assert_array_equal(choice.outcome(picks), first)
         assert not asked
         assert choice.outcome(picks, 0.5)[0] != first[0]
-        asked.clear()
         some = [attribute(Dear()) for _ in range(4)]
         assert ("additivity" in failed(check(some, [0, 1]))) == bool(dice)
 
@@ -224,3 +225,27 @@ def test_a_tree_asks_and_answers():
 def test_a_tree_that_makes_no_sense_is_refused(nodes, says):
     with pytest.raises(SpecError, match=says):
         decode({"kind": "tree", "nodes": nodes}, Tree, "here")
+
+
+def test_a_tree_that_a_tree_teaches_decides_as_it_does():
+    teacher = Tree(
+        nodes=(
+            Node(input="use_last", at_most=0.6, then=1, otherwise=4),
+            Node(input="replicas", at_most=2.0, then=2, otherwise=3),
+            Node(max_batch=4),
+            Node(change=-1, max_batch=8),
+            Node(input="use_last", at_most=0.9, then=5, otherwise=6),
+            Node(max_batch=8),
+            Node(change=1, max_batch=8),
+        )
+    )
+    worlds = [World(k) for k in range(6)]
+    plain = Settings(rounds=2, gap_states=0)
+    (tree,) = grow(teacher, SCENARIO, worlds[:3], worlds[3:4], [6], plain).values()
+    assert tree.leaves <= 6
+    found = judge(tree, teacher, policy_from("static:replicas=8"), SCENARIO, worlds[4:])
+    assert found["agreement"] > 0.97
+    assert found["agreement_acting"] > 0.85
+    assert found["return_ratio"]["mean"] == pytest.approx(1.0, abs=0.05)
+    (stump,) = grow(teacher, SCENARIO, worlds[:3], worlds[3:4], [2], plain).values()
+    assert stump.leaves <= 2

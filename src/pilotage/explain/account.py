@@ -307,7 +307,8 @@ def rollout(
         Candidate(new_wrong=0.2),
     ),
     seed: int = 0,
-    worlds: int = 8,
+    worlds: int = 6,
+    background: int = 16,
 ) -> tuple[Account, Attribution, Study]:  # fmt: skip
     """The account of a verdict on a canary: `tick` is the how manieth canary (None: the first that was sent back). The
     dollars are those of the whole run, of the canary under this rule and of never trying it."""
@@ -318,10 +319,13 @@ def rollout(
         raise SpecError(
             f"{scenario.name}: only {len(heard)} canaries were ever judged; give a longer run (--hours)"
         )
-    choices = [RolloutReplay(rule, one, [other for other in heard if other is not one]) for one in heard]
+    rng = np.random.default_rng(seed)
+    others = [[heard[k] for k in rng.permutation(len(heard)) if heard[k] is not one] for one in heard]
+    others = [some[:background] for some in others]
+    choices = [RolloutReplay(rule, one, some) for one, some in zip(heard, others, strict=True)]
     players = relevant(choices[::4], seed)
     explained = [attribute(choice, players, seed=seed) for choice in choices]
-    checks = check(explained, players, relearned=relearned_rollout(rule, heard), seed=seed)
+    checks = check(explained, players, relearned=relearned_rollout(rule, heard[::3], others[::3]), seed=seed)
     decided = [VERDICTS[one.outcome.decided] for one in heard]
     repeated = float(np.mean(np.equal(_labels(explained), decided)))
     checks.append(_replayed(repeated, "the verdict on what was seen, asked again"))

@@ -20,7 +20,7 @@ import numpy as np
 from pilotage.control.canary import ABORT, CONTINUE, METRICS, PROMOTE, Arm, Evidence, Rule
 from pilotage.control.guard import Guard
 from pilotage.control.learned_retraining import FEATURES, LearnedRetraining
-from pilotage.control.learned_rollout import LearnedRollout
+from pilotage.control.learned_rollout import BEGINS, SHARES, LearnedRollout
 from pilotage.control.network import Forward, Network
 from pilotage.control.policy import Policy
 from pilotage.control.retraining import Past, Retrainer, Retraining, Seen
@@ -345,19 +345,40 @@ class RolloutReplay(Remembering):
         return np.select([verdict == PROMOTE, verdict == ABORT], [1.0, -1.0], 0.0)
 
 
-def relearned_rollout(rule: Rule, heard: Sequence[Heard], states: int = 8) -> Relearned | None:
-    """For the check with random weights, of some of the canaries; None of a rule."""
+class _Beyond(Choice):
+    """What the verdicts of a rule say beyond those of another one."""
+
+    def __init__(self, own: RolloutReplay, base: RolloutReplay) -> None:
+        self._own, self._base, self.unit = own, base, own.unit
+        self.names, self.units, self.shown = own.names, own.units, own.shown
+
+    def ask(self, picks: np.ndarray, blend: float = 1.0) -> np.ndarray:
+        return self._own.outcome(picks, blend) - self._base.outcome(picks, blend)
+
+
+def relearned_rollout(
+    rule: Rule, heard: Sequence[Heard], background: Sequence[Sequence[Heard]]
+) -> Relearned | None:
+    """For the check with random weights, of canaries with their backgrounds; None of a rule. What was learned is what a
+    verdict is beyond that of the tests alone, under a network that always goes on at the first share."""
     if not isinstance(rule, LearnedRollout):
         return None
+    network = rule.network
+    still = network.replace(
+        weights=tuple(tuple((0.0,) * len(row) for row in weight) for weight in network.weights),
+        biases=(*network.biases[:-1], (*(float(share == BEGINS) for share in SHARES), 0.0, 0.0)),
+    )
 
-    def of(network: Network) -> list[Choice]:
+    def of(network: Network) -> list[RolloutReplay]:
         replaced = rule.replace(network=network)
-        return [
-            RolloutReplay(replaced, one, [other for other in heard if other is not one])
-            for one in heard[:: max(1, len(heard) // states)]
-        ]
+        return [RolloutReplay(replaced, one, others) for one, others in zip(heard, background, strict=True)]
 
-    return Relearned(of(rule.network), lambda seed: of(shuffled(rule.network, seed)))
+    base = of(still)
+
+    def beyond(network: Network) -> list[Choice]:
+        return [_Beyond(own, tests) for own, tests in zip(of(network), base, strict=True)]
+
+    return Relearned(beyond(network), lambda seed: beyond(shuffled(network, seed)))
 
 
 def rollout_words(heard: Heard) -> str:
