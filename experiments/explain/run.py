@@ -22,7 +22,7 @@ import numpy as np
 
 from pilotage.control.learned import policy_from
 from pilotage.control.lifecycle import retraining_from
-from pilotage.control.rollout import Sequential
+from pilotage.control.rollout import rollout_from
 from pilotage.engine.cluster import World
 from pilotage.evaluate import interval
 from pilotage.explain import distil, drawings
@@ -47,9 +47,9 @@ class Sizes(NamedTuple):
     futures: int = 8
     brute: int = 24
     horizon_s: float = 180.0
-    leaves: tuple[int, ...] = (4, 8, 15, 31)
-    rounds: int = 3
-    worlds: int = 10  # of training, of validation, and to be judged
+    leaves: tuple[int, ...] = (4, 8, 15, 31, 63)
+    rounds: int = 4
+    worlds: int = 24  # of training, of validation, and to be judged
 
 
 QUICK = Sizes(hours=0.6, states=10, weighed=24, futures=4, brute=8, leaves=(4, 8), rounds=1, worlds=2)
@@ -78,14 +78,15 @@ def trust(scenario: Scenario, sizes: Sizes, seed: int, out: Path) -> list[dict]:
             name, retraining_from(name), load("drift-gradual"), deployments=12, states=sizes.states, seed=seed
         )
         take(name, "retraining", study)
-    *_, study = rollout(
-        "sequential",
-        Sequential(),
-        scenario.replace(horizon_h=2.0),  # a verdict may take an hour
-        worlds=2 if sizes == QUICK else 4,
-        seed=seed,
-    )
-    take("sequential", "rollout", study)
+    for name in ("sequential", "learned-rollout"):
+        *_, study = rollout(
+            name,
+            rollout_from(name),
+            scenario.replace(horizon_h=2.0),  # a verdict may take an hour
+            worlds=2 if sizes == QUICK else 6,
+            seed=seed,
+        )
+        take(name, "rollout", study)
     for policy in SCALERS:
         of = Scaling(policy_from(policy), scenario, runs=4, background=24, states=sizes.states, seed=seed)
         study = of.study()
@@ -194,7 +195,7 @@ def tree(scenario: Scenario, sizes: Sizes, seed: int, out: Path) -> list[dict]:
         use: [World(SEED + 10_000 * k + 100 * seed + w) for w in range(sizes.worlds)]
         for k, use in enumerate(("train", "validate", "test"), start=1)
     }
-    settings = distil.Settings(rounds=sizes.rounds, gap_states=max(12, 5 * sizes.worlds), seed=seed)
+    settings = distil.Settings(rounds=sizes.rounds, gap_states=max(12, 4 * sizes.worlds), seed=seed)
     grown = distil.grow(
         teacher, scenario, worlds["train"], worlds["validate"], sizes.leaves, settings,
         lambda text: print(text, flush=True),
@@ -211,7 +212,7 @@ def tree(scenario: Scenario, sizes: Sizes, seed: int, out: Path) -> list[dict]:
         })  # fmt: skip
         print(rows[-1], flush=True)
     write_whole(out / "tree.csv", as_csv(rows))
-    best = max((row for row in rows if row["leaves"] <= 31), key=lambda row: row["return_ratio"])
+    best = [row for row in rows if row["leaves_at_most"] <= 31][-1]  # as asked, whatever the others do here
     chosen = grown[best["leaves_at_most"]]
     chosen.save(out)
     (out / "figures").mkdir(exist_ok=True)
@@ -229,8 +230,10 @@ def tree(scenario: Scenario, sizes: Sizes, seed: int, out: Path) -> list[dict]:
     return [
         line(f"agreement of the tree of {best['leaves']} leaves with the quickstart policy, replicas and batch limit",
              ">= 0.95", {"mean": best["agreement"], **unknown}, best["agreement"] >= 0.95),
-        line("the same, on replicas alone", ">= 0.95", {"mean": best["agreement_replicas"], **unknown},
-             best["agreement_replicas"] >= 0.95),
+        line("the same, but for one request in the batch limit", ">= 0.95",
+             {"mean": best["agreement_within_one"], **unknown}, best["agreement_within_one"] >= 0.95),
+        line("the same, on replicas alone, in the quickstart policy's states", ">= 0.95",
+             {"mean": best["agreement_replicas"], **unknown}, best["agreement_replicas"] >= 0.95),
         line("share of the saving over default HPA that it keeps (return ratio)", ">= 0.97", ratio,
              ratio["mean"] >= 0.97),
     ]  # fmt: skip

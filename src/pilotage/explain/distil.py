@@ -31,7 +31,8 @@ from pilotage.explain.dollars import weigh
 from pilotage.explain.sight import questions_of
 from pilotage.scenario import Scenario
 
-_EVEN: Final = (1.0, 4.0, 1e6)  # mean gaps that are added to every state's; the last is plain imitation
+_EVEN: Final = (4.0, 1e6)  # mean gaps that are added to every state's; the last is plain imitation
+_APART: Final = 3  # every tree steers one in so many of the training worlds in a round
 _LEAST: Final = 5  # states in a leaf
 _HARDLY: Final = 0.002  # share of the cost
 
@@ -39,7 +40,7 @@ _HARDLY: Final = 0.002  # share of the cost
 class Settings(NamedTuple):
     """How a tree is grown; `gap_states` is in how many states the gap is measured, with so many `futures`."""
 
-    rounds: int = 6
+    rounds: int = 4
     gap_states: int = 120
     futures: int = 8
     seed: int = 0
@@ -84,7 +85,7 @@ def grow(
     tried: dict[int, list[tuple[float, float, Tree]]] = {most: [] for most in leaves}
     for number in range(settings.rounds):
         grown = [(most, _fit(lesson, most, even, base, settings.seed)) for most in leaves for even in _EVEN]
-        for most, tree in grown:
+        for k, (most, tree) in enumerate(grown):
             usd = float(np.mean([run.total_usd for run in _run(tree, scenario, validation)]))
             agree = _agreement(record(tree, scenario, validation, adviser=teacher))
             say(
@@ -92,7 +93,8 @@ def grow(
             )
             tried[most].append((usd, agree, tree))
             if number + 1 < settings.rounds:
-                seen = record(tree, scenario, training, adviser=teacher)
+                mine = training[(k + number) % min(_APART, len(training)) :: _APART]
+                seen = record(tree, scenario, mine, adviser=teacher)
                 lesson += _lesson(seen, base, gap_of, lambda run: run.advised)
     return {most: _best(found) for most, found in tried.items()}
 
@@ -203,8 +205,9 @@ def judge(
     """The tree beside its teacher on unseen worlds.
 
     `agreement` is how often both decide alike (replicas and batch limit) in the states that the tree visits,
-    `agreement_teachers_states` in those that the teacher visits, `agreement_replicas` on the replicas alone, and
-    `agreement_acting` on the replicas where the teacher changes them, which is in a share `share_acting` of states.
+    `agreement_within_one` the same but for one request in the batch limit; `agreement_teachers_states` in those that
+    the teacher visits, `agreement_replicas` there on the replicas alone, and `agreement_acting` on the replicas where
+    the teacher changes them, which is in a share `share_acting` of states.
     `return_ratio` is how much of the teacher's saving over the reference policy the tree has, `cost_ratio` what the
     tree costs over what the teacher costs, each with the interval over worlds.
     """
@@ -219,6 +222,7 @@ def judge(
     return {
         "leaves": tree.leaves,
         "agreement": float(np.mean([_key(a) == _key(b) for a, b in own])),
+        "agreement_within_one": float(np.mean([_nearly(a, b) for a, b in own])),
         "agreement_teachers_states": float(np.mean([_key(a) == _key(b) for a, b in theirs])),
         "agreement_replicas": float(replicas.mean()),
         "agreement_acting": float(replicas[acting].mean()) if acting.any() else 1.0,
@@ -231,6 +235,12 @@ def judge(
 
 def _change(decision: Decision) -> int:
     return decision.order - decision.release
+
+
+def _nearly(a: Decision, b: Decision) -> bool:
+    limits = a.max_batch, b.max_batch
+    near = limits[0] == limits[1] if None in limits else abs(limits[0] - limits[1]) <= 1  # type: ignore[operator]
+    return near and _change(a) == _change(b)
 
 
 def _key(decision: Decision) -> tuple[int, int | None]:
