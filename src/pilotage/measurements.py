@@ -190,6 +190,15 @@ class Explanation(msgspec.Struct, frozen=True):
     trust: list[Trust]
     trusted: bool
 
+    @property
+    def words(self) -> str:
+        """In Markdown, for a bundle's card."""
+        largest = "\n".join(f"- {one.input}: {one.contribution:+.3g}" for one in self.contributions[:5])
+        failed = ", ".join(one.name for one in self.trust if not one.passed)
+        checks = f"It is not to be trusted: {failed} failed." if failed else "Every check of it passes."
+        said = f"One decision on `{self.env}`: {self.sentence}"
+        return "\n\n".join([said, f"What moved it most, in {self.unit}:", largest, checks])
+
 
 class Attention(msgspec.Struct, frozen=True):
     """The share of all contributions that each input has in two versions of a model, and how much has moved."""
@@ -247,6 +256,12 @@ def read(folder: Path) -> Results:
     return Results(run, groups, kept, baseline, best, explanation, versions)
 
 
+def read_explanation(path: Path) -> Explanation:
+    """What `pilotage explain --out` wrote."""
+    found: Explanation = _json(path, Explanation, "explain")
+    return found
+
+
 def _json(path: Path, kind: Any, command: str = "study", *, absent: bool = False) -> Any:
     """A file that a command writes; None if it is not there and may be absent."""
     if absent and not path.exists():
@@ -256,7 +271,7 @@ def _json(path: Path, kind: Any, command: str = "study", *, absent: bool = False
         return msgspec.convert(_printable(found), kind)
     except OSError as error:
         raise ReportError(
-            f"{path}: cannot be read: {error.strerror}; give a folder of `pilotage study`"
+            f"{path}: cannot be read: {error.strerror}; give what `pilotage {command}` writes"
         ) from None
     except (ValueError, RecursionError) as error:
         raise ReportError(f"{path}: not as `pilotage {command}` writes it: {error}") from None
