@@ -26,8 +26,9 @@ from pilotage.control.rollout import rollout_from
 from pilotage.engine.cluster import World
 from pilotage.evaluate import interval
 from pilotage.explain import distil, drawings
-from pilotage.explain.account import Scaling, Study, retraining, rollout
+from pilotage.explain.account import Study
 from pilotage.explain.attribution import attribute
+from pilotage.explain.decisions import Scaling, retraining, rollout
 from pilotage.explain.dollars import Weighed, weigh
 from pilotage.metrics import ITEMS
 from pilotage.results import as_csv, provenance, write_whole

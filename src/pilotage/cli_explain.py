@@ -71,20 +71,20 @@ def explain(
         raise SpecError(f"--worst and --why-not are about scaling; {policy!r} is a {kind} policy")
 
     with _saying(as_json) as say:
-        from pilotage.explain import account as accounts
+        from pilotage.explain import decisions
 
         if kind == "retraining":
             say("following deployments")
-            account, _, study = accounts.retraining(
+            account, _, study = decisions.retraining(
                 policy, found, scenario, tick=tick, states=states, futures=2 * futures, seed=seed
             )
         elif kind == "rollout":
             say("rehearsing canaries")
-            account, _, study = accounts.rollout(policy, found, scenario, tick=tick, seed=seed)
+            account, _, study = decisions.rollout(policy, found, scenario, tick=tick, seed=seed)
         else:
-            of = accounts.Scaling(found, scenario, service=which, states=states, seed=seed, say=say)
+            of = decisions.Scaling(found, scenario, service=which, states=states, seed=seed, say=say)
             study = of.study()
-            account, _ = accounts.scaling(
+            account, _ = decisions.scaling(
                 policy, of, study, tick=tick, worst=worst, why_not=[_change(one) for one in why_not or []],
                 futures=futures,
             )  # fmt: skip

@@ -14,7 +14,8 @@ import pytest
 from pilotage.cli_explain import explain, named_policy
 from pilotage.control.learned import policy_from
 from pilotage.control.tree import Node, Tree
-from pilotage.explain import account as accounts
+from pilotage.explain import decisions
+from pilotage.explain.account import Account
 from pilotage.explain.trust import Check
 from pilotage.live.compare import compare
 from pilotage.live.registries import Measure, Version
@@ -141,7 +142,7 @@ def test_wrong_input_is_refused_before_any_work(
     def never(*_: object, **__: object) -> None:
         raise SpecError("not a change of replicas" if "why_not" in options else "work was begun")
 
-    monkeypatch.setattr(accounts, "Scaling", never)
+    monkeypatch.setattr(decisions, "Scaling", never)
     given = {
         "tick": None,
         "worst": False,
@@ -159,13 +160,13 @@ def test_an_explanation_that_fails_a_check_ends_with_code_3(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     bad = Check(name="infidelity", asked="less", measured=2.0, passed=False)
-    account = accounts.Account(
+    account = Account(
         env="quickstart", policy="hpa", kind="scaling", subject="ranker", at="tick 3", decision="kept 3 replicas",
         sentence="So.", outcome=3.0, usual=3.0, unit="replicas", method="exact", contributions=(), horizon_h=0.1,
         options=(), flip=None, repeated=None, trust=(bad,),
     )  # fmt: skip
-    monkeypatch.setattr(accounts, "Scaling", lambda *_, **__: type("Of", (), {"study": lambda self: None})())
-    monkeypatch.setattr(accounts, "scaling", lambda *_, **__: (account, None))
+    monkeypatch.setattr(decisions, "Scaling", lambda *_, **__: type("Of", (), {"study": lambda self: None})())
+    monkeypatch.setattr(decisions, "scaling", lambda *_, **__: (account, None))
     with pytest.raises(SystemExit) as ended:
         explain("hpa", "quickstart", tick=None, worst=False, why_not=None, service=None, out=None, hours=None,
                 data=None, as_json=True)  # fmt: skip
