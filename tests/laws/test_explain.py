@@ -76,6 +76,22 @@ def test_a_policy_that_rolls_dice_is_refused():
     assert "additivity" in failed(check(some, range(4)))
 
 
+def test_a_single_input_has_no_order_to_beat():
+    some = explained(lambda x: x[:, 0])
+    checks = {one.name: one for one in check(some, [0])}
+    assert not failed(checks.values())
+    assert checks["deletion"].measured is None
+    assert "single order" in checks["insertion"].note
+
+
+def test_states_in_which_a_policy_acts_are_half_of_what_is_explained():
+    runs = record(Predictive(), SCENARIO, [World(3), World(4)])
+    acting = sum(bool(State(run, tick).change) for run in runs for tick in range(30, len(run.seen)))
+    some = visited(runs, 12, 30, acting=True)
+    assert len(some) == 12
+    assert sum(bool(state.change) for state in some) >= min(acting, 6) > 0
+
+
 def test_a_choice_that_remembers_is_asked_once_but_for_the_check_that_it_answers_alike() -> None:
     asked, rng = [], np.random.default_rng(6)
 

@@ -101,11 +101,20 @@ def record(
     return runs
 
 
-def visited(runs: Sequence[Recording], count: int, first: int, seed: int = 0) -> list[State]:
-    """States of the runs, from tick `first` on, stratified by load: as many of every regime of the arrival rate."""
+def visited(
+    runs: Sequence[Recording], count: int, first: int, seed: int = 0, acting: bool = False
+) -> list[State]:
+    """States of the runs, from tick `first` on, stratified by load: as many of every regime of the arrival rate. With
+    `acting`, half of them are states in which replicas were ordered or released, as far as there are any."""
     states = [State(run, tick) for run in runs for tick in range(first, len(run.seen))]
     if not states:
         raise SpecError(f"the runs have no tick after the {first}-th; give a longer run (--hours)")
+    changing = [state for state in states if state.change] if acting else []
+    some = _by_load(changing, min(count // 2, len(changing)), seed) if changing else []
+    return [*some, *_by_load(states, count - len(some), seed + len(some))]
+
+
+def _by_load(states: Sequence[State], count: int, seed: int) -> list[State]:
     rates = np.array([state.seen["arrival_rate"] for state in states])
     order = np.argsort(np.nan_to_num(rates), kind="stable")
     strata = np.array_split(order, min(count, len(order)))

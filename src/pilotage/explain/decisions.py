@@ -81,16 +81,16 @@ class Scaling:
         worlds = [World(BACKGROUND_SEED + 1000 * seed + k) for k in range(runs)]
         self.runs = record(policy, scenario, worlds, service)
         first = min(scenario.ticks - 1, max(24, scenario.ticks // 8))
-        probe = visited(self.runs, 24, first, seed)
+        probe = visited(self.runs, 24, first, seed, acting=True)
         self.replays = sight_of(policy) is None
         self.ticks, repeated = memory_of(policy, probe) if self.replays else (first, 1.0)
         self.repeated = repeated if self.replays else None
         if self.replays:
             background, states = min(background, 16), min(states, 40)
         self.background = visited(self.runs, background, max(first, self.ticks), seed + 1)
-        self.states = visited(self.runs, states, max(first, self.ticks), seed + 2)
-        some = [self.choice(state) for state in self.states[:: max(1, len(self.states) // 4)]]
-        self.players = relevant(some, seed, 48 if self.replays else 24)
+        self.states = visited(self.runs, states, max(first, self.ticks), seed + 2, acting=True)
+        every = [self.choice(state) for state in self.states]
+        self.players = relevant(every, seed, 48 if self.replays else 24)
 
     def choice(self, state: State) -> Choice:
         """The choice in a state, before the background of this study."""
@@ -159,7 +159,9 @@ def scaling(
         raise SpecError(f"--tick {tick}: valid: {first} to {len(run.seen) - 1}")
     horizon_s = min(horizon_s, (scenario.ticks - tick) * scenario.tick_s)  # nobody knows what comes after
     state = State(run, tick)
-    one = attribute(of.choice(state), of.players, seed=of.seed)
+    choice = of.choice(state)
+    players = sorted({*of.players, *relevant([choice], of.seed, 12)})
+    one = attribute(choice, players, seed=of.seed)
     of._say("weighing the alternatives")
     changes = list(dict.fromkeys([*why_not] if why_not else [state.change - 1, state.change + 1, 0]))
     changes = [change for change in changes if change != state.change]
@@ -273,7 +275,7 @@ def rollout(
     others = [[heard[k] for k in rng.permutation(len(heard)) if heard[k] is not one] for one in heard]
     others = [some[:background] for some in others]
     choices = [RolloutReplay(rule, one, some) for one, some in zip(heard, others, strict=True)]
-    players = relevant(choices[::4], seed)
+    players = relevant(choices, seed)
     explained = [attribute(choice, players, seed=seed) for choice in choices]
     checks = check(explained, players, relearned=relearned_rollout(rule, heard[::3], others[::3]), seed=seed)
     decided = [VERDICTS[one.outcome.decided] for one in heard]
