@@ -13,12 +13,16 @@ import pytest
 
 from pilotage.cli_explain import explain, named_policy
 from pilotage.control.learned import policy_from
+from pilotage.control.lifecycle import retraining_from
+from pilotage.control.rollout import rollout_from
 from pilotage.control.tree import Node, Tree
+from pilotage.engine.canary import Candidate
 from pilotage.explain import decisions
 from pilotage.explain.account import Account
 from pilotage.explain.trust import Check
 from pilotage.live.compare import compare
 from pilotage.live.registries import Measure, Version
+from pilotage.scenario import load
 from pilotage.world.spec import SpecError
 
 NUMBER = {"type": ["number", "null"]}
@@ -123,6 +127,30 @@ def test_a_scaling_decision_is_explained_as_json_and_in_figures(tmp_path: Path) 
     assert json.loads((tmp_path / "explanation.json").read_text())["sentence"] == found["sentence"]
     for name in ("beeswarm", "dependence"):
         assert (tmp_path / "figures" / f"{name}.svg").read_text().startswith("<?xml")
+
+
+def test_decisions_about_versions_are_told_in_the_same_form() -> None:
+    verdict, _, canaries = decisions.rollout(
+        "learned-rollout", rollout_from("learned-rollout"), load("quickstart").replace(horizon_h=0.75),
+        candidates=(Candidate(), Candidate(new_errors=0.1)), worlds=2, background=3, seed=1,
+    )  # fmt: skip
+    batch, _, batches = decisions.retraining(
+        "learned-retraining", retraining_from("learned-retraining"), load("drift-sudden"),
+        deployments=4, states=8, background=4, futures=4,
+    )  # fmt: skip
+    for account, study in ((verdict, canaries), (batch, batches)):
+        told = json.loads(msgspec.json.encode(account)) | {"trusted": account.trusted}
+        jsonschema.validate(told, EXPLANATION)
+        checks = {one.name: one for one in account.trust}
+        assert checks["replay"].measured == account.repeated == 1.0
+        assert checks["additivity"].passed
+        assert checks["random weights"].measured is not None
+        assert account.contributions[0].input in study.explained[0].choice.names
+    assert "the new version goes back" in verdict.sentence
+    assert {option.decision for option in batch.options} == {"retrained the model", "not retrained"}
+    with pytest.raises(SpecError, match=r"--tick 99: valid: 0 to"):
+        decisions.retraining("never", retraining_from("never"), load("drift-sudden"), deployments=4, states=8,
+                             background=4, tick=99)  # fmt: skip
 
 
 @pytest.mark.parametrize(
