@@ -32,7 +32,7 @@ from pilotage.explain.sight import questions_of
 from pilotage.scenario import Scenario
 
 _EVEN: Final = (4.0, 1e6)  # mean gaps that are added to every state's; the last is plain imitation
-_APART: Final = 3  # every tree steers one in so many of the training worlds in a round
+_PER_RUN: Final = 12  # states of a run in which the gap is measured, where there are runs enough
 _LEAST: Final = 5  # states in a leaf
 _HARDLY: Final = 0.002  # share of the cost
 
@@ -82,26 +82,25 @@ def grow(
     runs = record(teacher, scenario, training)
     gap_of = _gaps(teacher, scenario, runs, base, settings)
     lesson = _lesson(runs, base, gap_of, lambda run: run.decided)
-    tried: dict[int, list[tuple[float, float, Tree]]] = {most: [] for most in leaves}
+    tried: dict[int, list[tuple[float, Tree]]] = {most: [] for most in leaves}
     for number in range(settings.rounds):
-        grown = [(most, _fit(lesson, most, even, base, settings.seed)) for most in leaves for even in _EVEN]
-        for k, (most, tree) in enumerate(grown):
-            usd = float(np.mean([run.total_usd for run in _run(tree, scenario, validation)]))
-            agree = _agreement(record(tree, scenario, validation, adviser=teacher))
-            say(
-                f"round {number + 1}/{settings.rounds}: {tree.leaves} leaves cost {usd:.3f} $, agree {agree:.3f}"
-            )
-            tried[most].append((usd, agree, tree))
-            if number + 1 < settings.rounds:
-                mine = training[(k + number) % min(_APART, len(training)) :: _APART]
-                seen = record(tree, scenario, mine, adviser=teacher)
+        for most in sorted(leaves):
+            grown = [_fit(lesson, most, even, base, settings.seed) for even in _EVEN]
+            for tree in grown:
+                usd = float(np.mean([run.total_usd for run in _run(tree, scenario, validation)]))
+                say(f"round {number + 1}/{settings.rounds}: {tree.leaves} leaves cost {usd:.3f} $")
+                tried[most].append((usd, tree))
+        if number + 1 < settings.rounds:  # the largest trees steer
+            for tree in grown:
+                seen = record(tree, scenario, training, adviser=teacher)
                 lesson += _lesson(seen, base, gap_of, lambda run: run.advised)
-    return {most: _best(found) for most, found in tried.items()}
 
+    def best(tried: Sequence[tuple[float, Tree]]) -> Tree:
+        least = min(usd for usd, _ in tried)
+        alike = [tree for usd, tree in tried if usd <= least * (1 + _HARDLY)]
+        return max(alike, key=lambda tree: _agreement(record(tree, scenario, validation, adviser=teacher)))
 
-def _best(tried: Sequence[tuple[float, float, Tree]]) -> Tree:
-    least = min(usd for usd, *_ in tried)
-    return max((one for one in tried if one[0] <= least * (1 + _HARDLY)), key=lambda one: one[1])[2]
+    return {most: best(found) for most, found in tried.items()}
 
 
 def _agreement(runs: Sequence[Recording]) -> float:
@@ -136,6 +135,7 @@ def _gaps(
     if settings.gap_states == 0:
         return lambda asked: np.ones(len(asked))
     rng, ahead = np.random.default_rng([settings.seed, 1]), round(600.0 / scenario.tick_s)
+    runs = runs[: -(-settings.gap_states // _PER_RUN)]
     each = -(-settings.gap_states // len(runs))
     asked, gaps = [], []
     for run, questions in zip(runs, questions_of(base, runs), strict=True):
