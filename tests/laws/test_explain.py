@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from pilotage.control.foresight import READOUT, Foresight
 from pilotage.control.hpa import Hpa
-from pilotage.control.learned import policy_from
-from pilotage.control.network import Network
+from pilotage.control.learned import ACTIONS, OBSERVATIONS, Learned, policy_from
+from pilotage.control.network import Memory, Network
 from pilotage.control.outlook import INPUTS
 from pilotage.control.policy import FEATURES, INDEX, Decision, Observation
 from pilotage.control.scaling import Predictive
@@ -23,7 +23,7 @@ from pilotage.explain.attribution import attribute
 from pilotage.explain.choice import Remembering, Replay, State, Vector, memory_of, record, visited
 from pilotage.explain.distil import Settings, grow, judge
 from pilotage.explain.dollars import split, weigh
-from pilotage.explain.sight import sight_of
+from pilotage.explain.sight import chosen, sight_of
 from pilotage.explain.trust import Relearned, check
 from pilotage.scenario import load
 from pilotage.world.spec import SpecError, decode
@@ -181,6 +181,30 @@ def test_a_replay_repeats_the_decision_and_swaps_whole_states(policy):
     np.testing.assert_array_equal(whole, alone)
     with pytest.raises(SpecError, match="needs as many before it"):
         Replay(policy, State(runs[0], 3), [], ticks)
+
+
+def test_a_network_with_a_memory_is_replayed():
+    rng = np.random.default_rng(2)
+    n, units = len(OBSERVATIONS), 3
+    memory = Memory(
+        inputs=rng.normal(0, 0.5, (4 * units, n)).tolist(),
+        recurrent=rng.normal(0, 0.5, (4 * units, units)).tolist(),
+        bias=(0.0,) * 4 * units,
+    )
+    weights = rng.normal(0, 1.0, (len(ACTIONS), units)).tolist()
+    policy = Learned(
+        base=Predictive(),
+        network=Network(mean=(0.0,) * n, scale=(1.0,) * n, clip=5.0, weights=(weights,),
+                        biases=((0.0,) * len(ACTIONS),), memory=memory),
+    )  # fmt: skip
+    assert sight_of(policy) is None
+    states = visited(record(policy, SCENARIO, [World(3), World(4)]), 16, 60)
+    ticks, repeated = memory_of(policy, states)
+    assert repeated >= 0.9
+    choice = chosen(policy, states[0], states[1:], ticks)
+    assert (
+        choice.outcome(np.zeros((1, len(choice.names)), int))[0] == states[0].seen.replicas + states[0].change
+    )
 
 
 # --- dollars --------------------------------------------------------------------------------------------------

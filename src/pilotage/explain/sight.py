@@ -123,7 +123,7 @@ _seen: dict[int, tuple[Policy, Sight | None]] = {}
 
 
 def sight_of(policy: Policy) -> Sight | None:
-    """How a policy's choice follows from a vector, or None of a rule that is no such function."""
+    """How a policy's choice follows from a vector, or None of what remembers: rules, and networks with a memory."""
     if id(policy) not in _seen:  # vectors of runs are kept, and few policies are explained by one process
         _seen[id(policy)] = (policy, _sight_of(policy))
     return _seen[id(policy)][1]
@@ -140,7 +140,7 @@ def _sight_of(policy: Policy) -> Sight | None:
         )
     if isinstance(policy, Foresight | Anticipate):
         return _levels(policy)
-    if isinstance(policy, Learned):
+    if isinstance(policy, Learned) and policy.network.memory is None:
         return _corrected(policy)
     return None
 
