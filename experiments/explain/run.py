@@ -268,13 +268,13 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for part in PARTS if options.part == "all" else [options.part]:
         started, began = datetime.now(UTC), time.perf_counter()
-        cpu = time.process_time()
+        cpu, lasted = time.process_time(), {}
+        # of the code that runs, not of a later commit
+        facts = provenance("explain", sys.argv, started, lasted)
         lines = PARTS[part](scenario, sizes, options.seed, options.out)
-        lasted = {
-            part: round(time.perf_counter() - began, 1),
-            f"{part}, cpu": round(time.process_time() - cpu, 1),
-        }
-        facts = provenance("explain", sys.argv, started, lasted) | {
+        lasted[part] = round(time.perf_counter() - began, 1)
+        lasted[f"{part}, cpu"] = round(time.process_time() - cpu, 1)
+        facts |= {
             "part": part, "seed": options.seed, "sizes": sizes._asdict(), "scenario_sha256": scenario.digest(),
         }  # fmt: skip
         write_whole(options.out / f"{part}_run.json", json.dumps(facts, indent=2) + "\n")
