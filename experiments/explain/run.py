@@ -22,12 +22,13 @@ import numpy as np
 
 from pilotage.control.learned import policy_from
 from pilotage.control.lifecycle import retraining_from
-from pilotage.control.rollout import Sequential
+from pilotage.control.rollout import rollout_from
 from pilotage.engine.cluster import World
 from pilotage.evaluate import interval
 from pilotage.explain import distil, drawings
-from pilotage.explain.account import Scaling, Study, retraining, rollout
+from pilotage.explain.account import Study
 from pilotage.explain.attribution import attribute
+from pilotage.explain.decisions import Scaling, retraining, rollout
 from pilotage.explain.dollars import Weighed, weigh
 from pilotage.metrics import ITEMS
 from pilotage.results import as_csv, provenance, write_whole
@@ -48,8 +49,8 @@ class Sizes(NamedTuple):
     brute: int = 24
     horizon_s: float = 180.0
     leaves: tuple[int, ...] = (4, 8, 15, 31)
-    rounds: int = 3
-    worlds: int = 10  # of training, of validation, and to be judged
+    rounds: int = 4
+    worlds: int = 40  # of training, of validation, and to be judged
 
 
 QUICK = Sizes(hours=0.6, states=10, weighed=24, futures=4, brute=8, leaves=(4, 8), rounds=1, worlds=2)
@@ -78,14 +79,15 @@ def trust(scenario: Scenario, sizes: Sizes, seed: int, out: Path) -> list[dict]:
             name, retraining_from(name), load("drift-gradual"), deployments=12, states=sizes.states, seed=seed
         )
         take(name, "retraining", study)
-    *_, study = rollout(
-        "sequential",
-        Sequential(),
-        scenario.replace(horizon_h=2.0),  # a verdict may take an hour
-        worlds=2 if sizes == QUICK else 4,
-        seed=seed,
-    )
-    take("sequential", "rollout", study)
+    for name in ("sequential", "learned-rollout"):
+        *_, study = rollout(
+            name,
+            rollout_from(name),
+            scenario.replace(horizon_h=2.0),  # a verdict may take an hour
+            worlds=2 if sizes == QUICK else 6,
+            seed=seed,
+        )
+        take(name, "rollout", study)
     for policy in SCALERS:
         of = Scaling(policy_from(policy), scenario, runs=4, background=24, states=sizes.states, seed=seed)
         study = of.study()
@@ -192,9 +194,13 @@ def tree(scenario: Scenario, sizes: Sizes, seed: int, out: Path) -> list[dict]:
     teacher, reference = policy_from(QUICKSTART), policy_from("hpa")
     worlds = {
         use: [World(SEED + 10_000 * k + 100 * seed + w) for w in range(sizes.worlds)]
-        for k, use in enumerate(("train", "validate", "test"), start=1)
+        for k, use in (
+            (1, "train"),
+            (2, "validate"),
+            (4, "test"),
+        )  # 3 judged a method that was changed after it
     }
-    settings = distil.Settings(rounds=sizes.rounds, gap_states=max(12, 5 * sizes.worlds), seed=seed)
+    settings = distil.Settings(rounds=sizes.rounds, gap_states=max(12, 3 * sizes.worlds), seed=seed)
     grown = distil.grow(
         teacher, scenario, worlds["train"], worlds["validate"], sizes.leaves, settings,
         lambda text: print(text, flush=True),
@@ -211,7 +217,7 @@ def tree(scenario: Scenario, sizes: Sizes, seed: int, out: Path) -> list[dict]:
         })  # fmt: skip
         print(rows[-1], flush=True)
     write_whole(out / "tree.csv", as_csv(rows))
-    best = max((row for row in rows if row["leaves"] <= 31), key=lambda row: row["return_ratio"])
+    best = [row for row in rows if row["leaves_at_most"] <= 31][-1]  # as asked, whatever the others do here
     chosen = grown[best["leaves_at_most"]]
     chosen.save(out)
     (out / "figures").mkdir(exist_ok=True)
@@ -229,8 +235,10 @@ def tree(scenario: Scenario, sizes: Sizes, seed: int, out: Path) -> list[dict]:
     return [
         line(f"agreement of the tree of {best['leaves']} leaves with the quickstart policy, replicas and batch limit",
              ">= 0.95", {"mean": best["agreement"], **unknown}, best["agreement"] >= 0.95),
-        line("the same, on replicas alone", ">= 0.95", {"mean": best["agreement_replicas"], **unknown},
-             best["agreement_replicas"] >= 0.95),
+        line("the same, but for one request in the batch limit", ">= 0.95",
+             {"mean": best["agreement_within_one"], **unknown}, best["agreement_within_one"] >= 0.95),
+        line("the same, on replicas alone, in the quickstart policy's states", ">= 0.95",
+             {"mean": best["agreement_replicas"], **unknown}, best["agreement_replicas"] >= 0.95),
         line("share of the saving over default HPA that it keeps (return ratio)", ">= 0.97", ratio,
              ratio["mean"] >= 0.97),
     ]  # fmt: skip
@@ -260,13 +268,13 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for part in PARTS if options.part == "all" else [options.part]:
         started, began = datetime.now(UTC), time.perf_counter()
-        cpu = time.process_time()
+        cpu, lasted = time.process_time(), {}
+        # of the code that runs, not of a later commit
+        facts = provenance("explain", sys.argv, started, lasted)
         lines = PARTS[part](scenario, sizes, options.seed, options.out)
-        lasted = {
-            part: round(time.perf_counter() - began, 1),
-            f"{part}, cpu": round(time.process_time() - cpu, 1),
-        }
-        facts = provenance("explain", sys.argv, started, lasted) | {
+        lasted[part] = round(time.perf_counter() - began, 1)
+        lasted[f"{part}, cpu"] = round(time.process_time() - cpu, 1)
+        facts |= {
             "part": part, "seed": options.seed, "sizes": sizes._asdict(), "scenario_sha256": scenario.digest(),
         }  # fmt: skip
         write_whole(options.out / f"{part}_run.json", json.dumps(facts, indent=2) + "\n")

@@ -42,7 +42,8 @@ def export(
         Path | None, typer.Option("--guard", help="TOML file with limits on what it may order")
     ] = None,
     explanation: Annotated[
-        Path | None, typer.Option("--explanation", help="text for the card: why it decides as it does")
+        Path | None,
+        typer.Option("--explanation", help="explanation.json of `pilotage explain`, or a text, for the card"),
     ] = None,
     key: KeyFile = None,
     register: Annotated[
@@ -74,10 +75,7 @@ def export(
     for name in env or ["quickstart"]:
         scenario = load(name, data)
         scenarios.append(scenario if hours is None else scenario.replace(horizon_h=hours))
-    try:
-        words = explanation.read_text() if explanation else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"--explanation {explanation}: cannot be read: {error}") from None
+    words = "" if explanation is None else _explained(explanation)
     bundle = write(
         chosen, out, scenarios, name=Path(policy).name if Path(policy).exists() else policy, guard=limits,
         judged=[_judged(policy, chosen, baseline, policy_from(baseline), s, seeds) for s in scenarios],
@@ -112,6 +110,18 @@ def verify(
     }
     print(f"{bundle}: sound; {signed[found['signed']]}")
     print(f"policy: {found['policy']}, manifest sha256 {found['digest']}")
+
+
+def _explained(path: Path) -> str:
+    """Why it decides as it does, for the card."""
+    from pilotage.measurements import read_explanation
+
+    if path.suffix == ".json":
+        return read_explanation(path).words
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"--explanation {path}: cannot be read: {error}") from None
 
 
 def _shown(bundle: Bundle) -> dict[str, Any]:

@@ -71,20 +71,20 @@ def explain(
         raise SpecError(f"--worst and --why-not are about scaling; {policy!r} is a {kind} policy")
 
     with _saying(as_json) as say:
-        from pilotage.explain import account as accounts
+        from pilotage.explain import decisions
 
         if kind == "retraining":
             say("following deployments")
-            account, _, study = accounts.retraining(
+            account, _, study = decisions.retraining(
                 policy, found, scenario, tick=tick, states=states, futures=2 * futures, seed=seed
             )
         elif kind == "rollout":
             say("rehearsing canaries")
-            account, _, study = accounts.rollout(policy, found, scenario, tick=tick, seed=seed)
+            account, _, study = decisions.rollout(policy, found, scenario, tick=tick, seed=seed)
         else:
-            of = accounts.Scaling(found, scenario, service=which, states=states, seed=seed, say=say)
+            of = decisions.Scaling(found, scenario, service=which, states=states, seed=seed, say=say)
             study = of.study()
-            account, _ = accounts.scaling(
+            account, _ = decisions.scaling(
                 policy, of, study, tick=tick, worst=worst, why_not=[_change(one) for one in why_not or []],
                 futures=futures,
             )  # fmt: skip
@@ -104,15 +104,13 @@ def explain(
 
 def named_policy(text: str) -> tuple[str, Any]:
     """What kind of policy an argument names, and the policy."""
+    from pilotage.control import rollout
     from pilotage.control.learned import policy_from
     from pilotage.control.lifecycle import BY_NAME, SHIPPED, retraining_from
-    from pilotage.control.rollout import AnyRule
-    from pilotage.world.spec import named
 
     name = text.partition(":")[0]
-    rules = {str(rule.__struct_config__.tag): rule for rule in AnyRule.__args__}
-    if name in rules:
-        return "rollout", named(text, rules, "rule", "a scaling or retraining policy")
+    if name in rollout.BY_NAME or name == rollout.SHIPPED or text.endswith("rollout.json"):
+        return "rollout", rollout.rollout_from(text)
     if name in BY_NAME or text == SHIPPED or text.endswith("retraining.json"):
         return "retraining", retraining_from(text)
     return "scaling", policy_from(text)

@@ -151,12 +151,78 @@ class Provenance(msgspec.Struct, frozen=True):
     policies: dict[str, str] = {}
 
 
+class Contribution(msgspec.Struct, frozen=True):
+    """How far one input moved a choice from the usual one."""
+
+    input: str
+    contribution: float
+    value: float | None = None
+    usual: float | None = None
+    unit: str = ""
+
+
+class Trust(msgspec.Struct, frozen=True):
+    """One check of an explanation."""
+
+    name: str
+    asked: str
+    passed: bool
+    measured: float | None = None
+    low: float | None = None
+    high: float | None = None
+    note: str = ""
+
+    @property
+    def interval(self) -> Interval:
+        return Interval(self.measured, self.low, self.high)
+
+
+class Explanation(msgspec.Struct, frozen=True):
+    """explanation.json, as `pilotage explain --out` writes it."""
+
+    policy: str
+    env: str
+    sentence: str
+    outcome: float
+    usual: float
+    unit: str
+    contributions: list[Contribution]
+    trust: list[Trust]
+    trusted: bool
+
+    @property
+    def words(self) -> str:
+        """In Markdown, for a bundle's card."""
+        largest = "\n".join(f"- {one.input}: {one.contribution:+.3g}" for one in self.contributions[:5])
+        failed = ", ".join(one.name for one in self.trust if not one.passed)
+        checks = f"It is not to be trusted: {failed} failed." if failed else "Every check of it passes."
+        said = f"One decision on `{self.env}`: {self.sentence}"
+        return "\n\n".join([said, f"What moved it most, in {self.unit}:", largest, checks])
+
+
+class Attention(msgspec.Struct, frozen=True):
+    """The share of all contributions that each input has in two versions of a model, and how much has moved."""
+
+    inputs: dict[str, tuple[float, float]]
+    moved: float
+
+
+class Versions(msgspec.Struct, frozen=True):
+    """comparison.json, what `pilotage compare --json` prints."""
+
+    a: str
+    b: str
+    attention: Attention | None = None
+
+
 class Results(NamedTuple):
     run: Provenance
     groups: list[Evaluation]  # what is pooled over all traffic comes first
     tables: dict[str, pd.DataFrame]
     baseline: Row
     best: Row | None  # the cheapest tuned or learned policy over all traffic
+    explanation: Explanation | None
+    versions: Versions | None
 
 
 TABLES: Final = {
@@ -184,19 +250,31 @@ def read(folder: Path) -> Results:
     others = [row for row in contenders if row is not baseline]
     best = min([row for row in others if row.improved] or others, key=lambda row: row.usd_mean, default=None)
     tables = {name: read_table(folder, name) for name in TABLES}
-    return Results(run, groups, {k: v for k, v in tables.items() if len(v)}, baseline, best)
+    explanation = _json(folder / "explanation.json", Explanation, "explain", absent=True)
+    versions = _json(folder / "comparison.json", Versions, "compare", absent=True)
+    kept = {k: v for k, v in tables.items() if len(v)}
+    return Results(run, groups, kept, baseline, best, explanation, versions)
 
 
-def _json(path: Path, kind: Any) -> Any:
+def read_explanation(path: Path) -> Explanation:
+    """What `pilotage explain --out` wrote."""
+    found: Explanation = _json(path, Explanation, "explain")
+    return found
+
+
+def _json(path: Path, kind: Any, command: str = "study", *, absent: bool = False) -> Any:
+    """A file that a command writes; None if it is not there and may be absent."""
+    if absent and not path.exists():
+        return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
         return msgspec.convert(_printable(found), kind)
     except OSError as error:
         raise ReportError(
-            f"{path}: cannot be read: {error.strerror}; give a folder of `pilotage study`"
+            f"{path}: cannot be read: {error.strerror}; give what `pilotage {command}` writes"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise ReportError(f"{path}: not as `pilotage study` writes it: {error}") from None
+        raise ReportError(f"{path}: not as `pilotage {command}` writes it: {error}") from None
 
 
 def _printable(value: Any) -> Any:

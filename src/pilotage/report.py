@@ -309,9 +309,13 @@ def _render(results: Results, pictures: Pictures) -> str:
         ],
         compared=any(pairs),
         acceptance=acceptance(results),
+        explanation=results.explanation,
+        attention=results.versions,
         pictures=pictures,
         show=lambda drawing, width: Markup(inline(getattr(drawing, width), f"{drawing.name}-{width}")),  # noqa: S704
         span=_span,
+        plain=_plain,
+        around=lambda interval: brackets(interval, _plain),
         at=_strip_scale(results),
         ink={policy: figures.VARIABLES[look.ink] for policy, look in looks(results).items()}.__getitem__,
         times=TIMES,

@@ -422,12 +422,27 @@ VERIFIED = {
 }  # fmt: skip
 
 
+def test_a_self_test_that_fails_ends_a_run_before_the_first_decision(mine: Path) -> None:
+    edited(SELFTEST, lambda s: s["cases"][0]["decisions"][3].update(order=7))(mine)
+    for arguments in (("verify", mine), ("simulate", "quickstart", "--hours", 0.25, "--policy", mine)):
+        refused = pilotage(*arguments)
+        assert refused.returncode == 3
+        assert "case 0: at tick 3 it decides" in refused.stderr
+        assert not refused.stdout
+
+
 def test_export_verify_and_run_from_the_command_line(tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text(KEY.decode() + "\n")
+    why = {"policy": "predictive", "env": "quickstart", "sentence": "The load rose.", "outcome": 3, "usual": 2,
+           "unit": "replicas", "contributions": [{"input": "rate", "contribution": 0.75}], "trusted": False,
+           "trust": [{"name": "deletion", "asked": "", "passed": False}]}  # fmt: skip
+    (tmp_path / "explanation.json").write_text(json.dumps(why))
     done = pilotage(
         "export",
         "predictive:z=2",
+        "--explanation",
+        tmp_path / "explanation.json",
         "--out",
         tmp_path / "bundle",
         "--seeds",
@@ -443,6 +458,9 @@ def test_export_verify_and_run_from_the_command_line(tmp_path: Path) -> None:
     jsonschema.validate(exported, VERIFIED)
     assert exported["signed"] is True
     assert exported["evaluation"][0]["runs"] == 2
+    card = (tmp_path / "bundle" / CARD).read_text()
+    assert "The load rose." in card
+    assert "- rate: +0.75\n\nIt is not to be trusted: deletion failed." in card
     done = pilotage("verify", tmp_path / "bundle", "--key", key, "--json")
     assert done.returncode == 0, done.stderr
     jsonschema.validate(json.loads(done.stdout), VERIFIED)

@@ -13,11 +13,16 @@ import pytest
 
 from pilotage.cli_explain import explain, named_policy
 from pilotage.control.learned import policy_from
+from pilotage.control.lifecycle import retraining_from
+from pilotage.control.rollout import rollout_from
 from pilotage.control.tree import Node, Tree
-from pilotage.explain import account as accounts
+from pilotage.engine.canary import Candidate
+from pilotage.explain import decisions
+from pilotage.explain.account import Account
 from pilotage.explain.trust import Check
 from pilotage.live.compare import compare
 from pilotage.live.registries import Measure, Version
+from pilotage.scenario import load
 from pilotage.world.spec import SpecError
 
 NUMBER = {"type": ["number", "null"]}
@@ -124,6 +129,30 @@ def test_a_scaling_decision_is_explained_as_json_and_in_figures(tmp_path: Path) 
         assert (tmp_path / "figures" / f"{name}.svg").read_text().startswith("<?xml")
 
 
+def test_decisions_about_versions_are_told_in_the_same_form() -> None:
+    verdict, _, canaries = decisions.rollout(
+        "learned-rollout", rollout_from("learned-rollout"), load("quickstart").replace(horizon_h=0.75),
+        candidates=(Candidate(), Candidate(new_errors=0.1)), worlds=2, background=3, seed=1,
+    )  # fmt: skip
+    batch, _, batches = decisions.retraining(
+        "learned-retraining", retraining_from("learned-retraining"), load("drift-sudden"),
+        deployments=4, states=8, background=4, futures=4,
+    )  # fmt: skip
+    for account, study in ((verdict, canaries), (batch, batches)):
+        told = json.loads(msgspec.json.encode(account)) | {"trusted": account.trusted}
+        jsonschema.validate(told, EXPLANATION)
+        checks = {one.name: one for one in account.trust}
+        assert checks["replay"].measured == account.repeated == 1.0
+        assert checks["additivity"].passed
+        assert checks["random weights"].measured is not None
+        assert account.contributions[0].input in study.explained[0].choice.names
+    assert "the new version goes back" in verdict.sentence
+    assert {option.decision for option in batch.options} == {"retrained the model", "not retrained"}
+    with pytest.raises(SpecError, match=r"--tick 99: valid: 0 to"):
+        decisions.retraining("never", retraining_from("never"), load("drift-sudden"), deployments=4, states=8,
+                             background=4, tick=99)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("policy", "options", "says"),
     [
@@ -141,7 +170,7 @@ def test_wrong_input_is_refused_before_any_work(
     def never(*_: object, **__: object) -> None:
         raise SpecError("not a change of replicas" if "why_not" in options else "work was begun")
 
-    monkeypatch.setattr(accounts, "Scaling", never)
+    monkeypatch.setattr(decisions, "Scaling", never)
     given = {
         "tick": None,
         "worst": False,
@@ -159,13 +188,13 @@ def test_an_explanation_that_fails_a_check_ends_with_code_3(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     bad = Check(name="infidelity", asked="less", measured=2.0, passed=False)
-    account = accounts.Account(
+    account = Account(
         env="quickstart", policy="hpa", kind="scaling", subject="ranker", at="tick 3", decision="kept 3 replicas",
         sentence="So.", outcome=3.0, usual=3.0, unit="replicas", method="exact", contributions=(), horizon_h=0.1,
         options=(), flip=None, repeated=None, trust=(bad,),
     )  # fmt: skip
-    monkeypatch.setattr(accounts, "Scaling", lambda *_, **__: type("Of", (), {"study": lambda self: None})())
-    monkeypatch.setattr(accounts, "scaling", lambda *_, **__: (account, None))
+    monkeypatch.setattr(decisions, "Scaling", lambda *_, **__: type("Of", (), {"study": lambda self: None})())
+    monkeypatch.setattr(decisions, "scaling", lambda *_, **__: (account, None))
     with pytest.raises(SystemExit) as ended:
         explain("hpa", "quickstart", tick=None, worst=False, why_not=None, service=None, out=None, hours=None,
                 data=None, as_json=True)  # fmt: skip
@@ -176,8 +205,9 @@ def test_an_explanation_that_fails_a_check_ends_with_code_3(
 
 
 def test_every_kind_of_policy_is_known_by_its_name() -> None:
-    assert [named_policy(name)[0] for name in ("hpa", "learned", "ski-rental", "learned-retraining", "sequential")] == [
-        "scaling", "scaling", "retraining", "retraining", "rollout",
+    assert [named_policy(name)[0] for name in
+            ("hpa", "learned", "ski-rental", "learned-retraining", "sequential", "learned-rollout:alpha=0.01")] == [
+        "scaling", "scaling", "retraining", "retraining", "rollout", "rollout",
     ]  # fmt: skip
 
 

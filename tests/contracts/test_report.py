@@ -152,6 +152,28 @@ RUN = {
 }
 
 
+EXPLANATION = {
+    "policy": "ppo", "env": "azure-code", "sentence": "tick 7, 10:02: ppo ordered 2 replicas.",
+    "outcome": 6.25, "usual": 4.5, "unit": "replicas",
+    "contributions": [
+        {"input": "load_now", "value": 1.5, "usual": 0.1, "unit": "", "contribution": 2.0},
+        {"input": "queue_and_latency", "value": None, "usual": None, "unit": "", "contribution": -0.25},
+        *({"input": f"input {k}", "value": 1, "usual": 1, "unit": "rps", "contribution": 0.0} for k in range(8)),
+    ],
+    "trust": [
+        {"name": "deletion", "asked": "beats random order", "measured": 0.3, "low": 0.2, "high": 0.4,
+         "passed": True, "note": "area in sd"},
+        {"name": "random weights", "asked": "at most 0.3", "measured": None, "passed": True},
+    ],
+    "trusted": True,
+}  # fmt: skip
+COMPARISON = {
+    "a": "fraud:3", "b": "fraud:4",
+    "attention": {"inputs": {"amount": [0.75, 0.5], "country": [0.25, 0.5]}, "moved": 0.25},
+}  # fmt: skip
+MORE = ("explanation.json", "comparison.json")
+
+
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six policies and the clairvoyant schedule in four groups, with every optional file, and its report."""
@@ -165,8 +187,8 @@ def sample(tmp_path: Path) -> Path:
     """The same with one group and no tables, and no report yet: quickly drawn, and free to be changed."""
     fill(tmp_path)
     edit(tmp_path, lambda groups: groups.__delitem__(slice(3)))
-    for name in ("timeline", "learning_curve", "trials", "acceptance"):
-        (tmp_path / f"{name}.csv").unlink()
+    for name in ("timeline.csv", "learning_curve.csv", "trials.csv", "acceptance.csv", *MORE):
+        (tmp_path / name).unlink()
     return tmp_path
 
 
@@ -180,6 +202,8 @@ def fill(folder: Path) -> Path:
     groups = [evaluation(name, usd, k) for k, (name, usd) in enumerate(GROUPS.items())]
     (folder / "evaluation.json").write_text(json.dumps(groups))
     (folder / "run.json").write_text(json.dumps(RUN))
+    for name, content in zip(MORE, (EXPLANATION, COMPARISON), strict=True):
+        (folder / name).write_text(json.dumps(content))
     ticks = [
         timeline_rows(*args) for args in (("hpa", 6, 1.5), ("predictive tuned", 1, 1.25), ("ppo", 1, 1.18))
     ]
@@ -272,6 +296,13 @@ def test_the_sections_come_in_order_and_the_numbers_are_there(whole: Page) -> No
             "Dollars per window",
             "One window, tick by tick",
             "Where it is worse",
+            "Why it decides as it does tick 7, 10:02: ppo ordered 2 replicas.",
+            "queue and latency",
+            "4.50 is usual, and 6.25 came out; 2 smaller contributions are left out",
+            "Every check passes.",
+            "[0.2, 0.4]",
+            "does not apply",
+            "25.0 % of all contributions moved from fraud:3 to fraud:4.",
             "4 of 5 met.",
             "Learning and tuning",
             "c16ae8a101caca0bda89db847608c3be4e3db2d61abed5ea1b2c1b7144afc58d",
@@ -330,7 +361,7 @@ def test_the_same_input_gives_the_same_bytes(
     write_report(fill(tmp_path))
     assert matplotlib.rcParams["font.size"] == 30
     files = sorted(path.relative_to(full) for path in full.rglob("*") if path.is_file())
-    assert len(files) == 6 + 11 + 1  # what was given, the figures, the page
+    assert len(files) == 8 + 11 + 1  # what was given, the figures, the page
     for file in files:
         assert (tmp_path / file).read_bytes() == (full / file).read_bytes(), file
 
@@ -389,7 +420,8 @@ def test_a_missing_file_leaves_its_section_out(full: Path, whole: Page, sample: 
             header = (full / f"{name}.csv").read_text().splitlines()[0]
             (sample / f"{name}.csv").write_text(header + "\n")
     words = page(sample).words
-    for section in ("tick by tick", "What was asked", "Cost on validation traffic", "Each mark is one trial"):
+    for section in ("tick by tick", "What was asked", "Cost on validation traffic", "Each mark is one trial",
+                    "Why it decides", "What the versions look at"):  # fmt: skip
         assert section in whole.words
         assert section not in words
     assert "Learning and tuning" not in words
@@ -506,6 +538,21 @@ def test_a_broken_folder_is_named(sample: Path, name: str, content: str | None) 
         write_report(sample)
     assert isinstance(error.value, SpecError)  # one line and exit code 2 on the command line
     assert not (sample / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_an_explanation_that_is_not_one_is_named(sample: Path, name: str) -> None:
+    (sample / name).write_text('{"sentence": 3}')
+    with pytest.raises(ReportError, match=rf"{name}: not as `pilotage (explain|compare)` writes it"):
+        write_report(sample)
+
+
+def test_an_explanation_that_fails_a_check_is_not_to_be_trusted(sample: Path) -> None:
+    failed = EXPLANATION["trust"][0] | {"passed": False, "note": "<script>alert(1)</script>"}
+    (sample / "explanation.json").write_text(json.dumps(EXPLANATION | {"trust": [failed], "trusted": False}))
+    found = page(sample)
+    assert "Not to be trusted: a check fails." in found.words
+    assert "<script>alert(1)</script>" in found.words
 
 
 def test_a_broken_evaluation_says_where(sample: Path) -> None:

@@ -12,18 +12,19 @@ from hypothesis import strategies as st
 
 from pilotage.control.foresight import READOUT, Foresight
 from pilotage.control.hpa import Hpa
-from pilotage.control.learned import policy_from
-from pilotage.control.network import Network
+from pilotage.control.learned import ACTIONS, OBSERVATIONS, Learned, policy_from
+from pilotage.control.network import Memory, Network
 from pilotage.control.outlook import INPUTS
 from pilotage.control.policy import FEATURES, INDEX, Decision, Observation
 from pilotage.control.scaling import Predictive
 from pilotage.control.tree import Node, Tree
 from pilotage.engine.cluster import Cluster, World, recorded
 from pilotage.explain.attribution import attribute
-from pilotage.explain.choice import Replay, State, Vector, memory_of, record, visited
+from pilotage.explain.choice import Remembering, Replay, State, Vector, memory_of, record, visited
+from pilotage.explain.distil import Settings, grow, judge
 from pilotage.explain.dollars import split, weigh
-from pilotage.explain.sight import sight_of
-from pilotage.explain.trust import check
+from pilotage.explain.sight import chosen, sight_of
+from pilotage.explain.trust import Relearned, check
 from pilotage.scenario import load
 from pilotage.world.spec import SpecError, decode
 
@@ -75,6 +76,46 @@ def test_a_policy_that_rolls_dice_is_refused():
     assert "additivity" in failed(check(some, range(4)))
 
 
+def test_a_single_input_has_no_order_to_beat():
+    some = explained(lambda x: x[:, 0])
+    checks = {one.name: one for one in check(some, [0])}
+    assert not failed(checks.values())
+    assert checks["deletion"].measured is None
+    assert "single order" in checks["insertion"].note
+
+
+def test_states_in_which_a_policy_acts_are_half_of_what_is_explained():
+    runs = record(Predictive(), SCENARIO, [World(3), World(4)])
+    acting = sum(bool(State(run, tick).change) for run in runs for tick in range(30, len(run.seen)))
+    some = visited(runs, 12, 30, acting=True)
+    assert len(some) == 12
+    assert sum(bool(state.change) for state in some) >= min(acting, 6) > 0
+
+
+def test_a_choice_that_remembers_is_asked_once_but_for_the_check_that_it_answers_alike() -> None:
+    asked, rng = [], np.random.default_rng(6)
+
+    class Dear(Remembering):
+        names, units, unit = ("a", "b"), ("", ""), "replicas"
+        shown = rng.normal(size=(5, 2))
+
+        def ask(self, picks, blend=1.0):
+            asked.append(len(picks))
+            return self.shown[picks[:, 0], 0] + blend + dice * rng.normal(size=len(picks))
+
+    for dice in (0.0, 1.0):
+        asked.clear()
+        choice = Dear()
+        picks = np.array([[0, 1], [2, 1], [0, 1]])
+        first = choice.outcome(picks)
+        assert asked.pop() == 2
+        np.testing.assert_array_equal(choice.outcome(picks), first)
+        assert not asked
+        assert choice.outcome(picks, 0.5)[0] != first[0]
+        some = [attribute(Dear()) for _ in range(4)]
+        assert ("additivity" in failed(check(some, [0, 1]))) == bool(dice)
+
+
 def test_an_explanation_of_something_else_is_refused():
     """The right sums, given to the wrong inputs."""
     wrong = [one._replace(phi=np.roll(one.phi, 1)) for one in explained(lambda x: 3 * x[:, 0] + x[:, 1])]
@@ -89,8 +130,8 @@ def test_an_input_that_was_taken_not_to_matter_and_does_is_noticed():
 
 def test_what_random_weights_explain_as_well_is_refused():
     some = explained(network(1))
-    own = [one.phi for one in some]
-    assert "random weights" in failed(check(some, range(4), relearned=lambda seed: (own, own)))
+    own = [one.choice for one in some]
+    assert "random weights" in failed(check(some, range(4), relearned=Relearned(own, lambda seed: own)))
 
 
 def test_a_policy_that_always_does_the_same_has_nothing_to_explain():
@@ -140,6 +181,30 @@ def test_a_replay_repeats_the_decision_and_swaps_whole_states(policy):
     np.testing.assert_array_equal(whole, alone)
     with pytest.raises(SpecError, match="needs as many before it"):
         Replay(policy, State(runs[0], 3), [], ticks)
+
+
+def test_a_network_with_a_memory_is_replayed():
+    rng = np.random.default_rng(2)
+    n, units = len(OBSERVATIONS), 3
+    memory = Memory(
+        inputs=rng.normal(0, 0.5, (4 * units, n)).tolist(),
+        recurrent=rng.normal(0, 0.5, (4 * units, units)).tolist(),
+        bias=(0.0,) * 4 * units,
+    )
+    weights = rng.normal(0, 1.0, (len(ACTIONS), units)).tolist()
+    policy = Learned(
+        base=Predictive(),
+        network=Network(mean=(0.0,) * n, scale=(1.0,) * n, clip=5.0, weights=(weights,),
+                        biases=((0.0,) * len(ACTIONS),), memory=memory),
+    )  # fmt: skip
+    assert sight_of(policy) is None
+    states = visited(record(policy, SCENARIO, [World(3), World(4)]), 16, 60)
+    ticks, repeated = memory_of(policy, states)
+    assert repeated >= 0.9
+    choice = chosen(policy, states[0], states[1:], ticks)
+    assert (
+        choice.outcome(np.zeros((1, len(choice.names)), int))[0] == states[0].seen.replicas + states[0].change
+    )
 
 
 # --- dollars --------------------------------------------------------------------------------------------------
@@ -200,3 +265,27 @@ def test_a_tree_asks_and_answers():
 def test_a_tree_that_makes_no_sense_is_refused(nodes, says):
     with pytest.raises(SpecError, match=says):
         decode({"kind": "tree", "nodes": nodes}, Tree, "here")
+
+
+def test_a_tree_that_a_tree_teaches_decides_as_it_does():
+    teacher = Tree(
+        nodes=(
+            Node(input="use_last", at_most=0.6, then=1, otherwise=4),
+            Node(input="replicas", at_most=2.0, then=2, otherwise=3),
+            Node(max_batch=4),
+            Node(change=-1, max_batch=8),
+            Node(input="use_last", at_most=0.9, then=5, otherwise=6),
+            Node(max_batch=8),
+            Node(change=1, max_batch=8),
+        )
+    )
+    worlds = [World(k) for k in range(6)]
+    plain = Settings(rounds=2, gap_states=0)
+    (tree,) = grow(teacher, SCENARIO, worlds[:3], worlds[3:4], [6], plain).values()
+    assert tree.leaves <= 6
+    found = judge(tree, teacher, policy_from("static:replicas=8"), SCENARIO, worlds[4:])
+    assert found["agreement"] > 0.97
+    assert found["agreement_acting"] > 0.85
+    assert found["return_ratio"]["mean"] == pytest.approx(1.0, abs=0.05)
+    (stump,) = grow(teacher, SCENARIO, worlds[:3], worlds[3:4], [2], plain).values()
+    assert stump.leaves <= 2

@@ -89,6 +89,7 @@ def test_exact_spending_never_spends_more_than_alpha_on_any_history(log, alpha) 
     rule=st.sampled_from(RULES),
 )
 def test_many_canaries_at_once_get_the_verdicts_of_each_alone(logs, rule) -> None:
+    logs = [*logs, logs[0], [*logs[0][:4], *logs[1][4:]]]  # two that share a history, and one that leaves it
     together, alone = rule.begin(), [rule.begin() for _ in logs]
     for t in range(8):
         counts = np.array([log[t] for log in logs])

@@ -115,6 +115,17 @@ def test_the_nearest_flip_is_the_threshold() -> None:
     assert nearest(Attribution(never, np.zeros(2), 0.0, 0.0, ""), [0, 1]) is None
 
 
+def test_what_matters_in_one_state_alone_is_found_there() -> None:
+    """The third input counts above 9 only, where none of the choices but the last ever is, and the fourth never."""
+    read = lambda x: x[:, 0] * x[:, 1] + np.maximum(x[:, 2] - 9, 0)  # noqa: E731
+    values = RNG.uniform(0, 1, (40, 7, 4))
+    values[-1, 3, 2] = 10.0
+    choices = [vector(read, one) for one in values]
+    assert relevant(choices[:-1]) == [0, 1]
+    assert relevant(choices) == [0, 1, 2]
+    assert relevant([vector(read, values[-1]), *choices], tries=1) == [0, 1, 2]
+
+
 def test_a_flip_may_need_two_inputs() -> None:
     values = np.column_stack([np.r_[0.0, 1.0, 1.0, 0.0], np.r_[0.0, 1.0, 1.0, 0.0]])
     choice = vector(lambda x: (x.min(axis=1) > 0.4).astype(float), values)

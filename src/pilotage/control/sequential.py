@@ -68,52 +68,65 @@ class ExactSpending:
     for a constant ratio of rates, also where the share changes, so the test rejects when it reaches a boundary: the
     least one whose probability, among canaries not yet rejected, is within what may be spent by now. That probability
     is computed, not bounded: the law of the count is followed exactly, and what counts being whole leaves unspent is
-    spent later. (The e-process at the same level spends less within any given time.) The laws of all lanes share one
-    range of counts, so lanes should be alike.
+    spent later. (The e-process at the same level spends less within any given time.) Lanes with the same totals and
+    shares so far share a law.
     """
 
     def __init__(self, alpha: float, half_spent: float) -> None:
         self._alpha, self._half = alpha, half_spent
-        # probability at equality and without a rejection so far, shape (lanes, counts from _low)
-        self._law: np.ndarray | None = None
-        self._low = 0
-        self.spent: np.ndarray = np.zeros(())
-        self._looks: np.ndarray = np.zeros(())
+        # laws: probability at equality and without a rejection so far, shape (laws, counts from their _low)
+        self._law = np.ones((1, 1))
+        self._low = np.zeros(1, int)
+        self._spent, self._looks = np.zeros(1), np.zeros(1)
+        self._law_of: np.ndarray | None = None  # of each lane
         self.count: np.ndarray = np.zeros((), int)  # the canary's, so far
+
+    @property
+    def spent(self) -> np.ndarray:
+        """The level spent so far, by lane."""
+        spent: np.ndarray = self._spent[0 if self._law_of is None else self._law_of].reshape(self.count.shape)
+        return spent
 
     def see(self, x0: np.ndarray, x1: np.ndarray, n0: np.ndarray, n1: np.ndarray) -> np.ndarray:
         """Whether it rejects after one more interval (bool, lanes)."""
         shape = np.broadcast(x0, x1, n0, n1).shape
         share = np.broadcast_to(share_of(n0, n1), shape).ravel()
-        if self._law is None:
-            self._law = np.ones((share.size, 1))
-            self.spent, self._looks, self.count = np.zeros(shape), np.zeros(shape), np.zeros(shape, int)
-        self._looks = self._looks + np.broadcast_to((np.asarray(n0) > 0) & (np.asarray(n1) > 0), shape)
-        self.count = self.count + x1
-        law = self._followed(self._law, np.broadcast_to(np.asarray(x0) + x1, shape).ravel(), share)
+        total = np.broadcast_to(np.asarray(x0) + x1, shape).ravel()
+        before = np.zeros(share.size, int) if self._law_of is None else self._law_of
+        apart = [before, total, share]
+        _, first, law_of = np.unique(np.stack(apart), axis=1, return_index=True, return_inverse=True)
+        before, total, share = (column[first] for column in apart)
+        self._law_of, self.count = law_of.reshape(-1), self.count + np.broadcast_to(x1, shape)
+        self._looks = self._looks[before] + ((share > 0) & (share < 1))  # both arms had traffic
+        self._spent, self._low = self._spent[before], self._low[before]
+        law = self._followed(self._law[before], total, share)
         above = np.zeros((len(law), law.shape[1] + 1))
         above[:, :-1] = np.cumsum(law[:, ::-1], axis=1)[:, ::-1]
-        allowed = self._alpha * self._looks / (self._looks + self._half) - self.spent
-        first = (above > np.maximum(allowed, 0).reshape(-1, 1)).sum(axis=1)
-        self.spent = self.spent + above[np.arange(len(law)), first].reshape(shape)
-        law[np.arange(law.shape[1]) >= first[:, None]] = 0
+        allowed = self._alpha * self._looks / (self._looks + self._half) - self._spent
+        boundary = (above > np.maximum(allowed, 0)[:, None]).sum(axis=1)
+        self._spent += above[np.arange(len(law)), boundary]
+        law[np.arange(law.shape[1]) >= boundary[:, None]] = 0
         self._law = law
-        return np.asarray(self.count >= (self._low + first).reshape(shape))
+        return np.asarray(self.count >= (self._low + boundary)[self._law_of].reshape(shape))
 
     def _followed(self, law: np.ndarray, total: np.ndarray, share: np.ndarray) -> np.ndarray:
-        """The law of the count after `total` more bad outcomes."""
+        """The laws of the count after `total` more bad outcomes, each from its own `_low` on."""
         if not total.any():
             return law
-        least = max(int(binom.ppf(_FORGOTTEN, total.min(), share.min())), 0)
-        most = max(int(binom.isf(_FORGOTTEN, total.max(), share.max())), least)
-        more = binom.pmf(np.arange(least, most + 1), total[:, None], share[:, None])
-        after = np.zeros((len(law), law.shape[1] + most - least))
-        for k in range(most - least + 1):
+        least = np.maximum(binom.ppf(_FORGOTTEN, total, share), 0).astype(int)
+        most = np.maximum(binom.isf(_FORGOTTEN, total, share), least).astype(int)
+        more = binom.pmf(least[:, None] + np.arange((most - least).max() + 1), total[:, None], share[:, None])
+        after = np.zeros((len(law), law.shape[1] + more.shape[1] - 1))
+        for k in range(more.shape[1]):
             after[:, k : k + law.shape[1]] += law * more[:, k, None]
-        seen = np.flatnonzero(after.max(axis=0) > _FORGOTTEN)
-        after = after[:, seen[0] : seen[-1] + 1] if len(seen) else after[:, :1]
-        self._low += least + (int(seen[0]) if len(seen) else 0)
-        self.spent = self.spent + np.maximum(law.sum(axis=1) - after.sum(axis=1), 0).reshape(self.spent.shape)
+        seen = after > _FORGOTTEN
+        first = seen.argmax(axis=1)
+        beyond = np.where(seen.any(axis=1), seen.shape[1] - seen[:, ::-1].argmax(axis=1), 1)
+        at = first[:, None] + np.arange((beyond - first).max())
+        inside = at < after.shape[1]
+        after = np.where(inside, np.take_along_axis(after, np.where(inside, at, 0), axis=1), 0.0)
+        self._low = self._low + least + first
+        self._spent += np.maximum(law.sum(axis=1) - after.sum(axis=1), 0)
         return after
 
 

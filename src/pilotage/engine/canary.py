@@ -63,13 +63,16 @@ class Trial(Spec, frozen=True, kw_only=True):
 class Outcome:
     """What became of a candidate: `decided` is "promote", "abort" or "" (none until the end) after `minutes`; `usd`
     has the items of the bill (errors: wrong answers; what was answered with an error is dropped); `reached` counts
-    requests that the candidate served before."""
+    requests that the candidate served before. `evidence` is what the rule saw, interval by interval, and `shares` are
+    the candidate's of the traffic in them."""
 
     decided: str
     minutes: float
     usd: np.ndarray
     reached: int
     reason: str
+    evidence: tuple[Evidence, ...] = ()
+    shares: tuple[float, ...] = ()
 
     @property
     def total_usd(self) -> float:
@@ -165,6 +168,8 @@ class _Arms:
         self._waiting: deque[tuple[tuple[int, int], tuple[int, int]]] = deque()
         self.outcome, self.minutes, self.reason = "", 0.0, ""
         self.share, self.needed, self.asked = 0.0, 0, False
+        self.evidence: list[Evidence] = []
+        self.shares: list[float] = []
         self.wrong = np.zeros(3)
         self.failed = np.zeros(3)
         self._seen = np.zeros((3, 3), int)  # of this interval: requests, late, and errors, by arm
@@ -227,6 +232,8 @@ class _Arms:
             for k, arm in enumerate((BASELINE, NEW))
         ]  # fmt: skip
         evidence = Evidence(*arms)
+        self.evidence.append(evidence)
+        self.shares.append(self.share)
         verdict = self._judge.judge(evidence)
         if verdict.outcome in ("promote", "abort"):
             self.outcome, self.reason = verdict.outcome, verdict.reason
@@ -311,4 +318,4 @@ def _outcome(
     usd[ITEMS.index("dropped")] += float(failed.sum()) * economics.dropped_usd
     if arm is None:
         return Outcome("", 0.0, usd, reached, "never tried")
-    return Outcome(arm.outcome, arm.minutes, usd, reached, arm.reason)
+    return Outcome(arm.outcome, arm.minutes, usd, reached, arm.reason, tuple(arm.evidence), tuple(arm.shares))

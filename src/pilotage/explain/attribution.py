@@ -106,22 +106,49 @@ def _shap(
 def relevant(choices: Sequence[Choice], seed: int = 0, tries: int = 24) -> list[int]:
     """The players that have ever changed an outcome, of choices with the same players.
 
-    Every player is exchanged `tries` times per choice while random others are, too. One that never mattered is taken
-    not to matter: what is missed shows in the infidelity, which exchanges all of them.
+    In four of the choices every player is exchanged `tries` times while random others are, too. Then in every choice
+    all that are left are exchanged at once, for those of each state of the background: where that changes an outcome,
+    one after the other is, and who changes it matters. So contributions sum to the choice less the usual one; what only
+    matters together with some others may be missed, and shows in the infidelity.
     """
     rng = np.random.default_rng(seed)
+    known = [choice for choice in choices if choice.background > 0]
     matters = np.zeros(len(choices[0].names), bool)
-    for choice in choices:
-        n = len(choice.names)
-        if choice.background == 0:
-            continue
-        source = rng.integers(1, choice.background + 1, (tries, 1))
-        without = np.where(rng.random((tries, n)) < 0.5, source, 0)
-        before = choice.outcome(without)
-        todo = np.flatnonzero(~matters)
-        after = np.repeat(without[None], len(todo), axis=0)
-        for k, player in enumerate(todo):
-            after[k, :, player] = np.where(without[:, player] > 0, 0, source[:, 0])
-        changed = choice.outcome(after.reshape(-1, n)).reshape(len(todo), tries) != before
-        matters[todo] = changed.any(axis=1)
+    for choice in known[:: max(1, len(known) // 4)]:
+        matters |= _exchanged(choice, np.flatnonzero(~matters), rng, tries)
+    for choice in known:
+        while (found := _left_out(choice, matters)).any():
+            matters |= found
     return np.flatnonzero(matters).tolist()
+
+
+def _exchanged(choice: Choice, players: np.ndarray, rng: np.random.Generator, tries: int) -> np.ndarray:
+    """Which of some players change an outcome while random others are exchanged."""
+    n = len(choice.names)
+    matters = np.zeros(n, bool)
+    if len(players) == 0:
+        return matters
+    source = rng.integers(1, choice.background + 1, (tries, 1))
+    without = np.where(rng.random((tries, n)) < 0.5, source, 0)
+    after = np.repeat(without[None], len(players), axis=0)
+    for k, player in enumerate(players):
+        after[k, :, player] = np.where(without[:, player] > 0, 0, source[:, 0])
+    changed = choice.outcome(after.reshape(-1, n)).reshape(len(players), tries) != choice.outcome(without)
+    matters[players] = changed.any(axis=1)
+    return matters
+
+
+def _left_out(choice: Choice, matters: np.ndarray) -> np.ndarray:
+    """Which of the other players, exchanged one after the other, change what those that matter have left."""
+    n, rows = len(matters), np.arange(1, choice.background + 1)[:, None]
+    whole = choice.outcome(np.repeat(rows, n, axis=1)) != choice.outcome(np.where(matters, rows, 0))
+    if not whole.any():
+        return np.zeros(n, bool)
+    others = np.flatnonzero(~matters)
+    step = np.repeat(np.where(matters, rows[whole], 0)[:, None], len(others) + 1, axis=1)
+    for k, player in enumerate(others):
+        step[:, k + 1 :, player] = rows[whole]
+    outcomes = choice.outcome(step.reshape(-1, n)).reshape(step.shape[:2])
+    found = np.zeros(n, bool)
+    found[others] = (np.diff(outcomes, axis=1) != 0).any(axis=0)
+    return found

@@ -14,6 +14,7 @@ than the replay lasts, the replay is lengthened until it repeats the decision th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
@@ -100,11 +101,20 @@ def record(
     return runs
 
 
-def visited(runs: Sequence[Recording], count: int, first: int, seed: int = 0) -> list[State]:
-    """States of the runs, from tick `first` on, stratified by load: as many of every regime of the arrival rate."""
+def visited(
+    runs: Sequence[Recording], count: int, first: int, seed: int = 0, acting: bool = False
+) -> list[State]:
+    """States of the runs, from tick `first` on, stratified by load: as many of every regime of the arrival rate. With
+    `acting`, half of them are states in which replicas were ordered or released, as far as there are any."""
     states = [State(run, tick) for run in runs for tick in range(first, len(run.seen))]
     if not states:
         raise SpecError(f"the runs have no tick after the {first}-th; give a longer run (--hours)")
+    changing = [state for state in states if state.change] if acting else []
+    some = _by_load(changing, min(count // 2, len(changing)), seed) if changing else []
+    return [*some, *_by_load(states, count - len(some), seed + len(some))]
+
+
+def _by_load(states: Sequence[State], count: int, seed: int) -> list[State]:
     rates = np.array([state.seen["arrival_rate"] for state in states])
     order = np.argsort(np.nan_to_num(rates), kind="stable")
     strata = np.array_split(order, min(count, len(order)))
@@ -128,14 +138,32 @@ class Choice:
     def background(self) -> int:
         return len(self.shown) - 1
 
-    def outcome(self, picks: np.ndarray, blend: float = 1.0) -> np.ndarray:
+    def ask(self, picks: np.ndarray, blend: float = 1.0) -> np.ndarray:
         """The outcome with each player's value taken from the state that `picks` says; shapes (rows, players) and
         (rows,). With `blend` below 1 values go only so far from the explained ones."""
         raise NotImplementedError
 
+    def outcome(self, picks: np.ndarray, blend: float = 1.0) -> np.ndarray:
+        """The same, which need not be asked again."""
+        return self.ask(np.asarray(picks, int), blend)
+
     def label(self, outcomes: np.ndarray) -> np.ndarray:
         """The decision that an outcome is, as whole numbers."""
         return np.round(outcomes).astype(int)
+
+
+class Remembering(Choice):
+    """A choice that is dear to ask, and of few players: all answers are kept, by values of `blend` and picks."""
+
+    def outcome(self, picks: np.ndarray, blend: float = 1.0) -> np.ndarray:
+        rows, inverse = np.unique(np.asarray(picks, int), axis=0, return_inverse=True)
+        known: dict[tuple[float, bytes], float] = self.__dict__.setdefault("_known", {})
+        keys = [(blend, row.tobytes()) for row in rows]
+        new = [k for k, key in enumerate(keys) if key not in known]
+        if new:
+            found = self.ask(rows[new], blend).tolist()
+            known |= {keys[k]: one for k, one in zip(new, found, strict=True)}
+        return np.array([known[key] for key in keys])[inverse.reshape(-1)]
 
 
 class Vector(Choice):
@@ -171,8 +199,14 @@ class Vector(Choice):
         )
         self._label = label
 
-    def outcome(self, picks: np.ndarray, blend: float = 1.0) -> np.ndarray:
-        source = np.asarray(picks, int)[:, self._player]
+    def reading(self, read: Callable[[np.ndarray], np.ndarray]) -> Vector:
+        """The same numbers, read by another function."""
+        other = copy.copy(self)
+        other.read = read
+        return other
+
+    def ask(self, picks: np.ndarray, blend: float = 1.0) -> np.ndarray:
+        source = picks[:, self._player]
         values = self.values[source, np.arange(self.values.shape[1])]
         if blend < 1.0:
             values = self.values[0] + blend * (values - self.values[0])
@@ -208,8 +242,7 @@ class Replay(Choice):
         self.units = (*(feature.unit for feature in FEATURES), "requests/s", "h")
         self.shown = np.column_stack([self._values[:, -1], past, hours])
 
-    def outcome(self, picks: np.ndarray, blend: float = 1.0) -> np.ndarray:
-        picks = np.asarray(picks, int)
+    def ask(self, picks: np.ndarray, blend: float = 1.0) -> np.ndarray:
         rows, inverse = np.unique(picks, axis=0, return_inverse=True)
         found = [self._decide(rows[lo : lo + _ROWS], blend) for lo in range(0, len(rows), _ROWS)]
         return np.concatenate(found)[inverse.reshape(-1)]

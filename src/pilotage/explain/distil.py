@@ -1,10 +1,12 @@
 """A small tree that does what a larger policy does: VIPER (Bastani, Pu & Solar-Lezama, NeurIPS 2018).
 
-The tree steers, the teacher says what it would have done, and a CART tree is fitted to what both have seen so far,
-states drawn as often as the choice matters in them: by the gap between the best and the worst of the alternatives'
-expected dollars, and a mean gap for good measure, as in most states it hardly matters what is done. The gap is measured
-by rollouts (`dollars.weigh`) in some states and carried over to the others by a regression forest. Of the trees of all
-rounds the one that costs least on validation worlds is kept.
+Trees steer, the teacher says what it would have done, and CART trees are fitted to what all have seen so far (one tree
+for both, replicas and batch limit), states weighted by how much the choice matters in them: by the gap between the best
+and the worst of the alternatives' expected dollars, and some mean gaps for good measure, as in most states it hardly
+matters what is done, and yet a tree that does otherwise there is soon in states of its own. How many is tried out
+(`_EVEN`). The gap is measured by rollouts (`dollars.weigh`) in some states and carried over to the others by a
+regression forest. Of the trees of all rounds the one that costs least on validation worlds is kept, or one that costs
+hardly more and agrees with the teacher more often there.
 """
 
 from __future__ import annotations
@@ -29,13 +31,16 @@ from pilotage.explain.dollars import weigh
 from pilotage.explain.sight import questions_of
 from pilotage.scenario import Scenario
 
-_EVEN: Final = 1.0  # mean gaps that are added to every state's
+_EVEN: Final = (4.0, 1e6)  # mean gaps that are added to every state's; the last is plain imitation
+_PER_RUN: Final = 12  # states of a run in which the gap is measured, where there are runs enough
+_LEAST: Final = 5  # states in a leaf
+_HARDLY: Final = 0.002  # share of the cost
 
 
 class Settings(NamedTuple):
     """How a tree is grown; `gap_states` is in how many states the gap is measured, with so many `futures`."""
 
-    rounds: int = 6
+    rounds: int = 4
     gap_states: int = 120
     futures: int = 8
     seed: int = 0
@@ -72,24 +77,36 @@ def grow(
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[int, Tree]:
     """The best tree of at most so many leaves, for each number of leaves. `scenario` has one service."""
-    base, rng = base_of(teacher), np.random.default_rng(settings.seed)
+    base = base_of(teacher)
     training, validation = recorded(scenario, training), recorded(scenario, validation)
     runs = record(teacher, scenario, training)
     gap_of = _gaps(teacher, scenario, runs, base, settings)
-    first = _lesson(runs, base, gap_of, lambda run: run.decided)
-    lessons = dict.fromkeys(leaves, first)
-    best: dict[int, tuple[float, Tree]] = {}
+    lesson = _lesson(runs, base, gap_of, lambda run: run.decided)
+    tried: dict[int, list[tuple[float, Tree]]] = {most: [] for most in leaves}
     for number in range(settings.rounds):
-        for most in leaves:
-            tree = _fit(lessons[most], most, base, rng)
-            usd = float(np.mean([run.total_usd for run in _run(tree, scenario, validation)]))
-            say(f"round {number + 1}/{settings.rounds}: {tree.leaves} leaves cost {usd:.3f} $")
-            if most not in best or usd < best[most][0]:
-                best[most] = usd, tree
-            if number + 1 < settings.rounds:
+        for most in sorted(leaves):
+            grown = [_fit(lesson, most, even, base, settings.seed) for even in _EVEN]
+            for tree in grown:
+                usd = float(np.mean([run.total_usd for run in _run(tree, scenario, validation)]))
+                say(f"round {number + 1}/{settings.rounds}: {tree.leaves} leaves cost {usd:.3f} $")
+                tried[most].append((usd, tree))
+        if number + 1 < settings.rounds:  # the largest trees steer
+            for tree in grown:
                 seen = record(tree, scenario, training, adviser=teacher)
-                lessons[most] += _lesson(seen, base, gap_of, lambda run: run.advised)
-    return {most: tree for most, (_, tree) in best.items()}
+                lesson += _lesson(seen, base, gap_of, lambda run: run.advised)
+
+    def best(tried: Sequence[tuple[float, Tree]]) -> Tree:
+        least = min(usd for usd, _ in tried)
+        alike = [tree for usd, tree in tried if usd <= least * (1 + _HARDLY)]
+        return max(alike, key=lambda tree: _agreement(record(tree, scenario, validation, adviser=teacher)))
+
+    return {most: best(found) for most, found in tried.items()}
+
+
+def _agreement(runs: Sequence[Recording]) -> float:
+    """How often as many replicas were ordered or released as was advised."""
+    pairs = [pair for run in runs for pair in zip(run.decided, run.advised, strict=True)]
+    return float(np.mean([_change(a) == _change(b) for a, b in pairs]))
 
 
 def _run(policy: Policy, scenario: Scenario, worlds: Sequence[World]) -> list[Any]:
@@ -118,6 +135,7 @@ def _gaps(
     if settings.gap_states == 0:
         return lambda asked: np.ones(len(asked))
     rng, ahead = np.random.default_rng([settings.seed, 1]), round(600.0 / scenario.tick_s)
+    runs = runs[: -(-settings.gap_states // _PER_RUN)]
     each = -(-settings.gap_states // len(runs))
     asked, gaps = [], []
     for run, questions in zip(runs, questions_of(base, runs), strict=True):
@@ -129,24 +147,23 @@ def _gaps(
             gaps.append(means.max() - means.min())
     forest = RandomForestRegressor(100, min_samples_leaf=5, random_state=settings.seed, n_jobs=1)
     forest.fit(np.array(asked), np.array(gaps))
-    even = _EVEN * float(np.mean(gaps)) + 1e-12
-    return lambda asked: forest.predict(asked) + even
+    return forest.predict
 
 
-def _fit(lesson: Lesson, leaves: int, base: Predictive | None, rng: np.random.Generator) -> Tree:
-    kinds = sorted(set(lesson.decided), key=lambda kind: (kind[0], kind[1] or 0))
-    number = {kind: k for k, kind in enumerate(kinds)}
-    drawn = rng.choice(len(lesson.gap), len(lesson.gap), p=lesson.gap / lesson.gap.sum())
-    wanted = np.array([number[kind] for kind in lesson.decided])
-    cart = DecisionTreeClassifier(max_leaf_nodes=max(2, leaves), random_state=int(rng.integers(2**31)))
-    cart.fit(lesson.asked[drawn], wanted[drawn])
+def _fit(lesson: Lesson, leaves: int, even: float, base: Predictive | None, seed: int) -> Tree:
+    wanted = np.array([(change, max_batch or 0) for change, max_batch in lesson.decided])
+    cart = DecisionTreeClassifier(max_leaf_nodes=max(2, leaves), min_samples_leaf=_LEAST, random_state=seed)
+    cart.fit(lesson.asked, wanted, sample_weight=lesson.gap + even * lesson.gap.mean() + 1e-12)
     grown = cart.tree_
     names = Tree(nodes=(Node(),), base=base).inputs
     nodes = []
     for k in range(grown.node_count):
         if grown.children_left[k] < 0:
-            change, max_batch = kinds[cart.classes_[int(np.argmax(grown.value[k, 0]))]]
-            nodes.append(Node(change=change, max_batch=max_batch))
+            change, max_batch = (
+                int(kinds[int(np.argmax(grown.value[k, of, : len(kinds)]))])
+                for of, kinds in enumerate(cart.classes_)
+            )
+            nodes.append(Node(change=change, max_batch=max_batch or None))
         else:
             nodes.append(
                 Node(
@@ -188,8 +205,9 @@ def judge(
     """The tree beside its teacher on unseen worlds.
 
     `agreement` is how often both decide alike (replicas and batch limit) in the states that the tree visits,
-    `agreement_teachers_states` in those that the teacher visits, `agreement_replicas` on the replicas alone, and
-    `agreement_acting` on the replicas where the teacher changes them, which is in a share `share_acting` of states.
+    `agreement_within_one` the same but for one request in the batch limit; `agreement_teachers_states` in those that
+    the teacher visits, `agreement_replicas` there on the replicas alone, and `agreement_acting` on the replicas where
+    the teacher changes them, which is in a share `share_acting` of states.
     `return_ratio` is how much of the teacher's saving over the reference policy the tree has, `cost_ratio` what the
     tree costs over what the teacher costs, each with the interval over worlds.
     """
@@ -204,6 +222,7 @@ def judge(
     return {
         "leaves": tree.leaves,
         "agreement": float(np.mean([_key(a) == _key(b) for a, b in own])),
+        "agreement_within_one": float(np.mean([_nearly(a, b) for a, b in own])),
         "agreement_teachers_states": float(np.mean([_key(a) == _key(b) for a, b in theirs])),
         "agreement_replicas": float(replicas.mean()),
         "agreement_acting": float(replicas[acting].mean()) if acting.any() else 1.0,
@@ -216,6 +235,12 @@ def judge(
 
 def _change(decision: Decision) -> int:
     return decision.order - decision.release
+
+
+def _nearly(a: Decision, b: Decision) -> bool:
+    limits = a.max_batch, b.max_batch
+    near = limits[0] == limits[1] if None in limits else abs(limits[0] - limits[1]) <= 1  # type: ignore[operator]
+    return near and _change(a) == _change(b)
 
 
 def _key(decision: Decision) -> tuple[int, int | None]:

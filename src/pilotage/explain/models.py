@@ -79,7 +79,7 @@ class Row(Choice):
                    for column in self._table.values()]  # fmt: skip
         self.shown = np.column_stack(numbers).astype(float)
 
-    def outcome(self, picks: np.ndarray, blend: float = 1.0) -> np.ndarray:
+    def ask(self, picks: np.ndarray, blend: float = 1.0) -> np.ndarray:
         if blend < 1.0:
             raise ValueError(f"blend {blend}: rows of a table are not mixed; valid: 1")
         columns = {name: column[picks[:, k]] for k, (name, column) in enumerate(self._table.items())}

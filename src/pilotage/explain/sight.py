@@ -26,8 +26,8 @@ from pilotage.control.outlook import INPUTS, REFERENCES, Outlook
 from pilotage.control.policy import Policy
 from pilotage.control.scaling import Predictive
 from pilotage.control.tree import Questions, Tree
-from pilotage.explain.attribution import attribute
 from pilotage.explain.choice import Choice, Recording, Replay, State, Vector
+from pilotage.explain.trust import Relearned
 
 _LIMIT: Final = 8.0  # of the outlook's inputs
 Read = Callable[[np.ndarray], np.ndarray]
@@ -123,7 +123,7 @@ _seen: dict[int, tuple[Policy, Sight | None]] = {}
 
 
 def sight_of(policy: Policy) -> Sight | None:
-    """How a policy's choice follows from a vector, or None of a rule that is no such function."""
+    """How a policy's choice follows from a vector, or None of what remembers: rules, and networks with a memory."""
     if id(policy) not in _seen:  # vectors of runs are kept, and few policies are explained by one process
         _seen[id(policy)] = (policy, _sight_of(policy))
     return _seen[id(policy)][1]
@@ -140,7 +140,7 @@ def _sight_of(policy: Policy) -> Sight | None:
         )
     if isinstance(policy, Foresight | Anticipate):
         return _levels(policy)
-    if isinstance(policy, Learned):
+    if isinstance(policy, Learned) and policy.network.memory is None:
         return _corrected(policy)
     return None
 
@@ -229,7 +229,7 @@ def _levels(policy: Foresight | Anticipate) -> Sight:
         vectors,
         reader(policy),
         base=reader(policy.replace(network=None)),
-        fresh=lambda seed: reader(policy.replace(network=_shuffled(network, seed))),
+        fresh=lambda seed: reader(policy.replace(network=shuffled(network, seed))),
         label=_nearest,
     )
 
@@ -238,7 +238,7 @@ def _nearest(wanted: np.ndarray) -> np.ndarray:
     return np.ceil(wanted - 0.5).astype(int)
 
 
-def _shuffled(network: Network, seed: int) -> Network:
+def shuffled(network: Network, seed: int) -> Network:
     """The network with its weights drawn anew: normal, each layer with the spread that it had."""
     rng = np.random.default_rng(seed)
     weights = tuple(
@@ -290,31 +290,21 @@ def _corrected(policy: Learned) -> Sight:
         vectors,
         reader(Forward(policy.network)),
         base=reader(lambda views: np.zeros((len(views), outputs))),
-        fresh=lambda seed: reader(Forward(_shuffled(policy.network, seed))),
+        fresh=lambda seed: reader(Forward(shuffled(policy.network, seed))),
         label=_nearest if two else lambda wanted: np.ceil(wanted - 1e-9).astype(int),
     )
 
 
-def relearned(
-    sight: Sight, states: Sequence[State], background: Sequence[State]
-) -> Callable[[int], tuple[list[np.ndarray], list[np.ndarray]]] | None:
-    """For the check with random weights: contributions to what was learned (the outcome less that of the policy without
-    it), and to what random weights make of it; None if nothing was learned."""
+def relearned(sight: Sight, states: Sequence[State], background: Sequence[State]) -> Relearned | None:
+    """For the check with random weights: what was learned, which is the outcome less that of the policy without it."""
     base, fresh = sight.base, sight.fresh
     if base is None or fresh is None:
         return None
 
-    def contributions(read: Read) -> list[np.ndarray]:
+    def contributed(read: Read) -> list[Vector]:
         def learned(vectors: np.ndarray) -> np.ndarray:
             return read(vectors) - base(vectors)
 
-        return [attribute(sight.choice([state, *background], read=learned)).phi for state in states]
+        return [sight.choice([state, *background], read=learned) for state in states]
 
-    own: list[list[np.ndarray]] = []
-
-    def both(seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        if not own:
-            own.append(contributions(sight.read))
-        return own[0], contributions(fresh(seed))
-
-    return both
+    return Relearned(contributed(sight.read), lambda seed: contributed(fresh(seed)))

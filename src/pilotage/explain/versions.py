@@ -6,27 +6,30 @@ deployments: the first batch's errors, those in between, the last three, the pro
 
 *Rollout.* A state is an interval of a canary in the simulated cluster (`engine.canary.rehearse`). Exchanged are, over
 all its intervals, the rates of errors, slow requests and wrong answers of each arm, and the traffic; counts are made of
-rates again.
+rates again. Of a rule that says the canary's share itself, requests follow the shares that it says in the replay.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import numpy as np
 
-from pilotage.control.canary import ABORT, CONTINUE, METRICS, PROMOTE, Arm, Evidence, Judge, Rule
+from pilotage.control.canary import ABORT, CONTINUE, METRICS, PROMOTE, Arm, Evidence, Rule
 from pilotage.control.guard import Guard
 from pilotage.control.learned_retraining import FEATURES, LearnedRetraining
-from pilotage.control.network import Forward
+from pilotage.control.learned_rollout import BEGINS, SHARES, LearnedRollout
+from pilotage.control.network import Forward, Network
 from pilotage.control.policy import Policy
 from pilotage.control.retraining import Past, Retrainer, Retraining, Seen
 from pilotage.engine.canary import Candidate, Outcome, Trial, rehearse
 from pilotage.engine.cluster import World
 from pilotage.engine.lifetimes import Stream
-from pilotage.explain.choice import Choice, Vector
+from pilotage.explain.choice import Choice, Remembering, Vector
+from pilotage.explain.sight import shuffled
+from pilotage.explain.trust import Relearned
 from pilotage.metrics import ITEMS
 from pilotage.scenario import Scenario
 
@@ -83,7 +86,7 @@ def _seen(stream: Stream, errors: np.ndarray, deployed: int, t: int) -> Seen:
     return Seen(errors[deployed, known], t - deployed, stream.stakes.batches - t, probe)
 
 
-class RuleReplay(Choice):
+class RuleReplay(Remembering):
     """A rule's answer, 1 to retrain and 0 not to, to a version's errors batch by batch, from its training on."""
 
     names = ("first_batch", "batches_between", "last_3_batches", "probe", "batches_left")
@@ -109,9 +112,8 @@ class RuleReplay(Choice):
         probe = self._probe[:, -_LAST:].mean(axis=1) if self._probe.shape[1] else np.full(len(lives), np.nan)
         self.shown = np.column_stack([first, between, last, probe, self._left])
 
-    def outcome(self, picks: np.ndarray, blend: float = 1.0) -> np.ndarray:
-        rows, inverse = np.unique(np.asarray(picks, int), axis=0, return_inverse=True)
-        return np.array([self._answer(row, blend) for row in rows])[inverse.reshape(-1)]
+    def ask(self, picks: np.ndarray, blend: float = 1.0) -> np.ndarray:
+        return np.array([self._answer(row, blend) for row in picks])
 
     def _answer(self, picks: np.ndarray, blend: float) -> float:
         n = self._errors.shape[1]
@@ -210,6 +212,18 @@ def _view(batch: Batch) -> np.ndarray:
     return seen.copy()
 
 
+def relearned_retraining(policy: Retraining, choices: Sequence[Choice]) -> Relearned | None:
+    """For the check with random weights, of choices of that policy; None of a rule."""
+    if not isinstance(policy, LearnedRetraining):
+        return None
+
+    def fresh(seed: int) -> list[Choice]:
+        forward = Forward(shuffled(policy.network, seed))
+        return [cast("Vector", choice).reading(lambda vectors: forward(vectors)[:, 0]) for choice in choices]
+
+    return Relearned(choices, fresh)
+
+
 def weigh_retraining(
     policy: Retraining, batch: Batch, error_usd: float, futures: int = 64, seed: int = 0
 ) -> np.ndarray:
@@ -245,72 +259,49 @@ def _continued(batch: Batch, errors: np.ndarray, now: bool) -> tuple[float, int]
 
 # --- rollout -------------------------------------------------------------------------------------------------
 class Heard(NamedTuple):
-    """A canary's evidence, interval by interval until it was over, and what became of it."""
+    """A canary, and what a rule saw of it and decided."""
 
     candidate: Candidate
-    evidence: list[Evidence]
     outcome: Outcome
-
-
-class _Listening(Rule, frozen=True, kw_only=True, tag="listening"):
-    """A rule, whose judges keep what they see."""
-
-    rule: Any
-    kept: Any
-
-    def begin(self) -> Judge:
-        evidence: list[Evidence] = []
-        self.kept.append(evidence)
-        return _Listener(self.rule.begin(), evidence)
-
-
-class _Listener(Judge):
-    def __init__(self, inner: Judge, evidence: list[Evidence]) -> None:
-        self._inner, self._evidence = inner, evidence
-
-    def step(self, seen: Evidence) -> np.ndarray:
-        self._evidence.append(seen)
-        outcomes = self._inner.step(seen)
-        self.reason = self._inner.reason
-        return outcomes
 
 
 def canaries(
     rule: Rule, scenario: Scenario, scaling: Policy, candidates: Sequence[Candidate], worlds: Sequence[World],
     trial: Trial | None = None,
 ) -> list[Heard]:  # fmt: skip
-    """Every candidate in every world, as the rule saw it."""
-    found = []
-    for candidate in candidates:
-        kept: list[list[Evidence]] = []
-        outcomes = rehearse(
-            scenario, scaling, candidate, _Listening(rule=rule, kept=kept), worlds, trial=trial, guard=Guard()
-        )
-        found += [
-            Heard(candidate, evidence, outcome) for evidence, outcome in zip(kept, outcomes, strict=True)
-        ]
-    return [one for one in found if one.evidence]
+    """Every candidate in every world."""
+    return [
+        Heard(candidate, outcome)
+        for candidate in candidates
+        for outcome in rehearse(scenario, scaling, candidate, rule, worlds, trial=trial, guard=Guard())
+    ]
 
 
-class RolloutReplay(Choice):
-    """A rule's verdict after some intervals: 1 promote, -1 abort, 0 neither."""
+VERDICTS: Final = {"promote": 1, "abort": -1, "": 0}
+
+
+class RolloutReplay(Remembering):
+    """A rule's verdict after some intervals: 1 promote, -1 abort, 0 neither. `most` is the most of the traffic that the
+    canary may have."""
 
     unit = "verdict (1 promote, -1 abort)"
     names = (*(f"{arm}_{metric}" for metric in METRICS for arm in ("champion", "canary")), "traffic")
     units = (*("share",) * 2 * len(METRICS), "requests per interval")
 
     def __init__(
-        self, rule: Rule, explained: Heard, background: Sequence[Heard], intervals: int | None = None
+        self, rule: Rule, explained: Heard, background: Sequence[Heard], most: float = Trial().most
     ) -> None:
-        n = len(explained.evidence) if intervals is None else intervals
-        self._rule = rule
-        heard = [explained, *background]
+        n = len(explained.outcome.evidence)
+        self._rule, self._most, self._delay = rule, most, explained.candidate.label_delay
+        heard = [one.outcome for one in (explained, *background)]
         # of a shorter canary, the last interval goes on
-        lines = [[one.evidence[min(k, len(one.evidence) - 1)] for k in range(n)] for one in heard]
-        arms = [[(e.champion, e.canary) for e in line] for line in lines]
+        at = [np.minimum(np.arange(n), len(one.evidence) - 1) for one in heard]
+        self._shares = np.array([np.array(one.shares)[k] for one, k in zip(heard, at, strict=True)])
+        arms = [[(one.evidence[k].champion, one.evidence[k].canary) for k in ks.tolist()]
+                for one, ks in zip(heard, at, strict=True)]  # fmt: skip
         of = {name: np.array([[[getattr(a, name) for a in pair] for pair in line] for line in arms], float)
               for name in ("requests", "labelled", *METRICS)}  # fmt: skip
-        self._of = {"requests": of["requests"], "labelled": of["labelled"]}
+        self._of = {base: of[base] for base in ("requests", "labelled")}
         self._rates = {
             metric: np.divide(of[metric], of[base], out=np.zeros_like(of[metric]), where=of[base] > 0)
             for metric, base in METRICS.items()
@@ -322,33 +313,72 @@ class RolloutReplay(Choice):
         ]
         self.shown = np.column_stack([*columns, of["requests"].sum(axis=2).mean(axis=1)])
 
-    def outcome(self, picks: np.ndarray, blend: float = 1.0) -> np.ndarray:
-        rows, inverse = np.unique(np.asarray(picks, int), axis=0, return_inverse=True)
-        return self._verdicts(rows, blend)[inverse.reshape(-1)]
-
-    def _verdicts(self, picks: np.ndarray, blend: float) -> np.ndarray:
+    def ask(self, picks: np.ndarray, blend: float = 1.0) -> np.ndarray:
         judge, verdict = self._rule.begin(), np.full(len(picks), CONTINUE)
-        traffic = {
-            base: np.round(_blended(of[0], of[picks[:, -1]], blend)).astype(int)
-            for base, of in self._of.items()
-        }
-        for t in range(next(iter(self._of.values())).shape[1]):
-            counts = {}
-            for m, (metric, base) in enumerate(METRICS.items()):
-                for arm in range(2):
-                    rates = self._rates[metric][picks[:, 2 * m + arm], t, arm]
-                    rates = _blended(self._rates[metric][0, t, arm], rates, blend)
-                    counts[metric, arm] = np.round(rates * traffic[base][:, t, arm]).astype(int)
-            arms = [
-                Arm(
-                    requests=traffic["requests"][:, t, arm], labelled=traffic["labelled"][:, t, arm],
-                    **{metric: counts[metric, arm] for metric in METRICS},
+        says = getattr(judge, "weight", None)
+        shares = _blended(self._shares[0], self._shares[picks[:, -1]], blend)
+        more: list[np.ndarray] = []  # traffic of an arm over what was recorded, by interval
+        share = None if says is None else says(None)
+        for t in range(self._shares.shape[1]):
+            more.append(
+                np.ones(len(picks)) if share is None else np.minimum(share, self._most) / shares[:, t]
+            )
+            scale = {"requests": more[t], "labelled": more[max(0, t - self._delay)]}
+            exposed = {
+                base: np.round(_blended(of[0, t], of[picks[:, -1], t], blend) * scale[base][:, None]).astype(
+                    int
                 )
-                for arm in range(2)
-            ]  # fmt: skip
-            said = judge.step(Evidence(*arms))
+                for base, of in self._of.items()
+            }
+            arms = []
+            for arm in range(2):
+                counts = {}
+                for m, (metric, base) in enumerate(METRICS.items()):
+                    rates = self._rates[metric][:, t, arm]
+                    rates = _blended(rates[0], rates[picks[:, 2 * m + arm]], blend)
+                    counts[metric] = np.round(rates * exposed[base][:, arm]).astype(int)
+                arms.append(Arm(**{base: of[:, arm] for base, of in exposed.items()}, **counts))
+            seen = Evidence(*arms)
+            said = judge.step(seen)
             verdict = np.where((verdict == PROMOTE) | (verdict == ABORT), verdict, said)
+            share = None if says is None else says(seen)
         return np.select([verdict == PROMOTE, verdict == ABORT], [1.0, -1.0], 0.0)
+
+
+class _Beyond(Choice):
+    """What the verdicts of a rule say beyond those of another one."""
+
+    def __init__(self, own: RolloutReplay, base: RolloutReplay) -> None:
+        self._own, self._base, self.unit = own, base, own.unit
+        self.names, self.units, self.shown = own.names, own.units, own.shown
+
+    def ask(self, picks: np.ndarray, blend: float = 1.0) -> np.ndarray:
+        return self._own.outcome(picks, blend) - self._base.outcome(picks, blend)
+
+
+def relearned_rollout(
+    rule: Rule, heard: Sequence[Heard], background: Sequence[Sequence[Heard]]
+) -> Relearned | None:
+    """For the check with random weights, of canaries with their backgrounds; None of a rule. What was learned is what a
+    verdict is beyond that of the tests alone, under a network that always goes on at the first share."""
+    if not isinstance(rule, LearnedRollout):
+        return None
+    network = rule.network
+    still = network.replace(
+        weights=tuple(tuple((0.0,) * len(row) for row in weight) for weight in network.weights),
+        biases=(*network.biases[:-1], (*(float(share == BEGINS) for share in SHARES), 0.0, 0.0)),
+    )
+
+    def of(network: Network) -> list[RolloutReplay]:
+        replaced = rule.replace(network=network)
+        return [RolloutReplay(replaced, one, others) for one, others in zip(heard, background, strict=True)]
+
+    base = of(still)
+
+    def beyond(network: Network) -> list[Choice]:
+        return [_Beyond(own, tests) for own, tests in zip(of(network), base, strict=True)]
+
+    return Relearned(beyond(network), lambda seed: beyond(shuffled(network, seed)))
 
 
 def rollout_words(heard: Heard) -> str:
@@ -358,4 +388,5 @@ def rollout_words(heard: Heard) -> str:
         "abort": "the new version goes back",
         "": "no verdict yet",
     }
-    return f"{words[heard.outcome.decided]} after {len(heard.evidence)} intervals: {heard.outcome.reason}"
+    outcome = heard.outcome
+    return f"{words[outcome.decided]} after {len(outcome.evidence)} intervals: {outcome.reason}"
