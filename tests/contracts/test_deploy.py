@@ -109,7 +109,9 @@ def test_the_configuration_of_the_manifest_is_valid(tmp_path: Path) -> None:
     assert 'mode = "shadow"' in text
     for name in ("token", "ca.crt"):
         (tmp_path / name).write_text("x")
-    here = text.replace("/var/run/secrets/pilotage", str(tmp_path)).replace("/var/lib/pilotage", str(tmp_path))
+    here = text.replace("/var/run/secrets/pilotage", str(tmp_path)).replace(
+        "/var/lib/pilotage", str(tmp_path)
+    )
     (tmp_path / "steer.toml").write_text(here)
     done = subprocess.run(
         [sys.executable, "-m", "pilotage", "steer", "steer.toml", "--check"],
