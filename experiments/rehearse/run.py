@@ -47,17 +47,18 @@ POLICIES = ("hpa", "predictive")
 
 
 def drawn(k: int, seed: int, lowest_rps: float, highest_rps: float) -> Service:
-    """A service at random: a rate between two bounds (log-uniform), a daily rhythm, batches of up to 4 to 16."""
+    """A service at random: a rate between two bounds (log-uniform) with a daily rhythm, and a model so slow that one to
+    three replicas are needed for it."""
     rng = np.random.default_rng([seed, k])
     law = Affine(
-        base_ms=float(rng.uniform(8, 40)),
-        per_item_ms=float(rng.uniform(2, 10)),
+        base_ms=float(rng.uniform(200, 800)),
+        per_item_ms=float(rng.uniform(100, 400)),
         noise_cv=float(rng.uniform(0.05, 0.3)),
     )
     rate = float(np.exp(rng.uniform(np.log(lowest_rps), np.log(highest_rps))))
     return Service(
         name=f"service-{k}",
-        slo_ms=300.0,
+        slo_ms=3000.0,
         pools=("cpu",),
         traffic=Diurnal(rate_rps=rate, day_amplitude=0.6, peak_hour=14.0, noise_cv=0.2),
         server=BatchServer(

@@ -43,7 +43,7 @@ UNEXPLAINED: Final = 0.03
 DRIFT: Final = 0.08
 SEEDS: Final = 3
 DRAWS: Final = 5  # of the fitted numbers, from their bootstrap
-ENOUGH: Final = 100_000  # steps of services, from which on processes are worth their start
+ENOUGH: Final = 30_000  # steps of services, from which on processes are worth their start
 _COUNTS: Final = [INDEX[name] for name in ("replicas_ready", "replicas_starting", "replicas_pending")]
 
 
