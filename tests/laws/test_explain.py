@@ -24,7 +24,7 @@ from pilotage.explain.choice import Remembering, Replay, State, Vector, memory_o
 from pilotage.explain.distil import Settings, grow, judge
 from pilotage.explain.dollars import split, weigh
 from pilotage.explain.sight import chosen, sight_of
-from pilotage.explain.trust import Relearned, check
+from pilotage.explain.trust import TAU, Relearned, _tau, check
 from pilotage.scenario import load
 from pilotage.world.spec import SpecError, decode
 
@@ -74,6 +74,26 @@ def test_a_policy_that_rolls_dice_is_refused():
     rng = np.random.default_rng(5)
     some = explained(lambda x: x[:, 0] + rng.normal(size=len(x)))
     assert "additivity" in failed(check(some, range(4)))
+
+
+def test_the_order_of_equals_says_nothing_and_that_of_others_must_last():
+    rng = np.random.default_rng(7)
+    near = np.array([1.0, 0.30, 0.31, 0.05])
+    tau, pairs = _tau(*(near + 0.05 * rng.normal(size=(30, 4)) for _ in range(2)))
+    assert (tau, pairs) == (1.0, 5)
+    turned = near[[1, 0, 2, 3]] + 0.05 * rng.normal(size=(30, 4))
+    tau, pairs = _tau(near + 0.05 * rng.normal(size=(30, 4)), turned)
+    assert pairs == 6
+    assert tau < TAU
+    assert _tau(np.ones((5, 3)), np.ones((5, 3))) == (1.0, 0)
+
+    # a background of two kinds of states, in whose halves different inputs matter
+    values = np.concatenate([np.tile([1.0, 1.0], (1, 1)), np.tile([[0.0, 1.0], [1.0, 0.0]], (1, 1))])
+    some = [
+        attribute(Vector(lambda x: x[:, 0] * 2 + x[:, 1], values + 0.01 * k, {"a": [0], "b": [1]}, "", {}))
+        for k in range(12)
+    ]
+    assert "stability over backgrounds" in failed(check(some, [0, 1]))
 
 
 def test_a_single_input_has_no_order_to_beat():
