@@ -52,7 +52,7 @@ DAY_S, HOUR_S = 86400.0, 3600.0
 RUNS = 2  # of training
 WINDOWS = {"train": 16, "validate": 6}  # of each run
 SEARCHED = 40  # trials in hindsight
-TRIALS = 10  # in the engine
+TRIALS = {CHAT: 10, MIXED: 20}  # in the engine
 TUNED_ON = 8  # training windows of the chat service
 MIXED_TRAINING_H = (9.0, 19.0)  # hours of the first day; the environment's own begin on the second
 MIXED_TEST_H = (31.0, 25.0, 36.0, 41.0)  # the first is where the environment begins
@@ -147,13 +147,13 @@ def tuning_windows(env: str, data: Path, seed: int) -> tuple[Scenario, list[list
 
 
 def tuned(
-    data: Path, seed: int, trials: int, task: tuple[str, str, Policy, Policy | None]
+    data: Path, seed: int, trials: dict[str, int], task: tuple[str, str, Policy, Policy | None]
 ) -> tuple[Policy, list[float]]:
     """The best of a contender's trials on an environment's training windows."""
     env, name, policy, start = task
     began, cpu = time.perf_counter(), time.process_time()
     scenario, groups = tuning_windows(env, data, seed)
-    study = tune(policy, scenario, groups, trials=trials, seed=seed, starts=[start] if start else [])
+    study = tune(policy, scenario, groups, trials=trials[env], seed=seed, starts=[start] if start else [])
     best = candidate_of(policy, study.best_params)
     values = [float(t.values[0]) for t in study.trials if t.values]
     print(
@@ -222,11 +222,22 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("results/llm_scaling"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--env", choices=(CHAT, MIXED), help="only this one")
+    parser.add_argument(
+        "--policy",
+        help="with --env llm-mixed: a policy.json, or `learned`: nothing is trained, and everybody starts as it is",
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     data, seed, quick = options.data.resolve(), options.seed, options.quick
     counts = {"train": 4, "validate": 2} if quick else WINDOWS
-    trials = 2 if quick else TRIALS
+    trials = dict.fromkeys(TRIALS, 2) if quick else TRIALS
+    envs = (CHAT, MIXED) if options.env is None else (options.env,)
+    if options.policy and envs != (MIXED,):
+        parser.error(
+            "--policy belongs to --env llm-mixed: what is tuned on llm-chat needs the training's tables"
+        )
     seeds = {CHAT: 2, MIXED: 2} if quick else SEEDS
     started, began, lasted = datetime.now(UTC), time.perf_counter(), {}
 
@@ -234,24 +245,27 @@ def main() -> None:
         lasted[name] = round(time.perf_counter() - began - sum(lasted.values()), 1)
 
     options.out.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        trainings = list(pool.map(partial(learn, data, seed, counts, 3 if quick else 30), range(RUNS)))
-        table, validation = (joined([t["tables"][split] for t in trainings]) for split in counts)
+    with ProcessPoolExecutor(options.workers) as pool:
+        contenders: dict[str, Policy] = {name: parse(name) for name in RULES}
+        contenders[SHIPPED] = policy_from(SHIPPED)
+        trainings: list[dict[str, Any]] = []
+        if options.policy is None:
+            trainings = list(pool.map(partial(learn, data, seed, counts, 3 if quick else 30), range(RUNS)))
+            table, validation = (joined([t["tables"][split] for t in trainings]) for split in counts)
 
-        def validated(policy: Foresight | Anticipate) -> float:
-            return float(np.exp(np.log(ratios(policy, validation)).mean()))
+            def validated(policy: Foresight | Anticipate) -> float:
+                return float(np.exp(np.log(ratios(policy, validation)).mean()))
 
-        trained = min((t["policy"] for t in trainings), key=validated)
-        write_whole(options.out / "policy.json", msgspec.json.encode(trained).decode())
+            contenders[TRAINED] = trained = min((t["policy"] for t in trainings), key=validated)
+            write_whole(options.out / "policy.json", msgspec.json.encode(trained).decode())
+        elif options.policy != SHIPPED:
+            contenders[TRAINED] = policy_from(options.policy)
         lap("train")
 
-        contenders: dict[str, Policy] = {name: parse(name) for name in RULES}
-        contenders |= {SHIPPED: policy_from(SHIPPED), TRAINED: trained}
-        envs = (CHAT, MIXED)
         best: dict[tuple[str, str], tuple[Policy, list[float]]] = {}
         searched, validation_rows = {}, []
         for name, policy in contenders.items():
-            if isinstance(policy, Foresight | Anticipate):
+            if trainings and isinstance(policy, Foresight | Anticipate):
                 other, values = search(policy, table, trials=4 if quick else SEARCHED, seed=seed)
                 searched[name] = other
                 better = min((policy, other), key=validated)
@@ -270,7 +284,7 @@ def main() -> None:
             for name, policy in contenders.items()
             if (env, name) not in best
         ]
-        found = pool.map(partial(tuned, data, seed, trials), tasks)
+        found = list(pool.map(partial(tuned, data, seed, trials), tasks))
         best |= {(env, name): one for (env, name, *_), one in zip(tasks, found, strict=True)}
         trial_rows = [
             {
@@ -285,16 +299,19 @@ def main() -> None:
         ]
         lap("tune")
 
-        chosen = {
-            CHAT: min((SHIPPED, TRAINED), key=lambda name: validated(best[CHAT, name][0])),  # type: ignore[arg-type]
-            MIXED: min((SHIPPED, TRAINED), key=lambda name: min(best[MIXED, name][1])),
+        learned = [name for name in (SHIPPED, TRAINED) if name in contenders]
+        value = {
+            (env, name): validated(policy) if env == CHAT else min(values)  # type: ignore[arg-type]
+            for (env, name), (policy, values) in best.items()
+            if name in learned
         }
+        chosen = {env: min(learned, key=lambda name: value[env, name]) for env in envs}
         plans = [(env, f"{name}, tuned", policy, None) for (env, name), (policy, _) in best.items()]
         for env in envs:
             plans.append((env, f"{SHIPPED}, as it is", policy_from(SHIPPED), None))
-        name = f"{chosen[CHAT]}, tuned"
-        limited = (CHAT, f"{name}, batches of {SMALLER}", best[CHAT, chosen[CHAT]][0], SMALLER)
-        plans.append(limited)
+        if CHAT in envs:
+            name = f"{chosen[CHAT]}, tuned, batches of {SMALLER}"
+            plans.append((CHAT, name, best[CHAT, chosen[CHAT]][0], SMALLER))
         judge = partial(judged, data, seed, seeds)
         runs = {plan[:2]: of for plan, of in zip(plans, pool.map(judge, plans), strict=True)}
         lap("judge")
@@ -331,7 +348,8 @@ def main() -> None:
         ("table.csv", rows), ("acceptance.csv", acceptance), ("trials.csv", trial_rows), ("learning.csv", curves),
         ("validation.csv", validation_rows),
     ):  # fmt: skip
-        write_whole(options.out / file, as_csv(content))
+        if content:
+            write_whole(options.out / file, as_csv(content))
     record = provenance("llm_scaling", sys.argv, started, lasted)
     record |= {"seed": seed, "test_runs": seeds, "trials": trials, "windows": counts}
     record["training"] = [{k: round(t[k], 1) for k in ("cpu_s", "wall_s")} for t in trainings]
