@@ -18,6 +18,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
@@ -30,7 +31,7 @@ import pandas as pd
 
 from pilotage.agents.domain import busy_rps, capacity_rps, log_uniform, sized, traffic_at_random
 from pilotage.agents.hindsight import Settings, joined, look_back, ratios, search, train
-from pilotage.agents.tune import candidate_of, tune
+from pilotage.agents.tune import candidate_of, space, tune
 from pilotage.control.foresight import Anticipate, Foresight
 from pilotage.control.guard import Guard
 from pilotage.control.learned import policy_from
@@ -52,7 +53,7 @@ DAY_S, HOUR_S = 86400.0, 3600.0
 RUNS = 2  # of training
 WINDOWS = {"train": 16, "validate": 6}  # of each run
 SEARCHED = 40  # trials in hindsight
-TRIALS = 10  # in the engine
+TRIALS = {CHAT: 10, MIXED: 20}  # in the engine
 TUNED_ON = 8  # training windows of the chat service
 MIXED_TRAINING_H = (9.0, 19.0)  # hours of the first day; the environment's own begin on the second
 MIXED_TEST_H = (31.0, 25.0, 36.0, 41.0)  # the first is where the environment begins
@@ -147,13 +148,13 @@ def tuning_windows(env: str, data: Path, seed: int) -> tuple[Scenario, list[list
 
 
 def tuned(
-    data: Path, seed: int, trials: int, task: tuple[str, str, Policy, Policy | None]
+    data: Path, seed: int, trials: dict[str, int], task: tuple[str, str, Policy, Policy | None]
 ) -> tuple[Policy, list[float]]:
     """The best of a contender's trials on an environment's training windows."""
     env, name, policy, start = task
     began, cpu = time.perf_counter(), time.process_time()
     scenario, groups = tuning_windows(env, data, seed)
-    study = tune(policy, scenario, groups, trials=trials, seed=seed, starts=[start] if start else [])
+    study = tune(policy, scenario, groups, trials=trials[env], seed=seed, starts=[start] if start else [])
     best = candidate_of(policy, study.best_params)
     values = [float(t.values[0]) for t in study.trials if t.values]
     print(
@@ -217,85 +218,106 @@ def compared(env: str, learned: str, runs: dict[str, list[Run]], rules: list[str
     ]  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("results/llm_scaling"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true")
-    options = parser.parse_args()
+def learn_and_tune(
+    pool: ProcessPoolExecutor, options: argparse.Namespace, envs: tuple[str, ...], lap: Callable[[str], None]
+) -> dict[str, Any]:
+    """Stages (1) and (2); what stage (3) needs of them, in plain values."""
     data, seed, quick = options.data.resolve(), options.seed, options.quick
     counts = {"train": 4, "validate": 2} if quick else WINDOWS
-    trials = 2 if quick else TRIALS
-    seeds = {CHAT: 2, MIXED: 2} if quick else SEEDS
-    started, began, lasted = datetime.now(UTC), time.perf_counter(), {}
-
-    def lap(name: str) -> None:
-        lasted[name] = round(time.perf_counter() - began - sum(lasted.values()), 1)
-
-    options.out.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    trials = dict.fromkeys(TRIALS, 2) if quick else TRIALS
+    contenders: dict[str, Policy] = {name: parse(name) for name in RULES}
+    contenders[SHIPPED] = policy_from(SHIPPED)
+    trainings: list[dict[str, Any]] = []
+    if options.policy is None:
         trainings = list(pool.map(partial(learn, data, seed, counts, 3 if quick else 30), range(RUNS)))
         table, validation = (joined([t["tables"][split] for t in trainings]) for split in counts)
 
         def validated(policy: Foresight | Anticipate) -> float:
             return float(np.exp(np.log(ratios(policy, validation)).mean()))
 
-        trained = min((t["policy"] for t in trainings), key=validated)
+        contenders[TRAINED] = trained = min((t["policy"] for t in trainings), key=validated)
         write_whole(options.out / "policy.json", msgspec.json.encode(trained).decode())
-        lap("train")
+    elif options.policy != SHIPPED:
+        contenders[TRAINED] = policy_from(options.policy)
+    lap("train")
 
-        contenders: dict[str, Policy] = {name: parse(name) for name in RULES}
-        contenders |= {SHIPPED: policy_from(SHIPPED), TRAINED: trained}
-        envs = (CHAT, MIXED)
-        best: dict[tuple[str, str], tuple[Policy, list[float]]] = {}
-        searched, validation_rows = {}, []
-        for name, policy in contenders.items():
-            if isinstance(policy, Foresight | Anticipate):
-                other, values = search(policy, table, trials=4 if quick else SEARCHED, seed=seed)
-                searched[name] = other
-                better = min((policy, other), key=validated)
-                best[CHAT, name] = better, values
-                validation_rows.append(
-                    {
-                        "policy": name, "over_hindsight": f"{validated(better):.4f}",
-                        "as_it_is": f"{validated(policy):.4f}", "tuned": f"{validated(other):.4f}",
-                        "parameters": describe(better),
-                    }
-                )  # fmt: skip
-                print(validation_rows[-1], flush=True)
-        tasks = [
-            (env, name, policy, searched.get(name) if name == "anticipate" else None)
-            for env in envs
-            for name, policy in contenders.items()
-            if (env, name) not in best
-        ]
-        found = pool.map(partial(tuned, data, seed, trials), tasks)
-        best |= {(env, name): one for (env, name, *_), one in zip(tasks, found, strict=True)}
-        trial_rows = [
-            {
-                "env": env,
-                "policy": name,
-                "trial": k,
-                "value": f"{value:.5g}",
-                "of": "cost over hindsight" if env == CHAT and name in searched else "usd",
+    best: dict[tuple[str, str], tuple[Policy, list[float]]] = {}
+    searched, value = {}, {}
+    for name, policy in contenders.items():
+        if trainings and isinstance(policy, Foresight | Anticipate):
+            searched[name], values = search(policy, table, trials=4 if quick else SEARCHED, seed=seed)
+            better = min((policy, searched[name]), key=validated)
+            best[CHAT, name], value[CHAT, name] = (better, values), validated(better)
+            print(f"{name}: {validated(policy):.4f} over hindsight as it is, {validated(better):.4f} tuned")
+    tasks = [
+        (env, name, policy, searched.get(name) if name == "anticipate" else None)
+        for env in envs
+        for name, policy in contenders.items()
+        if (env, name) not in best
+    ]
+    found = list(pool.map(partial(tuned, data, seed, trials), tasks))
+    best |= {(env, name): one for (env, name, *_), one in zip(tasks, found, strict=True)}
+    value |= {where: min(values) for where, (_, values) in best.items() if where not in value}
+    learned = [name for name in (SHIPPED, TRAINED) if name in contenders]
+    lap("tune")
+    return {
+        "training": [{k: t[k] for k in ("cpu_s", "wall_s", "curve")} for t in trainings],
+        "trials": {env: {name: best[env, name][1] for name in contenders} for env in envs},
+        "chosen": {env: min(learned, key=lambda name: value[env, name]) for env in envs},
+        "fields": {
+            env: {
+                name: {field: getattr(best[env, name][0], field) for field in space(policy)}
+                for name, policy in contenders.items()
             }
-            for (env, name), (_, values) in best.items()
-            for k, value in enumerate(values)
-        ]
-        lap("tune")
+            for env in envs
+        },
+    }
 
-        chosen = {
-            CHAT: min((SHIPPED, TRAINED), key=lambda name: validated(best[CHAT, name][0])),  # type: ignore[arg-type]
-            MIXED: min((SHIPPED, TRAINED), key=lambda name: min(best[MIXED, name][1])),
-        }
-        plans = [(env, f"{name}, tuned", policy, None) for (env, name), (policy, _) in best.items()]
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("results/llm_scaling"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--env", choices=(CHAT, MIXED), help="only this one")
+    parser.add_argument(
+        "--policy",
+        help="with --env llm-mixed: a policy.json, or `learned`: nothing is trained, and everybody starts as it is",
+    )
+    parser.add_argument(
+        "--tuned", action="store_true", help="judge what policy.json and tuned.json in --out say"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    seeds = {CHAT: 2, MIXED: 2} if options.quick else SEEDS
+    envs = (CHAT, MIXED) if options.env is None else (options.env,)
+    if options.policy and envs != (MIXED,):
+        parser.error(
+            "--policy belongs to --env llm-mixed: what is tuned on llm-chat needs the training's tables"
+        )
+    data, started, began, lasted = options.data.resolve(), datetime.now(UTC), time.perf_counter(), {}
+
+    def lap(name: str) -> None:
+        lasted[name] = round(time.perf_counter() - began - sum(lasted.values()), 1)
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    kept = options.out / "tuned.json"
+    with ProcessPoolExecutor(options.workers) as pool:
+        if not options.tuned:
+            found = learn_and_tune(pool, options, envs, lap)
+            write_whole(kept, json.dumps(found, indent=1) + "\n")
+        found = json.loads(kept.read_text())
+        base = {SHIPPED: SHIPPED, TRAINED: options.policy or str(options.out / "policy.json")}
+        plans: list[tuple[str, str, Policy, int | None]] = []
         for env in envs:
+            for name, fields in found["fields"][env].items():
+                policy: Policy = policy_from(base.get(name, name)).replace(**fields)
+                plans.append((env, f"{name}, tuned", policy, None))
+                if env == CHAT and name == found["chosen"][env]:
+                    plans.append((env, f"{name}, tuned, batches of {SMALLER}", policy, SMALLER))
             plans.append((env, f"{SHIPPED}, as it is", policy_from(SHIPPED), None))
-        name = f"{chosen[CHAT]}, tuned"
-        limited = (CHAT, f"{name}, batches of {SMALLER}", best[CHAT, chosen[CHAT]][0], SMALLER)
-        plans.append(limited)
-        judge = partial(judged, data, seed, seeds)
+        judge = partial(judged, data, options.seed, seeds)
         runs = {plan[:2]: of for plan, of in zip(plans, pool.map(judge, plans), strict=True)}
         lap("judge")
 
@@ -307,34 +329,26 @@ def main() -> None:
             {
                 "env": env, "policy": name, "runs": len(of), "usd": f"{total['mean']:.5g}",
                 "low": f"{total['low']:.5g}", "high": f"{total['high']:.5g}", "node_usd": f"{items[0]:.5g}",
-                "late_usd": f"{items[1]:.5g}",
-                "dropped_usd": f"{items[2]:.5g}", "in_time": f"{np.mean([in_time(run) for run in of]):.6f}",
-                "parameters": describe(policy),
+                "late_usd": f"{items[1]:.5g}", "dropped_usd": f"{items[2]:.5g}",
+                "in_time": f"{np.mean([in_time(run) for run in of]):.6f}", "parameters": describe(policy),
             }
         )  # fmt: skip
     for env in envs:
         mine = {name: of for (where, name), of in runs.items() if where == env}
-        acceptance += compared(env, f"{chosen[env]}, tuned", mine, [f"{name}, tuned" for name in RULES])
-    for k, t in enumerate(trainings):
+        acceptance += compared(
+            env, f"{found['chosen'][env]}, tuned", mine, [f"{name}, tuned" for name in RULES]
+        )
+    for k, one in enumerate(found["training"]):
         acceptance.append(
             {"line": f"training run {k} on {CHAT}'s service, minutes on one core", "asked": "<= 10",
-             "measured": f"{t['cpu_s'] / 60:.3g}", "low": "", "high": "", "met": t["cpu_s"] <= 600}
+             "measured": f"{one['cpu_s'] / 60:.3g}", "low": "", "high": "", "met": one["cpu_s"] <= 600}
         )  # fmt: skip
     for row in (*rows, *acceptance):
         print(row)
-    curves = [
-        {"run": k, "epoch": epoch, "validation_over_hindsight": f"{value:.5g}"}
-        for k, t in enumerate(trainings)
-        for epoch, value in enumerate(t["curve"])
-    ]
-    for file, content in (
-        ("table.csv", rows), ("acceptance.csv", acceptance), ("trials.csv", trial_rows), ("learning.csv", curves),
-        ("validation.csv", validation_rows),
-    ):  # fmt: skip
-        write_whole(options.out / file, as_csv(content))
+    write_whole(options.out / "table.csv", as_csv(rows))
+    write_whole(options.out / "acceptance.csv", as_csv(acceptance))
     record = provenance("llm_scaling", sys.argv, started, lasted)
-    record |= {"seed": seed, "test_runs": seeds, "trials": trials, "windows": counts}
-    record["training"] = [{k: round(t[k], 1) for k in ("cpu_s", "wall_s")} for t in trainings]
+    record |= {"seed": options.seed, "test_runs": {env: seeds[env] for env in envs}}
     record["scenarios"] = {env: load(env, data).digest() for env in envs}
     write_whole(options.out / "run.json", json.dumps(record, indent=1) + "\n")
 

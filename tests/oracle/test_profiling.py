@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from pilotage.agents.estimates import GRID, estimated
 from pilotage.agents.profiling import fit_iterations, fit_regimes, fit_requests, save_profile
+from pilotage.cli import app
 from pilotage.engine.serving import serve
 from pilotage.world.llm import KvMemory, LLMServer, Profile, load_profile
 from pilotage.world.servers import IterationLaw
-from pilotage.world.spec import SpecError
+from pilotage.world.spec import SpecError, decode
 from pilotage.world.tokens import Requests
 
 TRUE = IterationLaw(base_s=0.03, prefill_s=2e-4, sequence_s=3e-4, context_s=1e-7, square_s=3e-8)
@@ -107,6 +110,31 @@ def test_estimates_become_a_profile(tmp_path: Path) -> None:
         estimated("some/model", "abacus", python=str(python))
     with pytest.raises(SpecError, match="cannot be run"):
         estimated("some/model", "h100_sxm", python=str(tmp_path / "nowhere"))
+
+
+def test_the_command_writes_a_profile_and_a_variant(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(STAND_IN.format(python=sys.executable))
+    python.chmod(0o755)
+    asked = [
+        "profile",
+        "--from",
+        "aisimulate",
+        "--model",
+        "some/model",
+        "--hardware",
+        "l40s",
+        "--pool",
+        "gpu",
+    ]
+    done = CliRunner().invoke(app, [*asked, "--python", str(python), "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "# error of the law: mape 0.0%" in done.output
+    kept = load_profile(tmp_path / "profile.toml")
+    (variant,) = tomllib.loads((tmp_path / "variant.toml").read_text())["services"]["variants"]
+    assert decode(variant["latency"]["gpu"], IterationLaw, "variant.toml") == kept.law
+    for wrong in (["profile"], ["profile", "--from", "hearsay"], [*asked[:5]]):
+        assert isinstance(CliRunner().invoke(app, wrong).exception, SpecError)
 
 
 def test_a_python_without_aisimulate_is_named(tmp_path: Path) -> None:
