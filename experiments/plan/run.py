@@ -184,10 +184,10 @@ def main() -> None:
         _write(options.out, rows)
     planned = [row for row in rows if row.get("over_optimum")]
     over = np.array([float(row["over_optimum"]) for row in planned])
+    met = sum(str(row["meets"]) == "True" for row in planned)
     lines = [
         ("cost over the exhaustive optimum, worst case", "<= 0.03", float(over.max()), over.max() <= 0.03),
-        ("cases that meet the objective on other seeds", f"{len(rows)}", sum(str(r["meets"]) == "True" for r in planned),
-         all(str(r["meets"]) == "True" for r in planned) and len(planned) == len(rows)),
+        ("cases that meet the objective on other seeds", f"{len(rows)}", met, met == len(rows)),
         ("seconds per plan, slowest", "<= 20", max(float(r["seconds"]) for r in rows),
          max(float(r["seconds"]) for r in rows) <= 20),
         ("processor seconds per plan, slowest", "<= 40 (20 s on 2 cores)",
