@@ -57,7 +57,8 @@ def names(module: ModuleType) -> Iterator[str]:
             yield name
             for mark in getattr(test, "pytestmark", []):
                 if mark.name == "parametrize":
-                    yield from map(str, mark.kwargs.get("ids") or [])
+                    ids = mark.kwargs.get("ids")
+                    yield from map(str, ids if isinstance(ids, list) else [])
                     for case in mark.args[1]:
                         yield str(getattr(case, "id", None) or (case[0] if isinstance(case, tuple) else case))
 

@@ -71,7 +71,7 @@ def test_a_server_is_measured_through_http() -> None:
         target = open_model(url)
         found = profile(target, url, max_batch=4, seconds=1.5)
     # sleeps and HTTP only add; on a busy machine they add more
-    assert found.per_item_ms[0] == pytest.approx(2.0, rel=0.35)
+    assert 1.3 < found.per_item_ms[0] < 4.0
     assert found.base_ms[0] + found.overhead_ms == pytest.approx(4.0, abs=4.0)
     assert found.slots == 1
     assert found.load_s is not None

@@ -102,7 +102,7 @@ def test_estimates_become_a_profile(tmp_path: Path) -> None:
     python.write_text(STAND_IN.format(python=sys.executable))
     python.chmod(0o755)
     found = estimated("some/model", "h100_sxm", tensor_parallel=2, python=str(python))
-    assert np.allclose(found.law.vector, (0.01, 1e-5, 2e-5, 3e-8, 1e-9), rtol=1e-5)
+    assert np.allclose(found.law.vector, (0.01, 1e-5, 2e-5, 3e-8, 1e-9, 0), rtol=1e-5)
     assert (found.engine, found.tensor_parallel) == ("vllm 9.9", 2)
     assert found.errors["max"] < 1e-6
     assert "aisimulate 0.0" in found.source
