@@ -161,8 +161,8 @@ def test_envs_lists_every_environment_and_prints_a_schema() -> None:
     lines = pilotage("envs").stdout.splitlines()
     assert [line.split()[0] for line in lines] == [
         "azure-chat", "bad-retrain", "diurnal", "drift-gradual", "drift-none", "drift-recurring", "drift-sudden",
-        "flash-crowd", "fleet-lifecycle", "late-labels", "llm-agentic", "llm-chat", "llm-disaggregated", "llm-mixed", "multi-tenant",
-        "quickstart", "sparse", "spot-fleet", "steady", "zone-outage",
+        "flash-crowd", "fleet-lifecycle", "late-labels", "llm-agentic", "llm-chat", "llm-disaggregated", "llm-mixed",
+        "multi-tenant", "quickstart", "sparse", "spot-fleet", "steady", "zone-outage",
     ]  # fmt: skip
     schema = json.loads(pilotage("envs", "--schema").stdout)
     jsonschema.Draft202012Validator.check_schema(schema)

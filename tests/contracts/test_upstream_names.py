@@ -58,7 +58,7 @@ def names(module: ModuleType) -> Iterator[str]:
             for mark in getattr(test, "pytestmark", []):
                 if mark.name == "parametrize":
                     ids = mark.kwargs.get("ids")
-                    yield from map(str, ids if isinstance(ids, list) else [])
+                    yield from map(str, () if callable(ids) else ids or ())
                     for case in mark.args[1]:
                         yield str(getattr(case, "id", None) or (case[0] if isinstance(case, tuple) else case))
 
