@@ -1,7 +1,7 @@
 """Fits the LLM profiles that come with the package, and says how well the law fits what each was fitted to.
 
 `run.py --data DIR --out DIR [--aisimulate PYTHON]` writes `profiles.json` (which the package holds as
-`pilotage/world/profiles.json`) and a table of errors. Four sources, all of them fitted by relative least squares with a
+`pilotage/world/profiles.json`) and a table of errors. Five sources, most of them fitted by relative least squares with a
 law of its own for iterations that only decode:
 
 - splitwise_llm_perf: measured times of prompts and of tokens by batch size (Mutinifni/splitwise-sim), for every model,
@@ -9,6 +9,7 @@ law of its own for iterations that only decode:
 - aiconfigurator_silicon_dev: measured mean TTFT and TPOT at a steady number of clients (ai-dynamo/aiconfigurator), for
   every model, GPU, backend and division with enough rows; one law for both, in which decodes wait for the prompts of
   the others; the error is that of TPOT;
+- results/fidelity/h100: iterations timed on a real H100, with the sixth term; the error is that of batches left out;
 - results/fidelity/vllm: requests measured on a running vLLM; the error is that of E2EL on requests left out of the fit;
 - NVIDIA's aisimulate, where a Python that has it is named; otherwise its profiles are kept as they are.
 """
@@ -32,7 +33,7 @@ from scipy.optimize import nnls
 from pilotage.agents.estimates import estimated
 from pilotage.agents.profiling import errors, fit_regimes
 from pilotage.results import as_csv, provenance, write_whole
-from pilotage.world.llm import Profile, shipped_profiles
+from pilotage.world.llm import Profile, load_profile, shipped_profiles
 from pilotage.world.servers import IterationLaw
 from pilotage.world.spec import SpecError
 
@@ -111,7 +112,7 @@ def tabled(t: pd.DataFrame) -> tuple[IterationLaw, dict[str, float]]:
     law = IterationLaw(
         base_s=base, prefill_s=prefill, sequence_s=sequence, context_s=context, square_s=square
     )
-    return law, errors(of_tpot @ np.array(law.vector), tpot)
+    return law, errors(of_tpot @ np.array(law.vector[:5]), tpot)
 
 
 def from_requests(results: Path) -> dict[str, Profile]:
@@ -128,6 +129,11 @@ def from_requests(results: Path) -> dict[str, Profile]:
             caveat="fitted at one rate, 10 requests/s in overload",
         )  # fmt: skip
     return found
+
+
+def from_iterations(results: Path) -> dict[str, Profile]:
+    profile = load_profile(results / "fidelity/h100/llama-3.1-8b-h100.toml")
+    return {name_of("Llama-3.1-8B", "h100-sxm", "tp1", "pytorch"): profile}
 
 
 def from_aisimulate(python: str) -> dict[str, Profile]:
@@ -147,7 +153,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=os.environ.get("PILOTAGE_DATA"))
     parser.add_argument("--out", type=Path, default=Path("results/llm_profiles"))
     parser.add_argument("--seed", type=int, default=0, help="not needed: nothing here is drawn")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="where fidelity/vllm is")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="where fidelity is")
     parser.add_argument("--aisimulate", default="", help="a Python that has aisimulate")
     parser.add_argument("--quick", action="store_true", help="not needed: it takes seconds")
     options = parser.parse_args()
@@ -163,6 +169,7 @@ def main() -> None:
     parts = {
         "times of batches": from_splitwise(data),
         "tables of means": from_tables(data),
+        "timed iterations": from_iterations(options.results),
         "measured requests": from_requests(options.results),
         "aisimulate": theirs,
     }
@@ -201,7 +208,8 @@ def _short(profiles: dict[str, Profile]) -> dict[str, Any]:
 
     def short(value: Any) -> Any:
         if isinstance(value, dict):
-            return {k: short(v) for k, v in value.items() if v is not None and k != "noise_cv"}
+            unsaid = {"noise_cv": 0.0, "cross_s": 0.0}
+            return {k: short(v) for k, v in value.items() if v is not None and unsaid.get(k) != v}
         return float(f"{value:.6g}") if isinstance(value, float) else value
 
     plain: dict[str, Any] = short(msgspec.to_builtins(profiles))
