@@ -70,7 +70,8 @@ def provenance(
             + [Path(word).name if Path(word).is_absolute() else word for word in command]
         ),
         "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        # whether what ran is that commit; results, which it may have begun to write, are none of it
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results")),
         "versions": {name: _version(name) for name in packages},
         "machine": {
             "cpu": _cpu(),
