@@ -344,9 +344,7 @@ def main() -> None:
         )  # fmt: skip
     for env in envs:
         mine = {name: of for (where, name), of in runs.items() if where == env}
-        acceptance += compared(
-            env, f"{found['chosen'][env]}, tuned", mine, [f"{name}, tuned" for name in RULES]
-        )
+        acceptance += compared(env, f"{found['chosen'][env]}, tuned", mine)
     for k, one in enumerate(found["training"]):
         acceptance.append(
             {"line": f"training run {k} on {CHAT}'s service, minutes on one core", "asked": "<= 10",
