@@ -17,6 +17,8 @@ $(STAMP): pyproject.toml
 # install, tune, train, compare against production autoscalers and the clairvoyant bound, write the report
 demo: $(STAMP)
 	$(BIN)/pilotage study experiments/quickstart.toml
+	$(BIN)/pilotage explain results/quickstart quickstart --hours 1.5 --out results/quickstart
+	$(BIN)/pilotage report results/quickstart
 
 # the closed loop on real parts: Ray Serve (in .ray), Prometheus, steer; at most 6 minutes once they are installed
 demo-live: $(STAMP) ray
@@ -84,14 +86,21 @@ reproduce: $(STAMP) bench
 	$(BIN)/pilotage study experiments/quickstart.toml
 	$(BIN)/pilotage study experiments/real_traffic.toml --data $(DATA)
 	$(BIN)/python experiments/placement/run.py
+	$(BIN)/python experiments/placement/joint.py
+	$(BIN)/python experiments/placement/spot.py
 	$(BIN)/python experiments/ledger.py
 	$(BIN)/python experiments/export/run.py
 	$(BIN)/python experiments/scaling/learn.py --data $(DATA)
 	$(BIN)/python experiments/scaling/tune.py --data $(DATA)
 	$(BIN)/python experiments/scaling/judge.py --data $(DATA) --split validate
+	$(BIN)/python experiments/scaling/zero_shot.py --data $(DATA)
+	$(BIN)/python experiments/scaling/configure.py --data $(DATA)
 	$(BIN)/python experiments/scaling/forecasts.py --data $(DATA)
 	$(BIN)/python experiments/retraining/run.py --data $(DATA)
+	$(BIN)/python experiments/drift_detection/run.py
+	$(BIN)/python experiments/anomaly/run.py --data $(DATA)
 	$(BIN)/python experiments/fleet_lifecycle/run.py
+	$(BIN)/python experiments/fleet_lifecycle/off_peak.py
 	$(BIN)/python experiments/canary/run.py
 	$(BIN)/python experiments/rollout/run.py
 	$(BIN)/python experiments/rollback/run.py
@@ -100,10 +109,16 @@ reproduce: $(STAMP) bench
 	$(BIN)/python experiments/traffic_fit.py --data $(DATA)
 	$(BIN)/python experiments/fidelity/ray_serve/run.py --data $(DATA)
 	$(BIN)/python experiments/steer/run.py
+	$(BIN)/python experiments/calibrate/run.py
+	$(BIN)/python experiments/rehearse/run.py
+	$(BIN)/python experiments/plan/run.py --data $(DATA)
+	$(BIN)/python experiments/profile/run.py
 	$(BIN)/python experiments/workers.py
 	$(BIN)/python experiments/cleanrl_ppo.py
 	$(BIN)/python experiments/fidelity/vidur/run.py --data $(DATA)
 	$(BIN)/python experiments/fidelity/vllm/run.py --data $(DATA)
+	$(BIN)/python experiments/fidelity/silicon/run.py --data $(DATA)
+	$(BIN)/python experiments/fidelity/h100/run.py
 	$(BIN)/python experiments/llm_profiles/run.py --data $(DATA)
 	$(BIN)/python experiments/llm_scaling/run.py --data $(DATA)
 	$(BIN)/python experiments/live_loop/run.py --thorough
