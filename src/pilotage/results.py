@@ -71,7 +71,9 @@ def provenance(
         ),
         "commit": git("rev-parse", "HEAD"),
         # whether what ran is that commit; results, which it may have begun to write, are none of it
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results")),
+        "dirty": bool(
+            git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results")
+        ),
         "versions": {name: _version(name) for name in packages},
         "machine": {
             "cpu": _cpu(),

@@ -189,8 +189,7 @@ def batch_times_s(
     n = np.arange(largest + 1)
     at_once = np.minimum(np.maximum(n, 1), fit)
     chunk = min(prompt, server.chunk_tokens if server.scheduler == "chunked" else server.max_tokens)
-    cross_s = law.cross_s * prompt * (prompt - chunk) / 2
-    prefill_s = law.prefill_s * prompt + law.square_s * prompt * chunk + cross_s
+    prefill_s = _prefill_s(law, prompt, chunk)
     if server.role == "prefill":
         most = server.chunk_tokens if server.scheduler == "chunked" else server.max_tokens
         prefills: np.ndarray = n * prefill_s + law.base_s * np.maximum(n * prompt / most, np.minimum(n, 1))
@@ -202,6 +201,12 @@ def batch_times_s(
     times: np.ndarray = (output * step_s + at_once * prefill_s) * np.maximum(n, 1) / at_once
     times[0] = 0.0
     return times
+
+
+def _prefill_s(law: IterationLaw, prompt: float, chunk: float) -> float:
+    """What one prompt adds to the iterations that prefill it, chunk by chunk."""
+    cross_s = law.cross_s * prompt * (prompt - chunk) / 2
+    return law.prefill_s * prompt + law.square_s * prompt * chunk + cross_s
 
 
 def waits_s(server: LLMServer, law: IterationLaw, means: tuple[float, float], largest: int) -> np.ndarray:
@@ -221,7 +226,7 @@ def waits_s(server: LLMServer, law: IterationLaw, means: tuple[float, float], la
     chunk = min(prompt, server.chunk_tokens if server.scheduler == "chunked" else server.max_tokens)
     decode = law.decode or law
     step_s = decode.base_s + (decode.sequence_s + decode.context_s * (prompt + output / 2)) * n
-    prefill_s = law.prefill_s * prompt + law.square_s * prompt * chunk  # of one prompt
+    prefill_s = _prefill_s(law, prompt, chunk)
     first_s = (1 + math.ceil(prompt / chunk)) * step_s + prefill_s * (1 + np.minimum(n / output, 1.0))
     _, tpot_s, _ = server.objectives.seconds
     return np.where(times / output <= tpot_s, first_s, np.inf)

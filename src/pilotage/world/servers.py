@@ -218,7 +218,7 @@ class Profiled(IterationLaw, frozen=True, kw_only=True, tag="profile"):
         from pilotage.world.llm import shipped_profile  # which is made of laws itself
 
         law = shipped_profile(self.name).law
-        for name in ("base_s", "prefill_s", "sequence_s", "context_s", "square_s", "decode"):
+        for name in ("base_s", "prefill_s", "sequence_s", "context_s", "square_s", "cross_s", "decode"):
             msgspec.structs.force_setattr(self, name, getattr(law, name))
         IterationLaw.__post_init__(self)
 
