@@ -1,8 +1,8 @@
 """Fits the LLM profiles that come with the package, and says how well the law fits what each was fitted to.
 
 `run.py --data DIR --out DIR [--aisimulate PYTHON]` writes `profiles.json` (which the package holds as
-`pilotage/world/profiles.json`) and a table of errors. Five sources, most of them fitted by relative least squares with a
-law of its own for iterations that only decode:
+`pilotage/world/profiles.json`) and a table of errors. Five sources, most of them fitted by relative least squares with
+a law of its own for iterations that only decode:
 
 - splitwise_llm_perf: measured times of prompts and of tokens by batch size (Mutinifni/splitwise-sim), for every model,
   GPU and tensor parallelism; the error is that of each time;
