@@ -33,12 +33,19 @@ ENV, SEED = "spot-fleet", 500_000
 
 def changed(scenario: Scenario, learned: Placement) -> dict[str, Scenario]:
     """The environment as it is compared."""
-    kubernetes = scenario.replace(placement=Placement(rule="kubernetes", at_notice="drain"))
-    found = {"kubernetes": kubernetes}
-    for name, placement in (("kubernetes", kubernetes.placement), ("learned-placement", learned)):
-        for at_notice in ("drain", "replace-first"):
-            found[f"{name}, {at_notice}"] = scenario.replace(placement=placement.replace(at_notice=at_notice))
-    del found["kubernetes, drain"]  # as above
+
+    def placed(placement: Placement, at_notice: str) -> Scenario:
+        one: Scenario = scenario.replace(placement=placement.replace(at_notice=at_notice))
+        return one
+
+    scores = Placement(rule="kubernetes")
+    kubernetes = placed(scores, "drain")
+    found = {
+        "kubernetes": kubernetes,
+        "kubernetes, replace-first": placed(scores, "replace-first"),
+        "learned-placement, drain": placed(learned, "drain"),
+        "learned-placement, replace-first": placed(learned, "replace-first"),
+    }
     for one in scenario.services:
         there = tuple(
             s.replace(pools=tuple(p for p in s.pools if not scenario.pool_by_name[p].spot)) if s is one else s

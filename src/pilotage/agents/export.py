@@ -49,7 +49,7 @@ from pilotage.control.learned import Learned, contract
 from pilotage.control.network import Network
 from pilotage.control.onnx_network import FEW_ROWS, decode, encode
 from pilotage.control.outlook import INPUTS, REFERENCES
-from pilotage.control.policy import FEATURES, Decision, Observation, Policy, Situation
+from pilotage.control.policy import FEATURES, Decision, Observation, Policy, Situation, values_of
 from pilotage.control.scaling import describe
 from pilotage.control.selftest import Case, Ordered, Probe, SelfTest
 from pilotage.control.steer import Helm, steer
@@ -254,7 +254,7 @@ def _case(watched: Watched, service: int, rng: np.random.Generator | None) -> Ca
     own = situation.service
     if not isinstance(own.traffic, Handover):
         own = own.replace(traffic=Poisson(rate_rps=1.0))  # which no policy knows
-    values = np.stack([one.values for one in seen])
+    values = values_of(seen)
     if rng is not None:
         values = np.where(rng.random(values.shape) < _MISSING, np.nan, values)
     return Case(

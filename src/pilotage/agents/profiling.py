@@ -26,7 +26,7 @@ _SHIFT: Final = 10.0  # SciPy's steps are relative, and would vanish at 0
 
 def _law(coefficients: np.ndarray) -> IterationLaw:
     """Of as many terms as there are coefficients; the others are 0."""
-    terms = dict.fromkeys(TERMS, 0.0) | dict(zip(TERMS, map(float, coefficients), strict=False))
+    terms = dict(zip(TERMS, map(float, coefficients), strict=False))
     return msgspec.convert({"kind": "iteration"} | terms, IterationLaw)
 
 

@@ -166,11 +166,10 @@ def crash(c, k, now, until):
     """Replica k loses its work, and starts again on its node from the cache, unless it was to go."""
     r = c.replicas[k]
     c.tick["failed"] += 1
+    stop_serving(c, k)
     if r["state"] >= DRAINING:
-        stop_serving(c, k)
         vanish(c, k, now, until)
     else:
-        stop_serving(c, k)
         c.tick["ready_s"] -= (until - now) * c.param["slots"]
         variant = c.variants[r["variant"]]
         load = quantile(c.tables, variant["load_table"], c.param["seed_start"], 4 * r["ordinal"] + 1)

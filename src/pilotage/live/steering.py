@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 
 from pilotage.control.guard import Check
-from pilotage.control.policy import INDEX, Decision, Observation
+from pilotage.control.policy import INDEX, Decision, Observation, values_of
 from pilotage.control.steer import Helm
 from pilotage.live.advice import Answers
 from pilotage.live.clock import Clock
@@ -234,7 +234,7 @@ class Steering:
 
     def _apply(self, decisions: Sequence[Decision]) -> None:
         seen, mode = self._seen, self.setup.config.mode
-        values = np.stack([one.values for one in seen])
+        values = values_of(seen)
         counts = values[:, [_READY, _STARTING, _PENDING]].sum(axis=1)
         counted = np.isfinite(counts)
         current: list[int] = np.where(counted, counts, 0).astype(int).tolist()

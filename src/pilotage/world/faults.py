@@ -18,9 +18,8 @@ from pilotage.world import traces
 from pilotage.world.spec import Name, NonNegative, Positive, Spec, SpecError, closest
 
 Window = tuple[float, float]  # [start_s, end_s); the method that gives one says on which clock
-AtNotice = Literal[
-    "drain", "replace-first"
-]  # what becomes of replicas whose node was told to go; see `Placement`
+# what becomes of replicas whose node was told to go; see `scenario.Placement`
+AtNotice = Literal["drain", "replace-first"]
 
 MONTH_H: Final = 730.5
 WEEK_S: Final = 7 * 86400.0
