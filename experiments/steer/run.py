@@ -8,6 +8,7 @@ recording. Wall-clock time is of the machine as it is; CPU time is that of the o
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -29,14 +30,8 @@ from pilotage.live.status import Log
 from pilotage.live.steering import Steering
 from pilotage.results import as_csv, provenance, write_whole
 
-CASES = (
-    ("hpa", "shadow"),
-    ("hpa", "act"),
-    ("predictive", "shadow"),
-    ("predictive", "act"),
-    ("learned", "shadow"),
-    ("learned", "act"),
-)
+POLICIES = ("hpa", "predictive", "learned")
+CASES = (("shadow", "follows"), ("act", "follows"), ("act", "stuck"))  # mode and fleet; see `tick.py`
 
 
 class Deciding(Steering):
@@ -51,10 +46,11 @@ class Deciding(Steering):
 
 def ticks_of(folder: Path, services: int, ticks: int) -> list[dict]:
     found = []
-    for policy, mode in CASES:
-        command = [sys.executable, str(Path(__file__).with_name("tick.py")), str(folder / f"{policy}-{mode}")]
+    for policy, (mode, fleet) in itertools.product(POLICIES, CASES):
+        there = str(folder / f"{policy}-{mode}-{fleet}")
+        command = [sys.executable, str(Path(__file__).with_name("tick.py")), there, str(services)]
         done = subprocess.run(
-            [*command, str(services), policy, mode, str(ticks)], capture_output=True, text=True, check=True,
+            [*command, policy, mode, fleet, str(ticks)], capture_output=True, text=True, check=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},  # as in docs/deploy
         )  # fmt: skip
         found.append(json.loads(done.stdout))
@@ -106,6 +102,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        cases = ticks_of(folder, services, timed)
+        lap("ticks")
         # the soak needs time and not quiet, so that it runs beside the rest
         command = [
             sys.executable,
@@ -114,8 +112,6 @@ def main() -> None:
             str(soaked),
         ]
         soaking = subprocess.Popen([*command, str(options.seed)], stdout=subprocess.PIPE, text=True)
-        cases = ticks_of(folder, services, timed)
-        lap("ticks")
         decisions, differ, idle_writes, writes = shadow_against_act(
             folder / "modes", 200 if options.quick else 1000, options.seed
         )
@@ -128,8 +124,8 @@ def main() -> None:
     print(found, flush=True)
     rows = [
         {
-            "policy": case["policy"], "mode": case["mode"], "services": case["services"], "ticks": case["ticks"],
-            "share_changed": f"{case['changed']:.3f}",
+            "policy": case["policy"], "mode": case["mode"], "fleet": case["fleet"],
+            "services": case["services"], "ticks": case["ticks"], "share_changed": f"{case['changed']:.3f}",
             **{f"wall_ms_{q}": f"{v:.1f}" for q, v in zip(("min", "q25", "p50", "p95"), case["wall_ms"], strict=True)},
             **{f"cpu_ms_{q}": f"{v:.1f}" for q, v in zip(("min", "q25", "p50", "p95"), case["cpu_ms"], strict=True)},
             "rss_mib": f"{case['rss_mib']:.1f}", "heavy_modules": " ".join(case["heavy"]),
@@ -147,7 +143,8 @@ def main() -> None:
         print(lines[-1], flush=True)
 
     for case in cases:
-        what = f"{case['services']} services, {case['policy']}, {case['mode']}"
+        stuck = ", all change" if case["fleet"] == "stuck" else ""
+        what = f"{case['services']} services, {case['policy']}, {case['mode']}{stuck}"
         for clock in ("wall", "cpu"):
             times = case[f"{clock}_ms"]
             line(

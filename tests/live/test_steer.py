@@ -430,7 +430,11 @@ def test_health_is_lost_when_ticks_stop_coming(monkeypatch: pytest.MonkeyPatch) 
 def test_a_tick_loads_no_simulator_and_little_memory(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "experiments" / "steer" / "tick.py"), str(tmp_path)]
     done = subprocess.run(
-        [*command, "200", "hpa", "act", "12"], capture_output=True, text=True, timeout=300, check=True
+        [*command, "200", "hpa", "act", "follows", "12"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
     )
     measured = json.loads(done.stdout)
     assert measured["heavy"] == []

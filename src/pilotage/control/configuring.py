@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Final, NamedTuple
 
+import msgspec
 import numpy as np
 from msgspec import Meta
 
@@ -238,7 +239,7 @@ class _Configured:
         self._first = False
         pool, variant, limit, wait_s = self._chosen
         wanted = self._replicas.decide(seen)
-        return replace(
+        return msgspec.structs.replace(
             wanted,
             pool=pool,
             variant=variant,

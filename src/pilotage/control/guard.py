@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Final
 
 import numpy as np
 from msgspec import Meta
+from msgspec.structs import replace
 
 from pilotage.control.hpa import Hpa
 from pilotage.control.policy import (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from pilotage.control.guard import Check, Guard
 from pilotage.control.intake import Intake, Measured
@@ -56,7 +57,7 @@ class Handed:
         if changed:
             seen = list(seen)
             for row in changed:
-                seen[row] = replace(seen[row], values=values[row])
+                seen[row] = Observation(seen[row].now_s, values[row], seen[row].age_s)
         if self._together is not None:
             decisions = list(self._together.decide(seen))
         else:

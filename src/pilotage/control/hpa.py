@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Annotated, Final, Literal
 
 import numpy as np
 from msgspec import Meta
+from msgspec.structs import replace
 
 from pilotage.control.policy import (
     INDEX,

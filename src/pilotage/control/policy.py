@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, overload
 
+import msgspec
 import numpy as np
 
 from pilotage.world.pools import Pool
@@ -301,8 +302,7 @@ def times_of(seen: Sequence[Observation]) -> np.ndarray:
     return np.array(seen.now_s if isinstance(seen, Observations) else [one.now_s for one in seen], float)
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True, gc=False):
     """What a policy orders for one service: replicas to order (ready only after boot and load) and to release
     (now). `max_batch`, `pool`, `variant` and `batch_wait_s` of None leave what is in force; `pool` names where new
     replicas go, `variant` the build to which the service is rolled over, `batch_wait_s` how long a batch that is not

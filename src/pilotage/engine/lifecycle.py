@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
+from msgspec.structs import replace
 
 from pilotage.control.policy import Decision, Observation
 from pilotage.control.retraining import Past, Retrainer, Retraining, Seen, Stakes
