@@ -34,7 +34,7 @@ from pilotage.control.policy import (
 from pilotage.world.spec import Count, NonNegative, Positive, PositiveCount, Spec
 
 State = Literal["ready", "unready", "ignored"]
-FEW: Final = 8  # services, below which arrays cost more than they save
+FEW: Final = 4  # services, below which arrays cost more than they save
 
 
 @dataclass(frozen=True, slots=True)
