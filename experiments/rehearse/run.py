@@ -181,6 +181,9 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs=2, default=(0.05, 2.0), help="requests/s of a service")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that make the recordings")
     parser.add_argument("--quick", action="store_true", help="four hours of five services")
+    parser.add_argument(
+        "--record", action="store_true", help="make the recording, and leave the rehearsal to another run"
+    )
     options = parser.parse_args()
     count, hours = (5, 4.0) if options.quick else (options.services, options.hours)
     if not all(shutil.which(name, path=_path()) for name in ("prometheus", "promtool")):
@@ -189,10 +192,9 @@ def main() -> None:
         )
     started, lasted = datetime.now(UTC), {}
     services = [drawn(k, options.seed, *options.rates) for k in range(count)]
-    fleet = {"services": count, "hours": hours, "rates": list(options.rates), "seed": options.seed}
-    kept = (
-        options.out / "work" / ("-".join(str(part) for part in (count, hours, *options.rates, options.seed)))
-    )
+    low, high = options.rates
+    fleet = {"services": count, "hours": hours, "low_rps": low, "high_rps": high, "seed": options.seed}
+    kept = options.out / "work" / "-".join(str(part) for part in fleet.values())
     if not (kept / "recorded.json").is_file():  # written last
         shutil.rmtree(kept, ignore_errors=True)
         kept.mkdir(parents=True)
@@ -203,6 +205,8 @@ def main() -> None:
         write_whole(kept / "recorded.json", json.dumps(made, indent=1) + "\n")
     recorded = json.loads((kept / "recorded.json").read_text())
     print(f"recording of {recorded['started_at']}, commit {recorded['commit']}, in {kept}", flush=True)
+    if options.record:
+        return
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         with remembering(kept / "data", home) as (url, server):
