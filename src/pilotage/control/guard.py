@@ -307,6 +307,8 @@ class Check:
         self._most = np.maximum(self._most, self._most + order - release)
         if isinstance(chosen, Decisions):
             changed = (order != chosen.order) | (release != chosen.release)
+            if not changed.any():
+                return chosen
             self.interventions["limited"] += int(changed.sum())
             return Decisions(
                 order, release, lambda k: chosen[k].reason + ("; limited by guard" if changed[k] else "")

@@ -151,9 +151,9 @@ class Cluster:
     placement: any function compiled with `engine.placement.rule`, such as a learned scorer; `jointly` (None: as the
     scenario's rule does) chooses the best pair of a pending replica of any service and a node, instead of taking the
     services in turn. `weights` may be changed in place before a `restart`. `each` gives every world a scenario of its
-    own, which is `scenario` but for the mean batch times. How far ahead traffic
-    is read (`read_ahead_s`; None: as suits the traffic) changes no result. Rows of LLM services are served by
-    `llm_rows`, on one thread.
+    own, which is `scenario` but for the mean batch times (not with LLM services). How far ahead traffic is read
+    (`read_ahead_s`; None: as suits the traffic) changes no result. Rows of LLM services are served by `llm_rows`, on
+    one thread.
     """
 
     def __init__(
@@ -211,6 +211,10 @@ class Cluster:
             messages=np.zeros(0, MESSAGE),
         )
         llm = any(service.llm is not None for service in scenario.services)
+        if llm and each is not None:
+            raise SpecError(
+                "LLM services have no scenario of their own in each world; valid: one for all worlds"
+            )
         self._llm = LlmRows(scenario, self.numbers, self.params, self._state) if llm else None
         self._jointly = rule is None and scenario.placement.rule in PAIRWISE if jointly is None else jointly
         self._rule = RULES[scenario.placement.rule] if rule is None else rule
@@ -455,10 +459,8 @@ class Cluster:
     # --- the face of a live cluster --------------------------------------------------------------------
     def read(self) -> Observations:
         """What a monitor would report now of every row: the services of the first world, of the second, …"""
-        copied = (
-            self.ticks.view(np.uint8).copy().view(TICK)
-        )  # as bytes: field by field takes ten times as long
-        return observed(copied, self.now_s)
+        as_bytes = self.ticks.view(np.uint8)  # copied field by field, records take ten times as long
+        return observed(as_bytes.copy().view(TICK), self.now_s)
 
     def apply(self, decisions: Sequence[Decision]) -> None:
         """Takes one decision per row; they act when time goes on."""
