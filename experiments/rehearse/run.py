@@ -1,11 +1,12 @@
 """How long does `pilotage rehearse` take on a week of 50 services?
 
-A fleet is drawn at random and its week is simulated, service by service, as a Prometheus would have seen it every
-minute; promtool writes that into a real one. Then the command itself is run on it, from its start to its answer: it
-reads the history, fits, replays what was recorded, and runs two policies on five draws of the fit. Judged are its
-seconds by the clock, and, since other work on the machine stretches those, its processor seconds on all cores (of the
-command and its workers, not of Prometheus). How long it takes depends on the requests there were, so that the load is
-part of the line.
+A fleet is drawn at random and its week is simulated as a Prometheus would have seen it every minute; promtool writes
+that into a real one. The recording is kept in `work/`, and taken from there if it is of the same fleet (`run.json` says
+when and from which commit it was made). Then the command itself is run on it, from its start to its answer: it reads
+the history, fits, replays what was recorded, and runs two policies on five draws of the fit. Judged are its seconds by
+the clock, and, since other work on the machine stretches those, its processor seconds on all cores (of the command and
+its workers, not of Prometheus, whose own stand in `table.csv`). How long it takes depends on the requests there were,
+so that the load is part of the line.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,6 +45,10 @@ STEP_S = 60.0
 POOL = Pool(name="cpu", price_usd_per_hour=0.34, max_nodes=30)
 EDGES_S = tuple(float(f"{0.005 * 1.5**k:.4g}") for k in range(20))  # 5 ms to 11 s
 POLICIES = ("hpa", "predictive")
+BEGAN_S = (
+    1000 * 486 * 3600.0
+)  # 11 June 2025; promtool's blocks of 486 h begin there, so that a week is in one
+TOGETHER = 8  # services that are simulated at once
 
 
 def drawn(k: int, seed: int, lowest_rps: float, highest_rps: float) -> Service:
@@ -70,32 +75,56 @@ def drawn(k: int, seed: int, lowest_rps: float, highest_rps: float) -> Service:
     )
 
 
-def record(service: Service, seed: int, hours: float, began_s: float, home: Path) -> None:
-    """Writes the service's simulated history into the blocks of a Prometheus."""
-    scenario = Scenario(title="real", pools=(POOL,), services=(service,), tick_s=STEP_S, horizon_h=hours)
-    policy = Hpa(target_utilization=0.6)
-    text = open_metrics(scenario, [policy], World(seed), began_s=began_s, edges_s=EDGES_S)
-    written = home / f"{service.name}.om"
-    written.write_text(text)
-    command = ["promtool", "tsdb", "create-blocks-from", "openmetrics", "--max-block-duration=512h"]
-    subprocess.run(
-        [*command, str(written), str(home / "data")],
-        check=True,
-        capture_output=True,
-        env=os.environ | {"PATH": _path()},
-    )
-    written.unlink()
+def simulated(services: list[Service], seed: int, hours: float, written: Path) -> None:
+    """Writes what a Prometheus would have seen of some services, without the end mark."""
+    pool = POOL.replace(max_nodes=POOL.max_nodes * len(services))
+    scenario = Scenario(title="real", pools=(pool,), services=tuple(services), tick_s=STEP_S, horizon_h=hours)
+    policies = [Hpa(target_utilization=0.6)] * len(services)
+    text = open_metrics(scenario, policies, World(seed), began_s=BEGAN_S, edges_s=EDGES_S)
+    written.write_text(text.removesuffix("# EOF\n"))
+
+
+def record(services: list[Service], seed: int, hours: float, jobs: int, home: Path) -> None:
+    """Writes the simulated history of all services into one block of a Prometheus, below `home`.
+
+    Blocks of single services would overlap, and Prometheus would begin to merge them while it is asked.
+    """
+    began = time.perf_counter()
+    lots = [services[k : k + TOGETHER] for k in range(0, len(services), TOGETHER)]
+    with tempfile.TemporaryDirectory(dir=home) as folder, ProcessPoolExecutor(jobs) as pool:
+        parts = [Path(folder) / f"{k}.om" for k in range(len(lots))]
+        seeds = [1000 * seed + k for k in range(len(lots))]
+        for k, _ in enumerate(pool.map(simulated, lots, seeds, [hours] * len(lots), parts)):
+            print(
+                f"{k + 1} of {len(lots)} parts simulated after {time.perf_counter() - began:.0f} s",
+                flush=True,
+            )
+        whole = Path(folder) / "whole.om"
+        with whole.open("wb") as out:
+            for part in parts:
+                with part.open("rb") as lines:
+                    shutil.copyfileobj(lines, out, 1 << 20)
+                part.unlink()
+            out.write(b"# EOF\n")
+        command = ["promtool", "tsdb", "create-blocks-from", "openmetrics", "--max-block-duration=512h"]
+        subprocess.run(
+            [*command, str(whole), str(home / "data")],
+            check=True,
+            capture_output=True,
+            env=os.environ | {"PATH": _path()},
+        )
+    print(f"in a Prometheus's block after {time.perf_counter() - began:.0f} s", flush=True)
 
 
 @contextmanager
-def remembering(home: Path) -> Iterator[str]:
-    """The URL of a Prometheus on those blocks."""
+def remembering(data: Path, home: Path) -> Iterator[tuple[str, int]]:
+    """The URL and the process number of a Prometheus on blocks."""
     (home / "prometheus.yml").write_text("global: {scrape_interval: 1h}\n")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        "prometheus", f"--config.file={home / 'prometheus.yml'}", f"--storage.tsdb.path={home / 'data'}",
+        "prometheus", f"--config.file={home / 'prometheus.yml'}", f"--storage.tsdb.path={data}",
         f"--web.listen-address=127.0.0.1:{port}", "--storage.tsdb.retention.time=100y",
     ]  # fmt: skip
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -108,7 +137,7 @@ def remembering(home: Path) -> Iterator[str]:
                 break
             except OSError:
                 time.sleep(0.05)
-        yield url
+        yield url, server.pid
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(60)
@@ -116,6 +145,12 @@ def remembering(home: Path) -> Iterator[str]:
 
 def _path() -> str:
     return os.pathsep.join(filter(None, (os.environ.get("PILOTAGE_PROMETHEUS"), os.environ["PATH"])))
+
+
+def cpu_s(pid: int) -> float:
+    """Processor seconds of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def fleet_file(services: list[Service], url: str, began_s: float, hours: float) -> str:
@@ -146,6 +181,9 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs=2, default=(0.05, 2.0), help="requests/s of a service")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that make the recordings")
     parser.add_argument("--quick", action="store_true", help="four hours of five services")
+    parser.add_argument(
+        "--record", action="store_true", help="make the recording, and leave the rehearsal to another run"
+    )
     options = parser.parse_args()
     count, hours = (5, 4.0) if options.quick else (options.services, options.hours)
     if not all(shutil.which(name, path=_path()) for name in ("prometheus", "promtool")):
@@ -153,31 +191,36 @@ def main() -> None:
             "error: no prometheus and promtool on the path, nor in the folder PILOTAGE_PROMETHEUS"
         )
     started, lasted = datetime.now(UTC), {}
-    options.out.mkdir(parents=True, exist_ok=True)
     services = [drawn(k, options.seed, *options.rates) for k in range(count)]
-    began_s = (time.time() - 3600 * (hours + 6)) // STEP_S * STEP_S
+    low, high = options.rates
+    fleet = {"services": count, "hours": hours, "low_rps": low, "high_rps": high, "seed": options.seed}
+    kept = options.out / "work" / "-".join(str(part) for part in fleet.values())
+    if not (kept / "recorded.json").is_file():  # written last
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.mkdir(parents=True)
+        began = time.perf_counter()
+        record(services, options.seed, hours, options.jobs, kept)
+        lasted["simulate recordings"] = round(time.perf_counter() - began, 1)
+        made = fleet | provenance("rehearse", sys.argv, started, dict(lasted))
+        write_whole(kept / "recorded.json", json.dumps(made, indent=1) + "\n")
+    recorded = json.loads((kept / "recorded.json").read_text())
+    print(f"recording of {recorded['started_at']}, commit {recorded['commit']}, in {kept}", flush=True)
+    if options.record:
+        return
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        began = time.perf_counter()
-        with ProcessPoolExecutor(options.jobs) as pool:
-            several = [
-                pool.submit(record, service, 1000 * options.seed + k, hours, began_s, home)
-                for k, service in enumerate(services)
-            ]
-            for k, one in enumerate(as_completed(several)):
-                one.result()
-                print(f"{k + 1} services recorded after {time.perf_counter() - began:.0f} s", flush=True)
-        lasted["simulate recordings"] = round(time.perf_counter() - began, 1)
-        with remembering(home) as url:
-            (home / "fleet.toml").write_text(fleet_file(services, url, began_s, hours))
+        with remembering(kept / "data", home) as (url, server):
+            (home / "fleet.toml").write_text(fleet_file(services, url, BEGAN_S, hours))
             command = [
                 sys.executable, "-m", "pilotage", "rehearse", str(home / "fleet.toml"), "--anyway", "--json",
                 "--out", str(home / "out"),
             ]  # fmt: skip
+            server_before_s = cpu_s(server)
             before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             took_s = time.perf_counter() - began
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            server_cpu_s = cpu_s(server) - server_before_s
     lasted["rehearse"] = round(took_s, 1)
     took_cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     answer = json.loads(done.stdout)
@@ -185,7 +228,7 @@ def main() -> None:
     week = {
         "services": count, "hours": hours, "requests": int(policies[0]["requests"] / 5),
         "good_fits": sum(one["good"] for one in fits), "seconds": f"{took_s:.1f}", "cpu_seconds": f"{took_cpu_s:.1f}",
-        "load_average": f"{os.getloadavg()[0]:.1f}",
+        "prometheus_cpu_seconds": f"{server_cpu_s:.1f}", "load_average": f"{os.getloadavg()[0]:.1f}",
     }  # fmt: skip
     rows = [
         week | {"policy": row["policy"], **{f"usd_{k}": f"{v:.6g}" for k, v in row["total_usd"].items()}}
@@ -208,7 +251,12 @@ def main() -> None:
     write_whole(options.out / "table.csv", as_csv(rows))
     write_whole(options.out / "acceptance.csv", as_csv(acceptance))
     record_ = provenance("rehearse", sys.argv, started, lasted)
-    record_ |= {"seed": options.seed, "quick": options.quick, "load_average": os.getloadavg()}
+    record_ |= {
+        "recording": recorded,
+        "seed": options.seed,
+        "quick": options.quick,
+        "load_average": os.getloadavg(),
+    }
     write_whole(options.out / "run.json", json.dumps(record_, indent=1) + "\n")
 
 

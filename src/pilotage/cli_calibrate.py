@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pilotage.live.history import Recording
     from pilotage.rehearse import Check
     from pilotage.scenario import Scenario
+    from pilotage.workers import Workers
+    from pilotage.world.pools import Pool
 
 app = typer.Typer()
 _screen = Console(stderr=True)
@@ -32,36 +34,31 @@ Out = Annotated[Path, typer.Option("--out", help="folder for scenario.toml and t
 
 
 def _calibrated(
-    config: Path, data: Path | None, out: Path, silent: bool
+    fleet: Fleet, pools: Sequence[Pool], out: Path, workers: Workers, silent: bool
 ) -> tuple[Scenario, list[tuple[Known, Recording, Fit]], list[Check], list[dict[str, Any]]]:
-    from pilotage.live.calibrate import Fleet, fit
-    from pilotage.live.history import HistoryError, read
+    from pilotage.live.calibrate import read_and_fit
+    from pilotage.live.history import HistoryError
     from pilotage.live.registries import RegistryError
-    from pilotage.rehearse import as_toml, check, scenario_of, workers_for
+    from pilotage.rehearse import as_toml, check, scenario_of
     from pilotage.results import write_whole
 
-    fleet = Fleet.load(config)
-    pools = fleet.priced(data or config.parent)
     found, versions = [], []
-    ahead = ThreadPoolExecutor(2)  # the server answers while we compute
     with _screen.status("") as status:
         step = (lambda _: None) if silent else status.update
+        step(f"reading the history of {len(fleet.services)} services")
         try:
-            histories = ahead.map(lambda known: read(fleet.prometheus, known.name), fleet.services)
-            for service, history in zip(fleet.services, histories, strict=True):
-                step(f"reading the history of {service.name}")
+            tasks = [(fleet.prometheus, one.name, one.slo_ms / 1e3) for one in fleet.services]
+            fits = workers.map(read_and_fit, tasks)
+            for service, (history, fitted) in zip(fleet.services, fits, strict=True):
                 known, of_registry = fleet.known(service)
                 versions.append(of_registry)
-                found.append((known, history, fit(history, known.slo_ms / 1e3)))
+                found.append((known, history, fitted))
         except (HistoryError, RegistryError) as error:
             fail(str(error), 1)
-        finally:
-            ahead.shutdown(cancel_futures=True)
         scenario = scenario_of(fleet, pools, found, out / "traffic")
         write_whole(out / "scenario.toml", as_toml(scenario))
         step("replaying what was recorded")
-        with workers_for(scenario) as workers:
-            checks = check(scenario, found, workers)
+        checks = check(scenario, found, workers)
     return scenario, found, checks, _as_dict(found, checks, versions)
 
 
@@ -123,7 +120,13 @@ def calibrate(
     config: Config, data: Tables = None, out: Out = Path("calibrated"), as_json: AsJson = False
 ) -> None:
     """Fit a scenario to a fleet's own history, and judge the fit by a replay; exit code 3 if it is not good."""
-    _, _, checks, rows = _calibrated(config, data, out, as_json)
+    from pilotage.live.calibrate import Fleet
+    from pilotage.rehearse import workers_for
+
+    fleet = Fleet.load(config)
+    with workers_for(fleet) as workers:
+        pools = fleet.priced(data or config.parent)
+        _, _, checks, rows = _calibrated(fleet, pools, out, workers, as_json)
     if as_json:
         print_json({"scenario": str(out / "scenario.toml"), "services": rows})
     else:
@@ -147,24 +150,28 @@ def rehearse(
 ) -> None:
     """What other policies would have cost on the recorded traffic, and how sure that is."""
     from pilotage.control.learned import policy_from
+    from pilotage.live.calibrate import Fleet
     from pilotage.rehearse import rehearse as run
     from pilotage.rehearse import workers_for
 
-    named = policy or list(_fleet(config).policies)
+    fleet = Fleet.load(config)
+    named = policy or list(fleet.policies)
     policies = [(name, policy_from(name)) for name in named]
     if len(set(named)) < len(named):
         raise SpecError(f"--policy {', '.join(named)}: one is given twice; give each policy once")
-    scenario, found, checks, rows = _calibrated(config, data, out, as_json)
-    if not all(judged.good for judged in checks) and not anyway:
-        if as_json:
-            print_json({"services": rows, "policies": None})
-        else:
-            _show(rows)
-        fail(
-            "the fit is not good: what it says of other policies would not be either; --anyway says it all the same",
-            3,
-        )
-    with workers_for(scenario) as workers:
+    with workers_for(fleet) as workers:
+        pools = fleet.priced(data or config.parent)
+        scenario, found, checks, rows = _calibrated(fleet, pools, out, workers, as_json)
+        if not all(judged.good for judged in checks) and not anyway:
+            if as_json:
+                print_json({"services": rows, "policies": None})
+            else:
+                _show(rows)
+            fail(
+                "the fit is not good: what it says of other policies would not be either; "
+                "--anyway says it all the same",
+                3,
+            )
         costs = run(scenario, found, policies, seed, workers)
     if as_json:
         print_json({"services": rows, "policies": costs})
@@ -189,9 +196,3 @@ def rehearse(
             f"{row['latency_ms']['p95']:,.0f}",
         )  # fmt: skip
     Console().print(table)
-
-
-def _fleet(config: Path) -> Fleet:
-    from pilotage.live.calibrate import Fleet
-
-    return Fleet.load(config)

@@ -10,19 +10,22 @@ batching.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 import numpy as np
 
+from pilotage.control.decisions import Decisions
 from pilotage.control.guard import Guard
-from pilotage.control.policy import INDEX, Decision, Observation, Observations, Policy, values_of
+from pilotage.control.policy import Observation, Policy, replicas_of
 from pilotage.control.steer import Decides, Helm, steer
-from pilotage.engine.cluster import Cluster, World, observed
+from pilotage.engine.cluster import Cluster, World
 from pilotage.engine.run import Run, at_tick, bill, tick_of
 from pilotage.evaluate import summary
 from pilotage.live.calibrate import Fit, Fleet, Known
@@ -44,7 +47,6 @@ DRIFT: Final = 0.08
 SEEDS: Final = 3
 DRAWS: Final = 5  # of the fitted numbers, from their bootstrap
 ENOUGH: Final = 30_000  # steps of services, from which on processes are worth their start
-_COUNTS: Final = [INDEX[name] for name in ("replicas_ready", "replicas_starting", "replicas_pending")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +125,9 @@ def _serving(scenario: Scenario) -> Scenario:
     return serving
 
 
-def workers_for(scenario: Scenario) -> Workers:
+def workers_for(fleet: Fleet) -> Workers:
     """Processes of this machine, where there is enough to do for them."""
-    return Workers("local" if scenario.ticks * len(scenario.services) > ENOUGH else None)
+    return Workers("local" if len(fleet.prometheus.times_s) * len(fleet.services) > ENOUGH else None)
 
 
 def check(
@@ -135,7 +137,7 @@ def check(
     scenario = _serving(scenario)
     wanted = np.array([history.wanted[1:] for _, history, _ in found])
     workers = workers or Workers()
-    tasks = [([scenario] * len(part), [World(k) for k in part], wanted) for part in _parts(SEEDS, workers)]
+    tasks = [(scenario, [World(k) for k in part], wanted) for part in _parts(SEEDS, workers.count)]
     runs = [run for part in workers.map(_replayed, tasks) for run in part]
     out = []
     for s, (known, history, fitted) in enumerate(found):
@@ -208,10 +210,12 @@ def rehearse(
         draws.append(_serving(scenario.replace(services=tuple(services))))
     worlds = [World(seed + 1000 + k) for k in range(DRAWS)]
     workers = workers or Workers()
+    # as many tasks as share out evenly, and no more: the more runs are in one, the less a decision costs
+    parts = _parts(DRAWS, workers.count // math.gcd(workers.count, len(policies)))
     tasks = [
         ([draws[k] for k in part], [worlds[k] for k in part], label, policy)
         for label, policy in policies
-        for part in _parts(DRAWS, workers)
+        for part in parts
     ]
     runs = [run for part in workers.map(_rehearsed, tasks) for run in part]
     rows = []
@@ -228,31 +232,10 @@ def rehearse(
     return rows
 
 
-def _parts(count: int, workers: Workers) -> list[range]:
-    """Runs shared out: one part for each worker, for the more runs go abreast, the less a decision costs."""
-    return [range(k, count, workers.count) for k in range(min(workers.count, count))]
-
-
-class _Abreast:
-    """Clusters in step, so that a policy that can be asked about many services at once is asked about all of theirs."""
-
-    def __init__(self, clusters: Sequence[Cluster]) -> None:
-        self._clusters = clusters
-        self._ticks = np.concatenate([cluster.ticks for cluster in clusters])
-
-    def read(self) -> Observations:
-        for k, cluster in enumerate(self._clusters):
-            self._ticks[k] = cluster.ticks[0]
-        return observed(self._ticks, np.concatenate([cluster.now_s for cluster in self._clusters]))
-
-    def apply(self, decisions: Sequence[Decision]) -> None:
-        services = len(decisions) // len(self._clusters)
-        for k, cluster in enumerate(self._clusters):
-            cluster.apply(decisions[k * services : (k + 1) * services])
-
-    def wait(self) -> None:
-        for cluster in self._clusters:
-            cluster.wait()
+def _parts(runs: int, parts: int) -> list[range]:
+    """Runs in so many parts, or in as many as there are runs, next to each other."""
+    edges = np.linspace(0, runs, min(parts, runs) + 1).round().astype(int).tolist()
+    return [range(lo, hi) for lo, hi in pairwise(edges)]
 
 
 class _AsRecorded:
@@ -261,49 +244,46 @@ class _AsRecorded:
     def __init__(self, wanted: np.ndarray) -> None:
         self._wanted, self._tick = wanted, -1
 
-    def decide(self, seen: Sequence[Observation]) -> list[Decision]:
+    def decide(self, seen: Sequence[Observation]) -> Decisions:
         self._tick += 1
-        present = values_of(seen)[:, _COUNTS].sum(axis=1).reshape(-1, len(self._wanted))
-        change = (self._wanted[:, self._tick] - present).astype(int).reshape(-1)
-        stays = Decision()
-        return [Decision(order=max(0, c), release=max(0, -c)) if c else stays for c in change.tolist()]
+        wanted = np.tile(self._wanted[:, self._tick].astype(np.int64), len(seen) // len(self._wanted))
+        return Decisions.towards(wanted, replicas_of(seen), lambda row: f"recorded: {wanted[row]}")
 
 
-def _replayed(scenarios: Sequence[Scenario], worlds: Sequence[World], wanted: np.ndarray) -> list[Run]:
-    clusters = [Cluster(scenario, [world]) for scenario, world in zip(scenarios, worlds, strict=True)]
-    return _run(clusters, _AsRecorded(wanted), "recorded")
+def _replayed(scenario: Scenario, worlds: Sequence[World], wanted: np.ndarray) -> list[Run]:
+    return _run(Cluster(scenario, worlds), _AsRecorded(wanted), "recorded")
 
 
 def _rehearsed(
     scenarios: Sequence[Scenario], worlds: Sequence[World], label: str, policy: Policy
 ) -> list[Run]:
-    """One policy in scenarios that have the same services, behind the guard."""
+    """One policy in scenarios that differ in their laws alone, behind the guard, which is asked about all at once."""
     tick_s = tick_of(scenarios[0], policy)
-    clusters = [Cluster(at_tick(one, tick_s), [world]) for one, world in zip(scenarios, worlds, strict=True)]
-    situations = [cluster.situation(0, s) for cluster in clusters for s in range(cluster.shape[1])]
-    helm = Helm([policy] * len(situations), situations, Guard(), fleet=clusters[0].shape[1])
-    return _run(clusters, helm, label)
+    each = [at_tick(one, tick_s) for one in scenarios]
+    cluster = Cluster(each[0], worlds, each=each)
+    worlds_, services = cluster.shape
+    situations = [cluster.situation(w, s) for w in range(worlds_) for s in range(services)]
+    helm = Helm([policy] * len(situations), situations, Guard(), fleet=services)
+    return _run(cluster, helm, label)
 
 
-def _run(clusters: Sequence[Cluster], helm: Decides, label: str) -> list[Run]:
-    """Runs of clusters of one world each, which have the same services."""
+def _run(cluster: Cluster, helm: Decides, label: str) -> list[Run]:
     began = time.perf_counter()
-    scenario = clusters[0].scenario
-    steer(_Abreast(clusters), helm, scenario.ticks)
-    for cluster in clusters:
-        cluster.finish()
-    each_s = (time.perf_counter() - began) / len(clusters)
+    scenario = cluster.scenario
+    steer(cluster, helm, scenario.ticks)
+    cluster.finish()
+    each_s = (time.perf_counter() - began) / len(cluster.worlds)
     return [
         Run(
             policy=label,
-            world=cluster.worlds[0],
+            world=world,
             tick_s=scenario.tick_s,
-            usd=bill(cluster.totals[0], scenario),
-            totals=cluster.totals[0],
-            histogram=cluster.histograms[0],
+            usd=bill(cluster.totals[w], scenario),
+            totals=cluster.totals[w],
+            histogram=cluster.histograms[w],
             seconds=each_s,
         )
-        for cluster in clusters
+        for w, world in enumerate(cluster.worlds)
     ]
 
 

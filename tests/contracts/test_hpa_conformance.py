@@ -315,7 +315,7 @@ def test_services_together_are_decided_for_as_one_by_one(policy: Hpa) -> None:
         now_s = 15.0 * tick + (rng.uniform(-1, 1) if policy.sync_period_s == 40.0 else 0.0)
         seen = [Observation(now_s, row, np.zeros(len(FEATURES))) for row in values]
         said = [one.decide(row) for one, row in zip(alone, seen, strict=True)]
-        assert together.decide(seen) == said
+        assert list(together.decide(seen)) == said
         reasons |= {one.reason.partition(" ")[0] for one in said}
         order, release = (np.array([getattr(one, name) for one in said]) for name in ("order", "release"))
         started = rng.random(rows) < 0.5

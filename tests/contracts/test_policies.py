@@ -217,7 +217,7 @@ def test_services_that_are_asked_together_get_what_they_would_get_alone(policy, 
     helm = Helm([policy] * len(rows), rows)
     for seen in zip(*runs, strict=True):
         apart = [controller.decide(one) for controller, one in zip(alone, seen, strict=True)]
-        assert helm.decide(seen) == apart
+        assert list(helm.decide(seen)) == apart
 
 
 def test_one_policy_that_fails_holds_its_own_service_only() -> None:

@@ -67,7 +67,7 @@ def test_a_replay_orders_what_was_recorded(tmp_path: Path) -> None:
     schedules = [Schedule(targets=tuple(int(n) for n in history.wanted[1:])) for _, history, _ in found]
     alone = simulate(scenario, [schedules], [World(0)])[0]
     wanted = np.array([history.wanted[1:] for _, history, _ in found])
-    replayed = _replayed([scenario], [World(0)], wanted)[0]
+    replayed = _replayed(scenario, [World(0)], wanted)[0]
     assert replayed.totals.tobytes() == alone.totals.tobytes()
     assert replayed.totals["replica_s"].max() > 3600 * 1.5
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -257,7 +258,8 @@ def test_an_explosion_of_labels_is_refused_and_long_spans_are_asked_in_pieces(
 
     def ask(self: Prometheus, query: str, start_s: float, end_s: float) -> list[Any]:
         asked.append((start_s, end_s))
-        return [module._Row({"pod": str(k)}, [(start_s, "1"), (end_s, "NaN")]) for k in range(5)]
+        values = msgspec.Raw(f'[[{start_s},"1"],[{end_s},"NaN"]]'.encode())
+        return [module._Row({"pod": str(k)}, values) for k in range(5)]
 
     monkeypatch.setattr(Prometheus, "_ask", ask)
     monkeypatch.setattr(module, "MOST_POINTS", 4)
@@ -269,5 +271,10 @@ def test_an_explosion_of_labels_is_refused_and_long_spans_are_asked_in_pieces(
     monkeypatch.setattr(module, "MOST_SERIES", 3)
     with pytest.raises(HistoryError, match="recording rule"):
         source.range("up")
+    for broken in (b"[1]", b'[[1,"a"]]', b'[[1,"2",3]]', b"{}"):
+        row = module._Row({}, msgspec.Raw(broken))
+        monkeypatch.setattr(Prometheus, "_ask", lambda *_, row=row: [row])
+        with pytest.raises(HistoryError, match="no list of times and values"):
+            source.range("up")
     with pytest.raises(SpecError, match="ISO 8601"):
         Prometheus(url="http://x", start="yesterday", end="2026-11-20")

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 
 import numpy as np
 from msgspec import Meta
 from msgspec.structs import replace
 
+from pilotage.control.decisions import Decisions, amounts_of
 from pilotage.control.hpa import Hpa
 from pilotage.control.policy import (
     INDEX,
@@ -23,13 +24,14 @@ from pilotage.control.policy import (
     Decision,
     Observation,
     Situation,
+    columns_of,
+    counts_of,
     times_of,
     values_of,
 )
 from pilotage.world.spec import Count, NonNegative, Positive, PositiveCount, Spec, SpecError, closest
 
 _ABSURD = 1_000_000
-_COUNTS: Final = [INDEX[name] for name in ("replicas_ready", "replicas_starting", "replicas_pending")]
 
 
 class Range(Spec, frozen=True, kw_only=True):
@@ -187,11 +189,12 @@ class Check:
                     f"valid: at least {least:g}"
                 )
 
-    def __call__(self, seen: Sequence[Observation], wanted: Sequence[Decision | Exception]) -> list[Decision]:
+    def __call__(
+        self, seen: Sequence[Observation], wanted: Sequence[Decision | Exception]
+    ) -> Sequence[Decision]:
         """What is done in the place of what the policies want, or failed to want; one per service."""
-        values = values_of(seen)
         now_s = times_of(seen)
-        counts = values[:, _COUNTS].sum(axis=1)
+        counts = counts_of(seen)
         counted = np.isfinite(counts)
         self._changed_s[counted & ~np.isnan(self._known) & (counts != self._known)] = now_s[0]
         self._known[counted] = self._most[counted] = counts[counted]
@@ -199,9 +202,11 @@ class Check:
         stopped = self._guard.stopped()
         if stopped is not None:
             return [self._held(f"everything: {stopped}") for _ in seen]
-        missing = self._missing(values, seen, counted)
-        faults = {k: why for k, want in enumerate(wanted) if (why := self._fault(k, want))}
-        wrong = faults | self._doubts(values) | missing
+        missing = self._missing(seen, counted)
+        wrong = self._faults(wanted) | self._doubts(seen) | missing
+        counts = np.where(counted, counts, 0).astype(np.int64)
+        if isinstance(wanted, Decisions) and not wrong:
+            return self._limited(wanted, counts, counted, now_s)
         chosen = [
             want
             if isinstance(want, Decision) and k not in wrong
@@ -210,15 +215,14 @@ class Check:
             else self._instead(wrong[k], advice[k])
             for k, want in enumerate(wanted)
         ]
-        return self._limited(chosen, np.where(counted, counts, 0).astype(np.int64), counted, now_s)
+        return self._limited(chosen, counts, counted, now_s)
 
     # --- what is wrong -----------------------------------------------------------------------------------------
-    def _missing(
-        self, values: np.ndarray, seen: Sequence[Observation], counted: np.ndarray
-    ) -> dict[int, str]:
+    def _missing(self, seen: Sequence[Observation], counted: np.ndarray) -> dict[int, str]:
         """Why rows are held for lack of data."""
         found = dict.fromkeys(np.flatnonzero(~counted).tolist(), "replica counts are missing")
         if self._guard.required:
+            values = values_of(seen)
             ages_s = np.stack([one.age_s for one in seen])
             for name in reversed(self._guard.required):  # the first that is missing is named
                 at = INDEX[name]
@@ -226,12 +230,12 @@ class Check:
                 found |= dict.fromkeys(np.flatnonzero(bad).tolist(), f"{name} is missing or stale")
         return found
 
-    def _doubts(self, values: np.ndarray) -> dict[int, str]:
+    def _doubts(self, seen: Sequence[Observation]) -> dict[int, str]:
         """Why rows are unlike what the policy knows. What is missing is not outside."""
         found: dict[int, str] = {}
         for known in self._guard.ranges:
             slack = self._guard.outside * (known.high - known.low)
-            column = values[:, INDEX[known.feature]]
+            column = columns_of(seen, [INDEX[known.feature]])[:, 0]
             outside = np.flatnonzero((column < known.low - slack) | (column > known.high + slack))
             for k in outside.tolist():
                 found[k] = (
@@ -239,6 +243,14 @@ class Check:
                     f"{known.low:g} to {known.high:g}"
                 )
         return found
+
+    def _faults(self, wanted: Sequence[Decision | Exception]) -> dict[int, str]:
+        """What is wrong with decisions as such, by row."""
+        suspect: Iterable[int] = range(len(wanted))
+        if isinstance(wanted, Decisions):
+            amounts = np.stack([wanted.order, wanted.release])
+            suspect = np.flatnonzero(((amounts < 0) | (amounts > _ABSURD)).any(axis=0)).tolist()
+        return {k: why for k in suspect if (why := self._fault(k, wanted[k]))}
 
     def _fault(self, k: int, wanted: Decision | Exception) -> str | None:
         """What is wrong with a decision as such."""
@@ -280,12 +292,11 @@ class Check:
         return replace(advice, reason=f"fallback, {advice.reason}: {why}")
 
     def _limited(
-        self, chosen: list[Decision], current: np.ndarray, counted: np.ndarray, now_s: np.ndarray
-    ) -> list[Decision]:
+        self, chosen: Sequence[Decision], current: np.ndarray, counted: np.ndarray, now_s: np.ndarray
+    ) -> Sequence[Decision]:
         """The decisions within all limits; the bounds hold also where a policy does not decide."""
         guard = self._guard
-        order = np.array([one.order for one in chosen], np.int64)
-        release = np.array([one.release for one in chosen], np.int64)
+        order, release = amounts_of(chosen)
         since_s = now_s - self._changed_s
         order[since_s < guard.order_cooldown_s] = 0
         release[since_s < guard.release_cooldown_s] = 0
@@ -294,6 +305,14 @@ class Check:
         if guard.max_total_usd_per_hour is not None:
             order = self._affordable(order, release, guard.max_total_usd_per_hour)
         self._most = np.maximum(self._most, self._most + order - release)
+        if isinstance(chosen, Decisions):
+            changed = (order != chosen.order) | (release != chosen.release)
+            if not changed.any():
+                return chosen
+            self.interventions["limited"] += int(changed.sum())
+            return Decisions(
+                order, release, lambda k: chosen[k].reason + ("; limited by guard" if changed[k] else "")
+            )
         return [
             one
             if o == one.order and r == one.release and type(one.order) is type(one.release) is int

@@ -62,7 +62,7 @@ class Handed:
             decisions = list(self._together.decide(seen))
         else:
             decisions = [one.decide(s) for one, s in zip(self._each, seen, strict=True)]
-        decisions = self._check(seen, decisions)
+        decisions = list(self._check(seen, decisions))
         for row, what in notes.items():
             if row in held:
                 decisions[row] = Decision(reason=f"held: {'; '.join(what)}")

@@ -12,13 +12,12 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Annotated, Final, Literal
 
 import numpy as np
 from msgspec import Meta
-from msgspec.structs import replace
 
+from pilotage.control.decisions import Decisions
 from pilotage.control.policy import (
     INDEX,
     Controller,
@@ -28,13 +27,14 @@ from pilotage.control.policy import (
     Policy,
     Situation,
     Together,
+    columns_of,
+    replicas_of,
     times_of,
-    values_of,
 )
 from pilotage.world.spec import Count, NonNegative, Positive, PositiveCount, Spec
 
 State = Literal["ready", "unready", "ignored"]
-FEW: Final = 8  # services, below which arrays cost more than they save
+FEW: Final = 4  # services, below which arrays cost more than they save
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,12 +289,6 @@ class HpaController:
         )
 
 
-@lru_cache(10_000)
-def _changing(change: int, metric: str, raw: int) -> Decision:
-    """What a proposal comes to; the same few are said over and over."""
-    return Decision(order=max(0, change), release=max(0, -change), reason=f"{metric} proposes {raw}")
-
-
 class _Together:
     """`HpaController` of many services at once, in arrays; all replicas of a service report alike."""
 
@@ -310,42 +304,40 @@ class _Together:
         self._due_s = np.full(len(services), -np.inf)
         self._early_s = situations[0].tick_s / 2
         self._longest_s = max(r.period_s for r in (*policy.up.rates, *policy.down.rates))
-        # of every tick, the times and what was recommended (NaN: nothing) or changed
-        self._recommended: deque[tuple[np.ndarray, np.ndarray]] = deque()
-        self._changed: deque[tuple[np.ndarray, np.ndarray]] = deque()
+        # of every tick, when and what was recommended (NaN: nothing), in places that are used again
+        self._when_s, self._recommended = np.full((2, 0, len(services)), np.nan)
+        self._next = 0
+        self._changed: deque[tuple[np.ndarray, np.ndarray]] = deque()  # the same of what was changed
 
-    def decide(self, seen: Sequence[Observation]) -> list[Decision]:
+    def decide(self, seen: Sequence[Observation]) -> Decisions:
         p = self._policy
-        values = values_of(seen)
+        metric, ready = columns_of(seen, [INDEX[p.metric], INDEX["replicas_ready"]]).T
         now_s = times_of(seen)
-        ready = values[:, INDEX["replicas_ready"]]
-        current = ready + values[:, INDEX["replicas_starting"]] + values[:, INDEX["replicas_pending"]]
-        current = np.where(np.isfinite(current), np.trunc(current), 0.0)
+        current = replicas_of(seen).astype(float)
         due = self._due(now_s)
         disabled = (current == 0) & (self._low > 0)
         bounded = np.clip(current, self._low, self._high)
         outside = bounded != current
         with np.errstate(invalid="ignore", divide="ignore"):
-            raw = self._proposals(values[:, INDEX[p.metric]], ready, current)
+            raw = self._proposals(metric, ready, current)
         judged = due & ~disabled & ~outside & np.isfinite(raw)
         stable = self._stabilised(now_s, np.where(judged, raw, np.nan), current)
         most, least = self._limits(now_s, current)
         target = np.where(stable > current, np.minimum(stable, most), np.maximum(stable, least))
         target = np.where(judged, np.clip(target, self._low, self._high), current)
         target = np.where(due & ~disabled & outside, bounded, target)
-        change = target - current
-        self._record(now_s, change)
-        found = [
-            _changing(c, p.metric, r)
-            for c, r in zip(
-                change.astype(int).tolist(), np.where(judged, raw, -1).astype(int).tolist(), strict=True
-            )
-        ]
-        for k in np.flatnonzero(~judged).tolist():
-            why = "outside its bounds" if outside[k] else "no metrics"
-            why = "disabled: scaled to zero by hand" if disabled[k] else why
-            found[k] = replace(found[k], reason=why if due[k] else "between syncs")
-        return found
+        self._record(now_s, target - current)
+
+        def why(row: int) -> str:
+            if judged[row]:
+                return f"{p.metric} proposes {int(raw[row])}"
+            if not due[row]:
+                return "between syncs"
+            if disabled[row]:
+                return "disabled: scaled to zero by hand"
+            return "outside its bounds" if outside[row] else "no metrics"
+
+        return Decisions.towards(target.astype(np.int64), current.astype(np.int64), why)
 
     def _due(self, now_s: np.ndarray) -> np.ndarray:
         """`Pace` of every row."""
@@ -378,17 +370,25 @@ class _Together:
     def _stabilised(self, now_s: np.ndarray, raw: np.ndarray, current: np.ndarray) -> np.ndarray:
         """`History.stabilised` of the rows that recommend something, NaN of the others."""
         p = self._policy
+        up, down = (
+            furthest(raw, self._since(now_s - window_s, furthest)) if window_s > 0 else raw
+            for furthest, window_s in ((np.fmin, p.stabilization_up_s), (np.fmax, p.stabilization_down_s))
+        )
         longest_s = max(p.stabilization_up_s, p.stabilization_down_s)
-        while self._recommended and (self._recommended[0][0] < now_s - longest_s).all():
-            self._recommended.popleft()
-        self._recommended.append((now_s, raw))
-        times = np.stack([t for t, _ in self._recommended])
-        counts = np.stack([n for _, n in self._recommended])
-        times[-1] = np.inf  # this one counts in any window
-        known = counts == counts
-        up = np.where(known & (times > now_s - p.stabilization_up_s), counts, np.inf).min(axis=0)
-        down = np.where(known & (times > now_s - p.stabilization_down_s), counts, -np.inf).max(axis=0)
+        if not len(self._when_s) or (self._when_s[self._next] > now_s - longest_s).any():  # still counts
+            self._when_s, self._recommended = (
+                np.insert(x, self._next, np.nan, axis=0) for x in (self._when_s, self._recommended)
+            )
+        self._when_s[self._next], self._recommended[self._next] = now_s, raw
+        self._next = (self._next + 1) % len(self._when_s)
         return np.where(raw == raw, np.minimum(np.maximum(current, up), down), np.nan)
+
+    def _since(self, from_s: np.ndarray, furthest: np.ufunc) -> np.ndarray:
+        """The lowest or highest recommendation after a time, NaN where there is none."""
+        found: np.ndarray = furthest.reduce(
+            np.where(self._when_s > from_s, self._recommended, np.nan), axis=0, initial=np.nan
+        )
+        return found
 
     def _limits(self, now_s: np.ndarray, current: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The highest and the lowest counts that the rates allow, as `History.up_limit` and `down_limit`."""

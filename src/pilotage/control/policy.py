@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, Protocol, overload
 
 import msgspec
@@ -227,10 +228,14 @@ INDEX: Final[Mapping[str, int]] = {feature.name: k for k, feature in enumerate(F
 _READY, _STARTING, _PENDING = (INDEX[f"replicas_{what}"] for what in ("ready", "starting", "pending"))
 
 
-def measure(counters: Counters) -> np.ndarray:
+def measure(counters: Counters, features: Sequence[Feature] = FEATURES) -> np.ndarray:
     """Feature values from engine counters of any shape; the features are along the last axis."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.stack([np.asarray(f.engine(counters), dtype=np.float64) for f in FEATURES], axis=-1)
+        found = [f.engine(counters) for f in features]
+    values = np.empty((*np.shape(found[0]), len(features)))
+    for k, column in enumerate(found):
+        values[..., k] = column
+    return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,14 +278,36 @@ class Observation:
 class Observations(Sequence[Observation]):
     """What is reported of many services at a tick, in arrays: times of shape (rows,), values (rows, len(FEATURES)).
 
-    A row becomes an `Observation` when it is asked for; who needs only `values` of all saves that. All are of one age.
+    `values` may be engine counters of shape (rows,) instead, which nobody changes any more. A row becomes an
+    `Observation`, and counters become values, when they are asked for; who needs less of all saves that. All are of
+    one age.
     """
 
-    def __init__(self, now_s: Sequence[float], values: np.ndarray, age_s: np.ndarray) -> None:
-        self.now_s, self.values, self._age_s = now_s, values, age_s
+    def __init__(self, now_s: np.ndarray, values: np.ndarray, age_s: np.ndarray) -> None:
+        self.now_s, self._known, self._age_s = now_s, values, age_s
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self._known)
+
+    @property
+    def values(self) -> np.ndarray:
+        """All features of all rows."""
+        if self._known.dtype.names:
+            self._known = measure(self._known)
+            self._known.setflags(write=False)
+        return self._known
+
+    def columns(self, at: Sequence[int]) -> np.ndarray:
+        """Some features of all rows, by their places in FEATURES; shape (rows, len(at))."""
+        if self._known.dtype.names:
+            return measure(self._known, [FEATURES[k] for k in at])
+        return self._known[:, at]
+
+    @cached_property
+    def replicas(self) -> np.ndarray:
+        """Replicas that are ordered and not released, of all rows: NaN where they are not known."""
+        total: np.ndarray = self.columns([_READY, _STARTING, _PENDING]).sum(axis=1)
+        return total
 
     @overload
     def __getitem__(self, row: int) -> Observation: ...
@@ -288,8 +315,8 @@ class Observations(Sequence[Observation]):
     def __getitem__(self, row: slice) -> Observations: ...
     def __getitem__(self, row: int | slice) -> Observation | Observations:
         if isinstance(row, slice):
-            return Observations(self.now_s[row], self.values[row], self._age_s)
-        return Observation(self.now_s[row], self.values[row], self._age_s)
+            return Observations(self.now_s[row], self._known[row], self._age_s)
+        return Observation(float(self.now_s[row]), self.values[row], self._age_s)
 
 
 def values_of(seen: Sequence[Observation]) -> np.ndarray:
@@ -297,9 +324,27 @@ def values_of(seen: Sequence[Observation]) -> np.ndarray:
     return seen.values if isinstance(seen, Observations) else np.stack([one.values for one in seen])
 
 
+def columns_of(seen: Sequence[Observation], at: Sequence[int]) -> np.ndarray:
+    """Some values of all rows, by their places in FEATURES; shape (rows, len(at))."""
+    return seen.columns(at) if isinstance(seen, Observations) else values_of(seen)[:, at]
+
+
+def counts_of(seen: Sequence[Observation]) -> np.ndarray:
+    """Replicas that are ordered and not released, of all rows, NaN where they are not known; shape (rows,)."""
+    if isinstance(seen, Observations):
+        return seen.replicas
+    return values_of(seen)[:, [_READY, _STARTING, _PENDING]].sum(axis=1)
+
+
+def replicas_of(seen: Sequence[Observation]) -> np.ndarray:
+    """`Observation.replicas` of all rows; shape (rows,), whole numbers."""
+    total = counts_of(seen)
+    return np.where(np.isfinite(total), total, 0.0).astype(np.int64)
+
+
 def times_of(seen: Sequence[Observation]) -> np.ndarray:
     """The times of all rows, in seconds; shape (rows,)."""
-    return np.array(seen.now_s if isinstance(seen, Observations) else [one.now_s for one in seen], float)
+    return seen.now_s if isinstance(seen, Observations) else np.array([one.now_s for one in seen], float)
 
 
 class Decision(msgspec.Struct, frozen=True, gc=False):

@@ -18,6 +18,7 @@ import numpy as np
 from msgspec import Meta
 
 from pilotage.control.autopilot import Autopilot
+from pilotage.control.decisions import Decisions
 from pilotage.control.faro import Faro
 from pilotage.control.forecast import LoadTracker
 from pilotage.control.foresight import Anticipate, Foresight
@@ -35,7 +36,8 @@ from pilotage.control.policy import (
     Policy,
     Situation,
     Together,
-    values_of,
+    columns_of,
+    replicas_of,
 )
 from pilotage.control.queueing import little, square_root_staffing, staffing_for_wait
 from pilotage.control.queueing import staffing as erlang_staffing
@@ -47,6 +49,7 @@ from pilotage.control.wva import Wva
 from pilotage.world.spec import Count, Name, Spec, SpecError, closest, decode, named, read_toml
 
 _LOG = {"log": True}
+_ARRIVALS = [INDEX["arrival_rate"], INDEX["arrival_peak"]]
 ScaleDownDelay = Annotated[float, Meta(ge=15, le=3600, extra=_LOG)]
 
 
@@ -191,18 +194,17 @@ class _Predictive:
         self._held: deque[np.ndarray] = deque(maxlen=longest)
         self._first = True
 
-    def decide(self, seen: Sequence[Observation]) -> list[Decision]:
+    def decide(self, seen: Sequence[Observation]) -> Decisions:
         if not self._first:  # the first observation is older than the run; the history has it
-            values = values_of(seen)
-            self._tracker.update(values[:, INDEX["arrival_rate"]], values[:, INDEX["arrival_peak"]])
+            rate_rps, peak_rps = columns_of(seen, _ARRIVALS).T
+            self._tracker.update(rate_rps, peak_rps)
         self._first = False
         need = self._policy.need(self._tracker, self._capacity)
         self._held.append(np.ceil(np.maximum(need, 0.0) - 1e-9))
-        targets = np.max(self._held, axis=0).astype(int).tolist()
-        return [
-            Decision.towards(target, one, reason=f"forecast needs {needed:.2f} replicas")
-            for target, one, needed in zip(targets, seen, need.tolist(), strict=True)
-        ]
+        target = np.max(self._held, axis=0).astype(int)
+        return Decisions.towards(
+            target, replicas_of(seen), lambda row: f"forecast needs {need[row]:.2f} replicas"
+        )
 
 
 Scaling = (

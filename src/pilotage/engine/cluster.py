@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from pilotage.control.decisions import Decisions
 from pilotage.control.placing import LearnedPlacement, shipped
-from pilotage.control.policy import FEATURES, Decision, Observations, Situation, measure
+from pilotage.control.policy import FEATURES, Decision, Observations, Situation
 from pilotage.engine import kernel, traffic  # noqa: F401  (traffic: compiled drawing of arrivals)
 from pilotage.engine.layout import (
     ANY_POOL,
@@ -36,7 +37,7 @@ from pilotage.engine.layout import (
 )
 from pilotage.engine.llm_rows import LlmRows
 from pilotage.engine.nodes import POOL_NODES
-from pilotage.engine.numbers import closures, encode, lay_out
+from pilotage.engine.numbers import closures, encode, lay_out, side_by_side
 from pilotage.engine.placement import PAIRWISE, RULES, TERMS, WEIGHTS
 from pilotage.metrics import BUCKETS
 from pilotage.scenario import Placement, Scenario
@@ -104,10 +105,11 @@ def recorded(scenario: Scenario, worlds: Sequence[World]) -> list[World]:
 
 
 def observed(ticks: np.ndarray, now_s: np.ndarray) -> Observations:
-    """What a monitor would report of counters of shape (worlds, services), row by row, at times of shape (worlds,)."""
-    values = measure(ticks).reshape(-1, len(FEATURES))
-    values.setflags(write=False)
-    return Observations(np.repeat(now_s, ticks.shape[1]).tolist(), values, _FRESH)
+    """What a monitor would report of counters of shape (worlds, services), row by row, at times of shape (worlds,).
+
+    The counters are kept: give ones that do not change.
+    """
+    return Observations(np.repeat(now_s, ticks.shape[1]), ticks.reshape(-1), _FRESH)
 
 
 def stream(seed: int, name: str) -> np.random.Generator:
@@ -148,9 +150,10 @@ class Cluster:
     `threads` above 1 the rows are shared out over cores. `rule` and `weights` take the place of the scenario's
     placement: any function compiled with `engine.placement.rule`, such as a learned scorer; `jointly` (None: as the
     scenario's rule does) chooses the best pair of a pending replica of any service and a node, instead of taking the
-    services in turn. `weights` may be changed in place before a `restart`. How far ahead traffic
-    is read (`read_ahead_s`; None: as suits the traffic) changes no result. Rows of LLM services are served by
-    `llm_rows`, on one thread.
+    services in turn. `weights` may be changed in place before a `restart`. `each` gives every world a scenario of its
+    own, which is `scenario` but for the mean batch times (not with LLM services). How far ahead traffic is read
+    (`read_ahead_s`; None: as suits the traffic) changes no result. Rows of LLM services are served by `llm_rows`, on
+    one thread.
     """
 
     def __init__(
@@ -163,16 +166,21 @@ class Cluster:
         rule: Any = None,
         weights: np.ndarray | None = None,
         jointly: bool | None = None,
+        each: Sequence[Scenario] | None = None,
     ) -> None:
-        self.scenario = scenario
+        self.scenario, self._each = scenario, each
         self.worlds = list(worlds)
         self.threads = max(1, min(threads, len(self.worlds) * len(scenario.services)))
         self._read_ahead_s = max(60.0 if read_ahead_s is None else read_ahead_s, scenario.tick_s)
         self._adapts = read_ahead_s is None
         w, s = len(self.worlds), len(scenario.services)
         self.shape = (w, s)
-        self.numbers, one = encode(scenario)
-        self.params = lay_out(one, w)
+        if each is None:
+            self.numbers, one = encode(scenario)
+            self.params = lay_out(one, w)
+        else:
+            self.numbers, rows = side_by_side(each)
+            self.params = lay_out(rows, 1)
         self.rows = np.zeros(w * s, ROW)
         self.clock_s = np.zeros(w)
         self.active = np.ones(w, bool)
@@ -203,6 +211,10 @@ class Cluster:
             messages=np.zeros(0, MESSAGE),
         )
         llm = any(service.llm is not None for service in scenario.services)
+        if llm and each is not None:
+            raise SpecError(
+                "LLM services have no scenario of their own in each world; valid: one for all worlds"
+            )
         self._llm = LlmRows(scenario, self.numbers, self.params, self._state) if llm else None
         self._jointly = rule is None and scenario.placement.rule in PAIRWISE if jointly is None else jointly
         self._rule = RULES[scenario.placement.rule] if rule is None else rule
@@ -324,8 +336,9 @@ class Cluster:
 
     def situation(self, world: int, service: int) -> Situation:
         """What a policy knows before the first tick of a run."""
+        scenario = self._each[world] if self._each else self.scenario
         return Situation(
-            service=self.scenario.services[service],
+            service=scenario.services[service],
             pools=self.scenario.pool_by_name,
             tick_s=self.scenario.tick_s,
             history_rps=self._history[world * self.shape[1] + service],
@@ -446,12 +459,16 @@ class Cluster:
     # --- the face of a live cluster --------------------------------------------------------------------
     def read(self) -> Observations:
         """What a monitor would report now of every row: the services of the first world, of the second, …"""
-        return observed(self.ticks, self.now_s)
+        as_bytes = self.ticks.view(np.uint8)  # copied field by field, records take ten times as long
+        return observed(as_bytes.copy().view(TICK), self.now_s)
 
     def apply(self, decisions: Sequence[Decision]) -> None:
         """Takes one decision per row; they act when time goes on."""
         orders = self.no_orders()
         rows = orders.reshape(-1)
+        if isinstance(decisions, Decisions):
+            rows["order"], rows["release"] = decisions.order, decisions.release
+            decisions = ()
         for k, decision in enumerate(decisions):
             if not (decision.order or decision.release or decision.max_batch) and (
                 decision.pool is decision.variant is decision.batch_wait_s is None

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from pilotage.scenario import Placement, Scenario
 from pilotage.world.pools import RESOURCES, Pool
 from pilotage.world.servers import TABLE_CELLS, Router, Variant, log_normal_table
 from pilotage.world.services import Service
+from pilotage.world.spec import SpecError
 
 _UNLIMITED = np.iinfo(np.int64).max
 
@@ -107,6 +109,36 @@ def encode(scenario: Scenario) -> tuple[Numbers, np.ndarray]:
         pools, zones, variants, laws, np.concatenate(times), tables.array(), preference, zone_ok, slowdown
     )
     return numbers, one
+
+
+def side_by_side(scenarios: Sequence[Scenario]) -> tuple[Numbers, np.ndarray]:
+    """The numbers of scenarios that differ in nothing but the mean batch times of their variants, with a world of each
+    after another in the parameters, laid out from 0. Raises SpecError where they differ in more."""
+    found = [encode(scenario) for scenario in scenarios]
+    first, one = found[0]
+    variants, laws, times, params = [], [], [], []
+    for k, (numbers, own) in enumerate(found):
+        same = all(
+            np.array_equal(getattr(numbers, name), getattr(first, name))
+            for name in Numbers._fields
+            if name != "times"
+        )
+        if not (same and len(numbers.times) == len(first.times) and np.array_equal(own, one)):
+            raise SpecError(
+                f"scenario {k} of those side by side differs from the first in more than batch times; "
+                "valid: the same pools, services, variants and noise"
+            )
+        shifted = numbers.laws.copy()
+        shifted["offset"] += np.where(shifted["offset"] >= 0, k * len(first.times), 0)
+        own = own.copy()
+        for name in ("variant_lo", "variant_hi"):
+            own[name] += k * len(first.variants)
+        variants.append(numbers.variants)
+        laws.append(shifted)
+        times.append(numbers.times)
+        params.append(own)
+    both = {"variants": variants, "laws": laws, "times": times}
+    return first._replace(**{k: np.concatenate(v) for k, v in both.items()}), np.concatenate(params)
 
 
 def lay_out(one: np.ndarray, worlds: int) -> np.ndarray:

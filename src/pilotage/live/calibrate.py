@@ -16,7 +16,7 @@ import numpy as np
 from msgspec import Meta
 
 from pilotage.live.generations import Estimate, Generations, generations
-from pilotage.live.history import Prometheus, Recording
+from pilotage.live.history import Prometheus, Recording, read
 from pilotage.live.mlflow_server import MlflowServer
 from pilotage.live.prices import PriceOf
 from pilotage.live.registries import Folder
@@ -136,6 +136,12 @@ class Fit:
     unexplained: float
     draws: np.ndarray  # (RESAMPLES, 2): base and per item, in ms
     notes: tuple[str, ...]
+
+
+def read_and_fit(source: Prometheus, service: str, slo_s: float) -> tuple[Recording, Fit]:
+    """A service's history and its numbers; raises what `read` and `fit` do."""
+    history = read(source, service)
+    return history, fit(history, slo_s)
 
 
 def fit(history: Recording, slo_s: float, seed: int = 0) -> Fit:

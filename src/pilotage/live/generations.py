@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 import numpy as np
-from scipy.stats import t as student
 
 from pilotage.live.compare import interval, wilson
 from pilotage.live.registries import CHAMPION, MOVED, Measure, Registry, Version
@@ -136,7 +135,9 @@ def _spread(measures: Sequence[Measure]) -> tuple[Estimate, float, Estimate, flo
     bad = errors > np.maximum(WORSE * typical, typical + 1.96 * chance)
     good = errors[~bad]
     mean = float(good.mean())
-    half = float(student.ppf(0.975, len(good) - 1) * good.std(ddof=1) / np.sqrt(len(good)))
+    from scipy.special import stdtrit  # large, and of no use where no registry is asked
+
+    half = float(stdtrit(len(good) - 1, 0.975) * good.std(ddof=1) / np.sqrt(len(good)))
     luck = float(np.sqrt(max(0.0, good.var(ddof=1) - (chance[~bad] ** 2).mean())))
     share = float(bad.mean())
     return (

@@ -82,12 +82,22 @@ class Prometheus(Spec, frozen=True, kw_only=True):
                             f"{query}: more than {MOST_SERIES} series; sum them in a recording rule, by service and le"
                         )
                     found[key] = np.full(len(times), np.nan)
-                if not row.values:  # it has native histograms
-                    continue
-                when, what = zip(*row.values, strict=True)
-                at = np.rint((np.array(when) - self.start_s) / self.step_s).astype(int)
-                found[key][at] = list(map(float, what))
+                when_s, what = self._points(
+                    query, bytes(row.values)
+                ).T  # none, where it has native histograms
+                found[key][np.rint((when_s - self.start_s) / self.step_s).astype(int)] = what
         return [Series(dict(key), values) for key, values in found.items()]
+
+    def _points(self, query: str, values: bytes) -> np.ndarray:
+        """Unix times and values from a list of pairs, all at once: there are millions; shape (points, 2)."""
+        text = values.translate(None, b'[]" \n').decode()
+        try:
+            numbers = np.fromstring(text, sep=",") if text else np.zeros(0)
+            return numbers.reshape(values.count(b"[") - 1, 2)
+        except ValueError:
+            raise HistoryError(
+                f"{self.url}: {query}: {values[:80]!r} is no list of times and values"
+            ) from None
 
     def _ask(self, query: str, start_s: float, end_s: float) -> list[_Row]:
         form = {"query": query, "start": start_s, "end": end_s, "step": self.step_s}
@@ -107,10 +117,10 @@ class Prometheus(Spec, frozen=True, kw_only=True):
 
 
 class _Row(msgspec.Struct):
-    """A series of an answer, with (Unix time, value) of every point that there is."""
+    """A series of an answer, with [Unix time, "value"] of every point that there is, as JSON."""
 
     metric: dict[str, str]
-    values: list[tuple[float, str]] = []
+    values: msgspec.Raw = msgspec.Raw(b"[]")
 
 
 class _Data(msgspec.Struct):

@@ -223,7 +223,7 @@ class Steering:
         if check is not None:
             self.status.interventions.update(check.interventions - self._seen_counts)
             self._seen_counts = check.interventions.copy()
-        return decisions
+        return list(decisions)
 
     # --- apply -------------------------------------------------------------------------------------------------
     def apply(self, decisions: Sequence[Decision]) -> None:

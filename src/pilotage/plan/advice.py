@@ -20,7 +20,7 @@ Step = Callable[[str], None]
 OTHER_SEED: Final = 500_000  # apart from the seeds on which a plan is chosen
 MARGIN: Final = 1.1  # requests in a replica above what a fixed number has, before an autoscaler adds one
 TIGHTER: Final = (0.5, 0.75)  # shares of the objective, and
-STRICTER: Final = 2  # steps of accuracy, for the table of alternatives
+STRICTER: Final = 2  # steps of accuracy, or of an autoscaler's utilisation, for the table of alternatives
 LOOSER: Final = (1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
 FEWEST_INTERRUPTIONS: Final = 10  # seen in simulation, before a plan on spot nodes can be judged
 
@@ -267,7 +267,8 @@ def _runners_up(search: Search, chosen: Outcome) -> list[Verdict]:
 
 
 def _alternatives(trials: Trials, search: Search) -> list[Outcome]:
-    """The cheapest at tighter objectives and at higher accuracy, as far as there are any."""
+    """The cheapest at tighter objectives and at higher accuracy, as far as there are any, and an autoscaler that leaves
+    more room."""
     model, chosen, found = trials.model, search.best[0], []
     higher = sorted({v.accuracy for v in model.variants if v.accuracy > chosen.accuracy})[:STRICTER]
     for share in TIGHTER:
@@ -275,6 +276,10 @@ def _alternatives(trials: Trials, search: Search) -> list[Outcome]:
             found += Search(trials, slo_s=share * trials.slo_s, min_accuracy=model.min_accuracy).run().best
     for accuracy in higher:
         found += Search(trials, min_accuracy=accuracy).run().best
+    if not model.steady:
+        c, sizes = chosen.configuration, trials.sizes(chosen.configuration)
+        roomier = sizes[sizes.index(chosen.size) + 1 :][:STRICTER]
+        found += [o for o in (trials.outcome(c, size) for size in roomier) if search.meets(o)]
     return found
 
 

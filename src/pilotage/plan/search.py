@@ -1,7 +1,8 @@
 """The cheapest deployment that meets what is asked: branch and bound with the simulator, Optuna where there is much.
 
 A configuration says how every replica runs; its sizes go from cheap to dear, and what a size meets, a dearer one
-meets, so that the cheapest size that does is found by bisection, from a queueing formula's guess. Configurations are
+meets, so that the cheapest size that does is found by bisection, from a queueing formula's guess or, of an
+autoscaler's utilisations, the cheapest. Configurations are
 taken in the order of their guessed cost, and left out where even full batches at no wait would cost more than what has
 been found: so the result is what simulating every size of every configuration would find, as long as misses fall with
 size. Where more than EXHAUSTIVE configurations could be cheapest, Optuna's TPE chooses among them.
@@ -132,11 +133,11 @@ class Search:
         return usd
 
     def _smallest(self, c: Configuration) -> tuple[Outcome | None, str]:
-        """The cheapest size that meets the objective, or none and why: by bisection from the formula's guess."""
+        """The cheapest size that meets the objective, or none and why."""
         sizes = self.trials.sizes(c)
         low, high = -1, len(sizes)  # what fails, what meets
         found: Outcome | None = None
-        at = min(sizes.index(float(self.trials.guess(c))) if self.trials.model.steady else 2, len(sizes) - 1)
+        at = sizes.index(float(self.trials.guess(c))) if self.trials.model.steady else 0
         step = 1
         while high - low > 1:
             tried = self.trials.outcome(c, sizes[at])

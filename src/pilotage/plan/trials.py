@@ -34,6 +34,7 @@ from pilotage.world.spec import SpecError
 RUNS: Final = 5
 UTILIZATIONS: Final = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # what an autoscaler aims at, cheapest first
 TICK_S: Final = 15.0
+MANY: Final = 20_000  # requests in a tick of all runs, from which on a second thread is worth its start
 CONFIDENCE: Final = 0.95  # one-sided, that the objective is met
 
 
@@ -313,12 +314,13 @@ class Trials:
 
     def run(self, configuration: Configuration, size: float, policy: Policy, initial: int) -> Outcome:
         """Simulates a deployment under a policy."""
+        per_tick = self.rate_rps * TICK_S * len(self.worlds)
         runs = simulate(
             self.scenario(configuration, initial),
             [policy] * len(self.worlds),
             self.worlds,
             guard=Guard(),
-            threads=min(2, os.cpu_count() or 1),
+            threads=min(2, os.cpu_count() or 1) if per_tick > MANY else 1,
         )
         return digest(runs, 0, configuration, size, self.variant(configuration).accuracy, self.horizon_s)
 
