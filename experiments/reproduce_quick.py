@@ -62,7 +62,7 @@ TRACES: Final = {  # what cannot run without them
     "fidelity/vllm",
     "fidelity/silicon",
 }
-HELPERS: Final = {"bench_peers", "reproduce_quick"}  # no claim of their own
+HELPERS: Final = {"bench_peers", "prometheus", "reproduce_quick"}  # no claim of their own
 
 
 def programs() -> dict[str, Path]:

@@ -14,22 +14,19 @@ import argparse
 import json
 import os
 import resource
-import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from experiments.prometheus import missing, remember, serving
 from pilotage.control.hpa import Hpa
 from pilotage.engine.cluster import World
 from pilotage.recording import open_metrics
@@ -75,47 +72,7 @@ def record(service: Service, seed: int, hours: float, began_s: float, home: Path
     scenario = Scenario(title="real", pools=(POOL,), services=(service,), tick_s=STEP_S, horizon_h=hours)
     policy = Hpa(target_utilization=0.6)
     text = open_metrics(scenario, [policy], World(seed), began_s=began_s, edges_s=EDGES_S)
-    written = home / f"{service.name}.om"
-    written.write_text(text)
-    command = ["promtool", "tsdb", "create-blocks-from", "openmetrics", "--max-block-duration=512h"]
-    subprocess.run(
-        [*command, str(written), str(home / "data")],
-        check=True,
-        capture_output=True,
-        env=os.environ | {"PATH": _path()},
-    )
-    written.unlink()
-
-
-@contextmanager
-def remembering(home: Path) -> Iterator[str]:
-    """The URL of a Prometheus on those blocks."""
-    (home / "prometheus.yml").write_text("global: {scrape_interval: 1h}\n")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        "prometheus", f"--config.file={home / 'prometheus.yml'}", f"--storage.tsdb.path={home / 'data'}",
-        f"--web.listen-address=127.0.0.1:{port}", "--storage.tsdb.retention.time=100y",
-    ]  # fmt: skip
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    server = subprocess.Popen(command, **quiet, process_group=0, env=os.environ | {"PATH": _path()})
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(2400):
-            try:
-                urllib.request.urlopen(f"{url}/-/ready", timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.05)
-        yield url
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
-
-
-def _path() -> str:
-    return os.pathsep.join(filter(None, (os.environ.get("PILOTAGE_PROMETHEUS"), os.environ["PATH"])))
+    remember(text, home, "--max-block-duration=512h")
 
 
 def fleet_file(services: list[Service], url: str, began_s: float, hours: float) -> str:
@@ -148,10 +105,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="four hours of five services")
     options = parser.parse_args()
     count, hours = (5, 4.0) if options.quick else (options.services, options.hours)
-    if not all(shutil.which(name, path=_path()) for name in ("prometheus", "promtool")):
-        raise SystemExit(
-            "error: no prometheus and promtool on the path, nor in the folder PILOTAGE_PROMETHEUS"
-        )
+    if why := missing():
+        raise SystemExit(f"error: {why}")
     started, lasted = datetime.now(UTC), {}
     options.out.mkdir(parents=True, exist_ok=True)
     services = [drawn(k, options.seed, *options.rates) for k in range(count)]
@@ -168,7 +123,7 @@ def main() -> None:
                 one.result()
                 print(f"{k + 1} services recorded after {time.perf_counter() - began:.0f} s", flush=True)
         lasted["simulate recordings"] = round(time.perf_counter() - began, 1)
-        with remembering(home) as url:
+        with serving(home) as url:
             (home / "fleet.toml").write_text(fleet_file(services, url, began_s, hours))
             command = [
                 sys.executable, "-m", "pilotage", "rehearse", str(home / "fleet.toml"), "--anyway", "--json",
