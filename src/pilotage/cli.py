@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -27,6 +27,9 @@ from pilotage import (
 )
 from pilotage.console import AsJson, fail, print_json
 from pilotage.world.spec import SpecError
+
+if TYPE_CHECKING:
+    from pilotage.live.mlflow_runs import MlflowRun
 
 app = typer.Typer(
     help="Learns, proves and ships deployment policies for fleets of machine-learning models.",
@@ -61,6 +64,9 @@ Cluster = Annotated[
         "--cluster",
         help="where runs are made: local[:N] processes, tcp://… (Dask), ray, ray://… (default: here)",
     ),
+]
+Mlflow = Annotated[
+    str | None, typer.Option("--mlflow", help="URL of an MLflow server that keeps the run (default: none)")
 ]
 Policies = Annotated[
     list[str],
@@ -323,6 +329,14 @@ class _progress:  # noqa: N801  (used as a function)
             self._status.stop()
 
 
+def _kept(record: MlflowRun) -> None:
+    """Says on stderr where MLflow has the run, and what it has not."""
+    if record.lost:
+        _screen.print(f"warning: MLflow does not have all of run {record.id}: {record.lost}", soft_wrap=True)
+    elif record.id:
+        _screen.print(f"MLflow: run {record.id}", soft_wrap=True)
+
+
 @app.command()
 def tune(
     env: Env,
@@ -349,6 +363,7 @@ def tune(
     hours: Hours = None,
     data: Data = None,
     cluster: Cluster = None,
+    mlflow: Mlflow = None,
     as_json: AsJson = False,
 ) -> None:
     """Bayesian optimisation of a policy's declared parameters."""
@@ -357,29 +372,51 @@ def tune(
     from pilotage.control.learned import policy_from
     from pilotage.control.scaling import describe
     from pilotage.engine.cluster import World
+    from pilotage.live.mlflow_runs import MlflowRun
     from pilotage.workers import Workers
 
     base = policy_from(policy)
     scenario = _scenario(env, data, hours)
     windows = [[World(1_000_000 + k) for k in range(seeds)]]  # apart from the seeds that `evaluate` uses
-    with _progress(as_json) as step, Workers(cluster) as workers:
+    names = objective or ["usd"]
+    about = {
+        "policy": describe(base), "trials": trials, "seeds": seeds, "seed": seed, "sampler": sampler,
+        "objectives": names, "hours": scenario.horizon_h, "scenario_sha256": scenario.digest(),
+    }  # fmt: skip
+    with (
+        MlflowRun(mlflow, f"pilotage/{scenario.name}", f"tune {policy}", about) as record,
+        _progress(as_json) as step,
+        Workers(cluster) as workers,
+    ):
+
+        def tried(n: int, best: float) -> None:
+            step(f"trial {n}/{trials}, best {best:,.2f} $")
+            if not math.isnan(best):  # of two objectives there is no best
+                record.metric(f"best_{names[0]}", best, n)
+
         study = search(
             base,
             scenario,
             windows,
             trials=trials,
             seed=seed,
-            objectives=objective or ["usd"],
+            objectives=names,
             sampler=sampler,
             starts=[policy_from(one) for one in start or ()],
             storage=storage,
-            progress=lambda n, best: step(f"trial {n}/{trials}, best {best:,.2f} $"),
+            progress=tried,
             workers=workers,
         )
+        for trial in study.trials:
+            if trial.values:
+                record.part(
+                    f"trial {trial.number}", trial.params, dict(zip(names, trial.values, strict=True))
+                )
+    _kept(record)
     rows = [
         {
             "policy": describe(candidate_of(base, t.params)),
-            **dict(zip(objective or ["usd"], t.values, strict=True)),
+            **dict(zip(names, t.values, strict=True)),
         }
         for t in study.best_trials
     ]
@@ -407,13 +444,17 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="go on from the folder's checkpoint")] = False,
     hours: Hours = None,
     data: Data = None,
+    mlflow: Mlflow = None,
     as_json: AsJson = False,
 ) -> None:
     """Learn a policy with stable-baselines3."""
+    import msgspec
+
     from pilotage.agents.algorithms import Settings
     from pilotage.agents.train import train as learn
     from pilotage.control.learned import Base, policy_from
     from pilotage.engine.cluster import World
+    from pilotage.live.mlflow_runs import MlflowRun
 
     rule = policy_from(base)
     if not isinstance(rule, Base):
@@ -422,17 +463,31 @@ def train(
         )
     scenario = _scenario(env, data, hours)
     folder = _writable(out or Path("runs") / f"{scenario.name}-{algo}")
-    with _progress(as_json) as step:
+    settings = Settings(algo=algo, steps=steps, seed=seed, worlds=worlds)
+    about = msgspec.to_builtins(settings) | {
+        "base": base, "hours": scenario.horizon_h, "scenario_sha256": scenario.digest(), "resume": resume
+    }  # fmt: skip
+    with (
+        MlflowRun(mlflow, f"pilotage/{scenario.name}", f"train {algo}", about) as record,
+        _progress(as_json) as step,
+    ):
+
+        def judged(n: int, usd: float) -> None:
+            step(f"{n:,}/{steps:,} steps, validation {usd:,.2f} $")
+            record.metric("validation_usd", usd, n)
+
         learn(
             scenario,
             rule,
             [World(0)],
             [[World(2_000_000 + k) for k in range(4)]],
-            Settings(algo=algo, steps=steps, seed=seed, worlds=worlds),
+            settings,
             folder,
-            progress=lambda n, usd: step(f"{n:,}/{steps:,} steps, validation {usd:,.2f} $"),
+            progress=judged,
             resume=resume,
         )
+        record.files(folder, [folder / "policy.json", folder / "learning_curve.csv"])
+    _kept(record)
     if as_json:
         print_json({"env": scenario.name, "policy": str(folder)})
     else:
@@ -449,20 +504,36 @@ def study(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="a much reduced form, to try things out")] = False,
     cluster: Cluster = None,
+    mlflow: Mlflow = None,
     as_json: AsJson = False,
 ) -> None:
     """Tune, train, compare and report, as one experiment file says; resumes what was interrupted."""
+    import msgspec
+
+    from pilotage.live.mlflow_runs import MlflowRun
+    from pilotage.results import numbers
     from pilotage.study import Experiment
     from pilotage.study import study as run_study
     from pilotage.workers import Workers
 
     plan = Experiment.load(experiment, quick=quick)
     folder = _writable(out or Path("results") / experiment.stem)
-    with _progress(as_json) as step, Workers(cluster) as workers:
+    about = msgspec.to_builtins(plan) | {"seed": seed, "quick": quick}
+    with (
+        MlflowRun(mlflow, "pilotage/studies", experiment.stem, about) as record,
+        _progress(as_json) as step,
+        Workers(cluster) as workers,
+    ):
         results = run_study(
             plan, experiment, folder,
             data=data, seed=seed, step=step, command=sys.argv[1:], workers=workers,
         )  # fmt: skip
+        for name, value, at in numbers(folder):
+            record.metric(name, value, at)
+        record.files(
+            folder, [p for p in sorted(folder.rglob("*")) if p.is_file() and folder / "work" not in p.parents]
+        )
+    _kept(record)
     if as_json:
         print_json(results)
         return
