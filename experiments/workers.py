@@ -100,7 +100,12 @@ def ray_of_two_nodes() -> Iterator[str]:
         raise ModuleNotFoundError(
             "no network namespace is allowed here, without which Ray can be reached", name="ray"
         )
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "180"}
+    os.environ |= {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_raylet_start_wait_time_s": "180",
+        "RAY_agent_register_timeout_ms": "180000",
+        "RAY_worker_niceness": "0",
+    }
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 1, "object_store_memory": 100_000_000, "include_dashboard": False}
