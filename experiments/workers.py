@@ -1,10 +1,10 @@
 """Are runs made elsewhere the same runs, what do more workers gain, what does a dead one cost? Writes results/workers.
 
-One comparison (`--seeds` windows of `multi-tenant`, a rule and the learned policy) by one process, two local processes,
-two Dask workers and a Ray cluster of two nodes, all on this machine; one local and one Dask worker is killed mid-way;
-two processes search one study in a PostgreSQL database, one in a journal file. All of it runs in network and process
-namespaces of its own, for Ray listens beyond loopback whatever it is told. Whatever is not installed is left out,
-and its line says so. Times are wall clock: on a machine that others use they mean nothing.
+One comparison (`--seeds` hours of `multi-tenant`, by a rule and by the learned policy) by one process, two local
+processes, two Dask workers and a Ray cluster of two nodes, all on this machine; one local and one Dask worker is killed
+mid-way; two processes search one study in a PostgreSQL database, one in a journal file. All of it runs in network and
+process namespaces of its own, for Ray listens beyond loopback whatever it is told. Whatever is not installed is left
+out, and its line says so. Times are wall clock: on a machine that others use they mean nothing.
 
 `limits.csv` is the calculation on paper for a thousand workers: what all of them share, how much of it a second has
 (measured here, alone on it), how many workers that keeps busy with windows of the length measured, and how long a
@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="not needed")
     parser.add_argument("--out", type=Path, default=Path("results/workers"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seeds", type=int, default=24, help="windows of the comparison")
+    parser.add_argument("--seeds", type=int, default=12, help="windows of the comparison, of an hour each")
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
@@ -267,11 +267,10 @@ def main() -> None:
         loopback_up()
     clock, durations = time.perf_counter(), dict[str, float]()
     facts = provenance("workers", sys.argv, datetime.now(UTC), durations)
-    repeats = 1 if options.quick else 3
-    scenario = load("multi-tenant")
+    scenario, repeats = load("multi-tenant").replace(horizon_h=1.0), 3
     if options.quick:
-        options.seeds, options.trials = 8, 4
-        scenario = scenario.replace(horizon_h=1.0)
+        options.seeds, options.trials, repeats = 4, 4, 1
+        scenario = scenario.replace(horizon_h=0.5)
     worlds = [World(options.seed + k) for k in range(options.seeds)]
 
     rows: list[dict[str, Any]] = []
@@ -284,24 +283,22 @@ def main() -> None:
     seconds: dict[str, list[float]] = {}
     bits: dict[str, set[bytes]] = {}
     missing: dict[str, str] = {}
-    for _ in range(repeats):  # in turn, so that a busy minute hits all alike
-        for name, place in (
-            ("one process", None), ("two local processes", "local:2"), ("two Dask workers", dask),
-            ("two Ray nodes", ray_of_two_nodes),
-        ):  # fmt: skip
+    here = (("one process", "local:1"), ("two local processes", "local:2"))
+    there = (("two Dask workers", dask), ("two Ray nodes", ray_of_two_nodes))
+    for k in range(repeats):  # in turn, so that a busy minute hits all alike
+        for name, place in (*here, *there) if k == 0 else here:
             try:
                 with ExitStack() as stack:
                     where = stack.enter_context(place()) if callable(place) else place
                     where = where[0] if isinstance(where, tuple) else where
-                    # one process for one worker: the serial run that the others are measured against
-                    took, usd = measured(scenario, worlds, where or "local:1")
+                    took, usd = measured(scenario, worlds, where)
             except ModuleNotFoundError as error:
                 missing[name] = str(error)
                 continue
             seconds.setdefault(name, []).append(took)
             bits.setdefault(name, set()).add(usd)
             print(name, f"{took:.1f} s", flush=True)
-    here, serial = measured(scenario, worlds, None)
+    threads_s, serial = measured(scenario, worlds, None)
     serial_s = float(np.median(seconds["one process"]))
     for name, times in seconds.items():
         median = float(np.median(times))
@@ -319,8 +316,8 @@ def main() -> None:
     rows.append(
         {
             "where": "threads of one process",
-            "seconds": f"{here:.2f}",
-            "speed": f"{serial_s / here:.2f}",
+            "seconds": f"{threads_s:.2f}",
+            "speed": f"{serial_s / threads_s:.2f}",
             "same_as_serial": True,
         }
     )
