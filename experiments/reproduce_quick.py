@@ -113,7 +113,8 @@ def intervals(rows: list[dict[str, str]], words: list[str]) -> dict[str, tuple[f
                 value = number(row.get("measured", ""))
                 if any(map(math.isnan, ends)):
                     ends = value, value
-                if all(map(math.isfinite, ends)):
+                # in a table, an interval of no width is one of too little data, and says nothing
+                if all(map(math.isfinite, ends)) and ("measured" in row or ends[0] < ends[1]):
                     found[" ".join(filter(None, (name, column[:-3].strip("_"))))] = ends
     return found
 
