@@ -1,10 +1,10 @@
 """The iteration law against iterations that were timed on a real H100 (`measure.py`).
 
 `run.py --measured DIR` reads DIR/iterations.csv, fits the law to the batches of the grid and judges it on those drawn
-at random, which it has not seen: decodes alone, chunks of prompts alone, and both. Beside it stand two wider laws: other
-coefficients for iterations without a prefill (`IterationLaw.decode`), and the sixth term (`cross_s`), for the attention
-of a chunk to what came before it. Writes `table.csv`, `acceptance.csv`, and the law of six terms as a profile,
-`llama-3.1-8b-h100.toml`.
+at random, which it has not seen: decodes alone, chunks of prompts alone, and both. Beside it stand two wider laws:
+other coefficients for iterations without a prefill (`IterationLaw.decode`), and the sixth term (`cross_s`), for the
+attention of a chunk to what came before it. Writes `table.csv`, `acceptance.csv`, and the law of six terms as a
+profile, `llama-3.1-8b-h100.toml`.
 """
 
 from __future__ import annotations

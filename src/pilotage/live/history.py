@@ -92,7 +92,8 @@ class Prometheus(Spec, frozen=True, kw_only=True):
     def _ask(self, query: str, start_s: float, end_s: float) -> list[_Row]:
         form = {"query": query, "start": start_s, "end": end_s, "step": self.step_s}
         where = f"{self.url}: {query}"
-        path, headers = "/api/v1/query_range", {"Content-Type": "application/x-www-form-urlencoded"}
+        path = "/api/v1/query_range"
+        headers = {"Content-Type": "application/x-www-form-urlencoded", "Connection": "close"}
         try:
             answer = Wire(self.url).exchange(
                 "POST", path, urlencode(form).encode(), headers, self.timeout_s, MAX_ANSWER_BYTES
