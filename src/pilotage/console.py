@@ -88,7 +88,12 @@ class progress:  # noqa: N801  (used as a function)
     """A bar on stderr: what is being done, and where that says `k/n`, for how long still. Silent with --json."""
 
     def __init__(self, silent: bool) -> None:
-        looks = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
+        looks = (
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TimeRemainingColumn(),
+        )
         self._bar = None if silent else Progress(*looks, console=screen, transient=True)
         self._doing = ""
 
