@@ -13,7 +13,6 @@ import argparse
 import csv
 import math
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -119,6 +118,11 @@ def intervals(rows: list[dict[str, str]], words: list[str]) -> dict[str, tuple[f
     return found
 
 
+def bare(row: dict[str, str]) -> bool:
+    """Whether a line of acceptance has no interval."""
+    return not (row["low"] and row["high"]) or row["low"] == row["high"]
+
+
 def compared(committed: Path, fresh: Path) -> tuple[int, list[str]]:
     """How many intervals of two folders can be compared, and those that disagree, in words.
 
@@ -138,9 +142,9 @@ def compared(committed: Path, fresh: Path) -> tuple[int, list[str]]:
                 count += 1
                 if high < under or over < low:
                     apart.append(f"{name}: [{under:.4g}, {over:.4g}] beside [{low:.4g}, {high:.4g}]")
-        bare = {row["line"] for row in rows if row.get("met") == "True" and row["low"] == row["high"]}
+        alone = {row["line"] for row in rows if row.get("met") == "True" and bare(row)}
         for row in read(fresh / file):
-            if row.get("line") in bare and row["low"] == row["high"]:
+            if row.get("line") in alone and bare(row):
                 count += 1
                 if row["met"] != "True":
                     apart.append(f"{row['line']}: {row['measured']} is not met any more")
@@ -160,10 +164,8 @@ def ran(name: str, program: Path, data: Path | None, folder: Path, seed: int) ->
     out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     with (out / "output.txt").open("w") as file:
-        process = subprocess.Popen(
-            command(program, data, out, seed), cwd=ROOT, stdout=file, stderr=file, process_group=0
-        )
-        late = threading.Timer(LIMIT_S, os.killpg, [process.pid, signal.SIGKILL])
+        process = subprocess.Popen(command(program, data, out, seed), cwd=ROOT, stdout=file, stderr=file)
+        late = threading.Timer(LIMIT_S, process.kill)
         late.start()
         _, status, used = os.wait4(process.pid, 0)
         late.cancel()
@@ -193,19 +195,19 @@ def main() -> int:
     wanted = {k: v for k, v in programs().items() if k in (options.only or programs()) and k not in LEFT_OUT}
     options.out.mkdir(parents=True, exist_ok=True)
     rows, began = [], time.perf_counter()
-    with ThreadPoolExecutor(options.jobs) as pool:
+    pool = ThreadPoolExecutor(options.jobs)
+    try:
         running = [
-            pool.submit(ran, name, program, data, options.out, options.seed)
-            for name, program in wanted.items()
+            pool.submit(ran, k, program, data, options.out, options.seed) for k, program in wanted.items()
         ]
         for done in as_completed(running):
             rows.append(row := done.result())
+            said = " ".join(f"{key}={value}" for key, value in row.items() if value not in ("", 0))
             minutes = (time.perf_counter() - began) / 60
-            print(f"{len(rows)}/{len(wanted)} after {minutes:.1f} min:", end=" ")
-            print(
-                " ".join(f"{key}={value}" for key, value in row.items() if value not in ("", 0)), flush=True
-            )
+            print(f"{len(rows)}/{len(wanted)} after {minutes:.1f} min: {said}", flush=True)
             write_whole(options.out / "summary.csv", as_csv(rows))
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C ends what runs, and begins no more
     asked, apart = (sum(row[key] for row in rows) for key in ("compared", "disagree"))
     failed = [row["experiment"] for row in rows if row["state"].startswith("failed")]
     print(f"{asked - apart} of {asked} intervals and lines agree; failed: {', '.join(failed) or 'none'}")

@@ -89,7 +89,7 @@ def tune(
         def tried(n: int, best: float) -> None:
             step(f"trial {n}/{trials}, best {best:,.2f} $")
             if not math.isnan(best):  # of two objectives there is no best
-                record.metric(f"best_{names[0]}", best, n)
+                record.metrics([(f"best_{names[0]}", best, n)])
 
         study = search(
             base,
@@ -171,7 +171,7 @@ def train(
 
         def judged(n: int, usd: float) -> None:
             step(f"{n:,}/{steps:,} steps, validation {usd:,.2f} $")
-            record.metric("validation_usd", usd, n)
+            record.metrics([("validation_usd", usd, n)])
 
         learn(
             scenario,
@@ -225,8 +225,7 @@ def study(
             plan, experiment, folder,
             data=data, seed=seed, step=step, command=sys.argv[1:], workers=workers,
         )  # fmt: skip
-        for name, value, at in numbers(folder):
-            record.metric(name, value, at)
+        record.metrics(numbers(folder))
         record.files(
             folder, [p for p in sorted(folder.rglob("*")) if p.is_file() and folder / "work" not in p.parents]
         )

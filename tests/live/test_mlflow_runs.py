@@ -105,10 +105,10 @@ def test_a_server_that_goes_away_costs_no_work(mlflow_server: Server, client: An
     (tmp_path / "policy.json").write_text("{}")
     with proxy(mlflow_server.port, lambda method, path: (503, b"{}") if away[0] else None) as url:
         with MlflowRun(url, "away", "comes back", {"token": "s3cret", "deep": {"er": [1, 2]}}) as run:
-            run.metric("usd", 1.0, 1)
+            run.metrics([("usd", 1.0, 1)])
             away[0] = True
-            run.metric("usd", 2.0, 2)
-            run.metric("usd", 3.0, 3)
+            run.metrics([("usd", 2.0, 2)])
+            run.metrics([("usd", 3.0, 3)])
             away[0] = False
         assert run.lost is None  # it was there again at the end
         kept = client.get_run(run.id)
@@ -116,7 +116,7 @@ def test_a_server_that_goes_away_costs_no_work(mlflow_server: Server, client: An
         assert [m.value for m in client.get_metric_history(run.id, "usd")] == [1.0, 2.0, 3.0]
         with MlflowRun(url, "away", "stays away", {}) as run:
             away[0] = True
-            run.metric("usd", 2.0, 2)
+            run.metrics([("usd", 2.0, 2)])
             run.files(tmp_path, [tmp_path / "policy.json"])
             run.part("trial", {}, {})
         assert run.lost is not None
@@ -142,7 +142,7 @@ def test_without_the_option_mlflow_is_not_loaded() -> None:
     script = (
         "import sys; from pilotage.live.mlflow_runs import MlflowRun\n"
         "with MlflowRun(None, 'a', 'b', {}) as run:\n"
-        "    run.metric('x', 1.0); run.part('y', {}, {}); run.files(None, [])\n"
+        "    run.metrics([('x', 1.0, 0)]); run.part('y', {}, {}); run.files(None, [])\n"
         "print(run.id, 'mlflow' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

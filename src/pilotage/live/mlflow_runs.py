@@ -64,11 +64,12 @@ class MlflowRun:
         except RegistryError as error:
             raise SpecError(f"--mlflow {url}: no run can be begun: {error}") from None
 
-    def metric(self, name: str, value: float, step: int = 0) -> None:
-        """Sends a number of a step, or keeps it for the end once the server has failed."""
+    def metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
+        """Sends numbers as (name, value, step), or keeps them for the end once the server has failed."""
         if self.id is None:
             return
-        self._pending.append((_NOT_IN_NAMES.sub("_", name), float(value), time.time_ns() // 1_000_000, step))
+        now_ms = time.time_ns() // 1_000_000
+        self._pending += [(_NOT_IN_NAMES.sub("_", name), float(v), now_ms, step) for name, v, step in rows]
         if self._away is None:
             self._flush()
 
@@ -78,8 +79,7 @@ class MlflowRun:
             return
         try:
             with MlflowRun(self._url, self._experiment, name, parameters, self.id) as one:
-                for key, value in metrics.items():
-                    one.metric(key, value)
+                one.metrics((key, value, 0) for key, value in metrics.items())
         except SpecError as error:
             self.lost = str(error)
         else:
