@@ -39,6 +39,7 @@ ALONE: Final = {
     "retraining": LESS,
     "fleet_lifecycle": LESS,
     "export": LESS,
+    "llm_scaling": LESS,
     "cleanrl_ppo": LESS,
     "ledger": SPEED,
     "steer": SPEED,
