@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo demo-live ray test test-full conformance check docs audit sbom dist bench reproduce reproduce-quick clean
+.PHONY: install demo demo-live ray cluster test test-full conformance check docs audit sbom dist bench reproduce reproduce-quick clean
 
 install: $(STAMP)
 
@@ -30,6 +30,12 @@ ray: .ray/.installed
 .ray/.installed:
 	test -x .ray/bin/python || $(PYTHON) -m venv .ray
 	.ray/bin/pip install --quiet "ray[serve]==2.60.0"
+	touch $@
+
+# Dask, Ray and the driver of PostgreSQL, for runs on many machines and experiments/workers.py
+cluster: .venv/.cluster
+.venv/.cluster: $(STAMP)
+	$(BIN)/pip install --quiet -e ".[cluster]"
 	touch $@
 
 test: $(STAMP)
@@ -82,7 +88,7 @@ bench: $(STAMP)
 
 # every experiment; needs the traces: DATA=folder (default: PILOTAGE_DATA)
 DATA ?= $(PILOTAGE_DATA)
-reproduce: $(STAMP) bench
+reproduce: $(STAMP) ray cluster bench
 	$(BIN)/pilotage study experiments/quickstart.toml
 	$(BIN)/pilotage study experiments/real_traffic.toml --data $(DATA)
 	$(BIN)/python experiments/placement/run.py

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import posixpath
 import re
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ MOVED = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
 BESIDE = (*MOVED, "envs/README.md", "experiments/README.md", "results/README.md")
 HOME = {there: here for here, there in MOVED.items()}
 LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
+WIDTH, HEIGHT = 900, 58  # of a drawing, and of one of its rows
 FILLED = re.compile(r"^\{\{ (\w+) \}\}$", re.MULTILINE)
 
 
@@ -112,6 +114,57 @@ def steering() -> str:
     return described(msgspec.json.schema(SteerConfig))
 
 
+def imports() -> str:
+    """What imports what in the package, as a drawing: a row for each layer of the contract, a line for each import.
+
+    ValueError if one leads up.
+    """
+    import grimp
+
+    def part(module: str) -> str:
+        name = module.split(".")[1] if "." in module else module
+        return "cli_*" if name.startswith("cli_") else name
+
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    rows = [list(dict.fromkeys(part(name.strip()) for name in row.split("|"))) for row in contract["layers"]]
+    place = {
+        name: (WIDTH * (k + 0.5) / len(row), HEIGHT * (down + 0.5))
+        for down, row in enumerate(rows)
+        for k, name in enumerate(row)
+    }
+    graph = grimp.build_graph("pilotage", exclude_type_checking_imports=True)
+    pairs = {
+        (part(module), part(other))
+        for module in graph.modules
+        for other in graph.find_modules_directly_imported_by(module)
+    }
+    lines = sorted((a, b) for a, b in pairs if a != b and a in place and b in place)
+    if up := [(a, b) for a, b in lines if place[a][1] >= place[b][1]]:
+        raise ValueError(f"imports that do not lead down: {up}")
+    drawn = []
+    for (x, y), (u, v) in ((place[a], place[b]) for a, b in lines):
+        drawn.append(
+            f'<path d="M{x:.0f} {y:.0f}C{x:.0f} {y + 58:.0f} {u:.0f} {v - 58:.0f} {u:.0f} {v:.0f}"/>'
+        )
+    for name, (x, y) in place.items():
+        wide = 7.2 * len(name) + 16
+        drawn.append(
+            f'<rect x="{x - wide / 2:.0f}" y="{y - 13:.0f}" width="{wide:.0f}" height="26" rx="5"/>'
+            f'<text x="{x:.0f}" y="{y + 4:.0f}">{name}</text>'
+        )
+    style = (
+        ".imports path{fill:none;stroke:currentColor;stroke-opacity:.3}"
+        ".imports rect{fill:var(--md-default-bg-color);stroke:currentColor}"
+        ".imports text{fill:currentColor;font:12px monospace;text-anchor:middle}"
+    )
+    said = f"{len(lines)} imports between {len(place)} parts of the package; every line leads down"
+    return (
+        f"<div><style>{style}</style>"
+        f'<svg class="imports" role="img" aria-label="{said}" viewBox="0 0 {WIDTH} {HEIGHT * len(rows)}">'
+        f"{''.join(drawn)}</svg></div>"
+    )
+
+
 def described(schema: dict[str, Any]) -> str:
     """A JSON schema of msgspec in words: a section for each structure, with its fields."""
     parts = []
@@ -164,6 +217,7 @@ def kind(of: dict[str, Any]) -> str:
 
 CONTENTS: dict[str, Callable[[], str]] = {
     "commands": commands,
+    "imports": imports,
     "measurements": measurements,
     "policies": policies,
     "scenario": scenario,

@@ -136,7 +136,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.steps = 20_000
-    started, clock = datetime.now(UTC), time.perf_counter()
+    clock, durations = time.perf_counter(), dict[str, float]()
+    facts = provenance("cleanrl_ppo", sys.argv, datetime.now(UTC), durations)
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
     env = gymnasium.make_vec("pilotage/quickstart-v0", num_envs=WORLDS)
@@ -153,7 +154,7 @@ def main() -> None:
     line = {"line": "saving over the predictive rule, on unseen runs", "asked": "> 0", "measured": f"{mean:.5f}",
             "low": f"{low:.5f}", "high": f"{high:.5f}", "met": low > 0}  # fmt: skip
     write_whole(options.out / "acceptance.csv", as_csv([line]))
-    facts = provenance("cleanrl_ppo", sys.argv, started, {"all": round(time.perf_counter() - clock, 1)})
+    durations["all"] = round(time.perf_counter() - clock, 1)
     write_whole(options.out / "run.json", json.dumps(facts | {"seeds": [options.seed]}, indent=2) + "\n")
 
 

@@ -15,14 +15,9 @@ import csv
 import json
 import os
 import re
-import shutil
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -31,6 +26,9 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from experiments.prometheus import missing, remember, serving
 from pilotage.control.hpa import Hpa
 from pilotage.engine.cluster import World
 from pilotage.live.calibrate import Fit, Fleet, Known, fit
@@ -75,37 +73,10 @@ def drawn(name: str, rng: np.random.Generator, routing: str | None = None) -> Se
 @contextmanager
 def remembering(texts: list[str], folder: Path) -> Iterator[str]:
     """The URL of a Prometheus that has those histories."""
-    place = os.environ.get("PILOTAGE_PROMETHEUS")
-    programs = [shutil.which(name, path=place) for name in ("prometheus", "promtool")]
-    if None in programs:
-        raise SystemExit(
-            "error: no prometheus and promtool on the path, nor in the folder PILOTAGE_PROMETHEUS"
-        )
     body = "\n".join(text.removesuffix("\n").removesuffix("# EOF").rstrip("\n") for text in texts)
-    (folder / "history.om").write_text(body + "\n# EOF\n")
-    (folder / "prometheus.yml").write_text("global: {scrape_interval: 1h}\n")
-    command = [programs[1], "tsdb", "create-blocks-from", "openmetrics", str(folder / "history.om")]
-    subprocess.run([*command, str(folder / "data")], check=True, capture_output=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        programs[0], f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}",
-        f"--web.listen-address=127.0.0.1:{port}", "--storage.tsdb.retention.time=100y",
-    ]  # fmt: skip
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(1200):
-            try:
-                urllib.request.urlopen(f"{url}/-/ready", timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.05)
+    remember(body + "\n# EOF\n", folder)
+    with serving(folder) as url:
         yield url
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
 
 
 def source_of(url: str, began_s: float, hours: float, step_s: float) -> Prometheus:
@@ -260,6 +231,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="three right and three wrong fits")
     options = parser.parse_args()
+    if why := missing():
+        raise SystemExit(f"error: {why}")
     started, lasted = datetime.now(UTC), {}
     options.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()

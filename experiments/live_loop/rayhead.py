@@ -1,4 +1,4 @@
-"""A real Ray head with Serve, and a real Prometheus, inside a network and process namespace of their own.
+"""A real Ray head with Serve, inside a network and process namespace of its own.
 
 Ray listens beyond loopback whatever it is told, and anyone who reaches it runs code: so it runs only where nobody can.
 `inside(command)` gives the command that does that; everything in it ends with it.
@@ -10,7 +10,6 @@ import fcntl
 import json
 import os
 import shutil
-import signal
 import socket
 import struct
 import subprocess
@@ -23,15 +22,13 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RAY = Path(os.environ.get("PILOTAGE_RAY", HERE.parents[1] / ".ray")).absolute()
-DASHBOARD, SERVE, METRICS, PROMETHEUS = 8266, 8155, 8099, 9290
+DASHBOARD, SERVE, METRICS = 8266, 8155, 8099
 
 
 def missing() -> str | None:
     """Why Ray Serve cannot run here, if so."""
     if not (RAY / "bin" / "ray").exists():
         return f"no ray[serve] in {RAY.name}; `make demo-live` installs it"
-    if shutil.which("prometheus") is None:
-        return "no prometheus is installed; in Debian: apt-get install prometheus"
     if subprocess.run([*inside(["true"])], capture_output=True).returncode:
         return "no network namespace is allowed here, and Ray must not listen on a real network"
     return None
@@ -128,26 +125,3 @@ def settled(url: str, applications: Sequence[str]) -> bool:
     return bool(deployments) and all(
         d["status"] == "HEALTHY" and running(d) == d["target_num_replicas"] for d in deployments
     )
-
-
-@contextmanager
-def prometheus(folder: Path, scrape_s: float) -> Iterator[str]:
-    """The URL of a Prometheus that scrapes Ray."""
-    config = {
-        "global": {"scrape_interval": f"{scrape_s:g}s", "scrape_timeout": f"{scrape_s:g}s"},
-        "scrape_configs": [{"job_name": "ray", "static_configs": [{"targets": [f"127.0.0.1:{METRICS}"]}]}],
-    }
-    (folder / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
-    url = f"http://127.0.0.1:{PROMETHEUS}"
-    with (folder / "prometheus.log").open("wb") as log:
-        server = subprocess.Popen(
-            ["prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'tsdb'}",
-             f"--web.listen-address=127.0.0.1:{PROMETHEUS}"],
-            stdout=log, stderr=log, process_group=0,
-        )  # fmt: skip
-    try:
-        wait_for("Prometheus", lambda: asked(f"{url}/-/ready") is not None)
-        yield url
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(10)

@@ -36,7 +36,11 @@ from measurement import (
     toml,
 )
 from prediction import best_of_ray, predicted, ray_policy
-from rayhead import declare, inside, loopback_up, missing, prometheus, ray_head
+from rayhead import METRICS, declare, inside, loopback_up, missing, ray_head
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from experiments import prometheus
 
 HERE = Path(__file__).parent
 QUICK_S = 45.0
@@ -164,7 +168,11 @@ def run(out: Path, seed: int, thorough: bool, quick: bool, folder: Path) -> None
     spec = scenario.load(HERE / "scenario.toml")
     if quick:
         spec = spec.replace(horizon_h=QUICK_S / 3600)
-    with ray_head(folder) as url, prometheus(folder, SCRAPE_S) as scraped:
+    scraping = {
+        "global": {"scrape_interval": f"{SCRAPE_S:g}s", "scrape_timeout": f"{SCRAPE_S:g}s"},
+        "scrape_configs": [{"job_name": "ray", "static_configs": [{"targets": [f"127.0.0.1:{METRICS}"]}]}],
+    }
+    with ray_head(folder) as url, prometheus.serving(folder, scraping) as scraped:
         declare(url, application(spec))
         lap("Ray Serve and Prometheus started")
         times_s = Cluster(spec, [World(seed)]).arrivals(0, 0)
@@ -226,7 +234,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     if not os.environ.get("PILOTAGE_INSIDE"):
-        why = missing()
+        why = missing() or prometheus.missing()
         if why is not None:
             raise SystemExit(f"error: {why}")
         command = inside([sys.executable, *sys.argv])

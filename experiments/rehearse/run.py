@@ -16,21 +16,20 @@ import json
 import os
 import resource
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from experiments.prometheus import blocks_of, missing, serving
 from pilotage.control.hpa import Hpa
 from pilotage.engine.cluster import World
 from pilotage.recording import open_metrics
@@ -106,51 +105,15 @@ def record(services: list[Service], seed: int, hours: float, jobs: int, home: Pa
                     shutil.copyfileobj(lines, out, 1 << 20)
                 part.unlink()
             out.write(b"# EOF\n")
-        command = ["promtool", "tsdb", "create-blocks-from", "openmetrics", "--max-block-duration=512h"]
-        subprocess.run(
-            [*command, str(whole), str(home / "data")],
-            check=True,
-            capture_output=True,
-            env=os.environ | {"PATH": _path()},
-        )
+        blocks_of(whole, home, "--max-block-duration=512h")
     print(f"in a Prometheus's block after {time.perf_counter() - began:.0f} s", flush=True)
 
 
-@contextmanager
-def remembering(data: Path, home: Path) -> Iterator[tuple[str, int]]:
-    """The URL and the process number of a Prometheus on blocks."""
-    (home / "prometheus.yml").write_text("global: {scrape_interval: 1h}\n")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        "prometheus", f"--config.file={home / 'prometheus.yml'}", f"--storage.tsdb.path={data}",
-        f"--web.listen-address=127.0.0.1:{port}", "--storage.tsdb.retention.time=100y",
-    ]  # fmt: skip
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    server = subprocess.Popen(command, **quiet, process_group=0, env=os.environ | {"PATH": _path()})
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(2400):
-            try:
-                urllib.request.urlopen(f"{url}/-/ready", timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.05)
-        yield url, server.pid
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
-
-
-def _path() -> str:
-    return os.pathsep.join(filter(None, (os.environ.get("PILOTAGE_PROMETHEUS"), os.environ["PATH"])))
-
-
-def cpu_s(pid: int) -> float:
-    """Processor seconds of a process so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def cpu_s(url: str) -> float:
+    """Processor seconds of a Prometheus so far, as it counts them itself."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as said:
+        lines = said.read().decode().splitlines()
+    return next(float(one.split()[1]) for one in lines if one.startswith("process_cpu_seconds_total "))
 
 
 def fleet_file(services: list[Service], url: str, began_s: float, hours: float) -> str:
@@ -186,10 +149,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     count, hours = (5, 4.0) if options.quick else (options.services, options.hours)
-    if not all(shutil.which(name, path=_path()) for name in ("prometheus", "promtool")):
-        raise SystemExit(
-            "error: no prometheus and promtool on the path, nor in the folder PILOTAGE_PROMETHEUS"
-        )
+    if why := missing():
+        raise SystemExit(f"error: {why}")
     started, lasted = datetime.now(UTC), {}
     services = [drawn(k, options.seed, *options.rates) for k in range(count)]
     low, high = options.rates
@@ -209,18 +170,18 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        with remembering(kept / "data", home) as (url, server):
+        with serving(kept) as url:
             (home / "fleet.toml").write_text(fleet_file(services, url, BEGAN_S, hours))
             command = [
                 sys.executable, "-m", "pilotage", "rehearse", str(home / "fleet.toml"), "--anyway", "--json",
                 "--out", str(home / "out"),
             ]  # fmt: skip
-            server_before_s = cpu_s(server)
+            server_before_s = cpu_s(url)
             before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             took_s = time.perf_counter() - began
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            server_cpu_s = cpu_s(server) - server_before_s
+            server_cpu_s = cpu_s(url) - server_before_s
     lasted["rehearse"] = round(took_s, 1)
     took_cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     answer = json.loads(done.stdout)

@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/retraining"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--policy", type=Path, help="a retraining.json: judge it, train nothing")
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="less training, one stream")
     options = parser.parse_args()
     started, began = datetime.now(UTC), time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,7 @@ def main() -> None:
         write_whole(options.out / "learning.csv", as_csv(curve))
         write_whole(options.out / "retraining.json", msgspec.json.encode(learned).decode() + "\n")
     rows = []
-    for name in STREAMS:
+    for name in ("noaa",) if options.quick else STREAMS:  # the smallest
         matrix = errors_of(name, options.data, options.out / "work")
         for delay in DELAYS:
             probe = probe_of(name, options.data, options.out / "work", delay)

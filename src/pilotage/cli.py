@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from pilotage import (
     __version__,
@@ -20,12 +15,25 @@ from pilotage import (
     cli_calibrate,
     cli_explain,
     cli_leaderboard,
+    cli_learn,
     cli_plan,
     cli_profile,
     cli_steer,
     cli_versions,
 )
-from pilotage.console import AsJson, fail, print_json
+from pilotage.console import (
+    AsJson,
+    Cluster,
+    Data,
+    Env,
+    Hours,
+    fail,
+    print_json,
+    progress,
+    scenario_of,
+    table_of,
+    writable,
+)
 from pilotage.world.spec import SpecError
 
 app = typer.Typer(
@@ -34,6 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(cli_learn.app)
 app.add_typer(cli_versions.app)
 app.add_typer(cli_bundles.app)
 app.add_typer(cli_explain.app)
@@ -42,24 +51,13 @@ app.add_typer(cli_calibrate.app)
 app.add_typer(cli_plan.app)
 app.add_typer(cli_profile.app)
 app.add_typer(cli_leaderboard.app)
-_screen = Console(stderr=True)
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
-Env = Annotated[str, typer.Argument(help="a shipped environment (see `pilotage envs`) or a scenario file")]
-Data = Annotated[Path | None, typer.Option("--data", help="folder of traces (default: PILOTAGE_DATA)")]
-Hours = Annotated[float | None, typer.Option("--hours", help="length of the run instead of the scenario's")]
 PlacementRule = Annotated[
     str | None,
     typer.Option(
         "--placement",
         help="rule, or placement.json of a training, instead of the scenario's: learned-placement, ...",
-    ),
-]
-Cluster = Annotated[
-    str | None,
-    typer.Option(
-        "--cluster",
-        help="where runs are made: local[:N] processes, tcp://… (Dask), ray, ray://… (default: here)",
     ),
 ]
 Policies = Annotated[
@@ -119,64 +117,6 @@ def main() -> NoReturn:
         raise
 
 
-def _scenario(env: str, data: Path | None, hours: float | None, placement: str | None = None) -> Any:
-    from pilotage.scenario import load
-
-    scenario = load(env, data)
-    if placement is not None:
-        from pilotage.engine.cluster import placement_from
-
-        scenario = scenario.replace(placement=placement_from(placement))
-    if hours is not None:
-        if not (math.isfinite(hours) and hours > 0):
-            raise SpecError(f"--hours {hours}: must be a positive number")
-        scenario = scenario.replace(horizon_h=hours)
-    return scenario
-
-
-def _writable(folder: Path) -> Path:
-    """Makes sure, before hours of work, that results can be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".pilotage-write-test"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise SpecError(
-            f"--out {folder}: cannot be written: {error.strerror}; give a writable folder"
-        ) from None
-    return folder
-
-
-def _table(result: dict[str, Any]) -> Table:
-    group = result.get("group", result["env"])
-    title = f"{group}: {result['hours']:g} h x {len(result['seeds'])} runs, dollars per run"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    decays = any(row["usd"]["errors"] + row["usd"]["retraining"] for row in result["policies"])
-    models = ("errors", "retraining") if decays else ()
-    for name in ("policy", "total", "95 %", "missed", *models, "in time", "p95 ms", "x bound"):
-        table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
-    for row in result["policies"]:
-        total, over = row["total_usd"], row["over_bound"]
-        known = not math.isnan(total["low"])
-        table.add_row(
-            row["policy"],
-            f"{total['mean']:,.2f}",
-            f"{total['low']:,.1f}–{total['high']:,.1f}" if known else "–",
-            f"{row['usd']['late'] + row['usd']['dropped']:,.2f}",
-            *(f"{row['usd'][name]:,.2f}" for name in models),
-            f"{100 * row['slo_attainment']:.2f} %",
-            f"{row['latency_ms']['p95']:,.0f}",
-            f"{over['mean']:.2f}" if over else "–",
-        )
-    if result["bound_usd"]:
-        table.caption = (
-            f"clairvoyant: lower bound {result['bound_usd']['lower']:,.2f}, "
-            f"schedule {result['bound_usd']['schedule']:,.2f}"
-        )
-    return table
-
-
 @app.callback(invoke_without_command=True)
 def _version(
     version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False,
@@ -225,8 +165,8 @@ def simulate(
     from pilotage.evaluate import compare, summary
 
     chosen, retraining = fleet_from(policy)
-    scenario = _scenario(env, data, hours, placement)
-    folder = _writable(out) if out else None
+    scenario = scenario_of(env, data, hours, placement)
+    folder = writable(out) if out else None
     runs = run_policies(
         scenario, [chosen], [World(seed)], retraining=retraining, guard=Guard(), label=policy,
         keep_timeline=folder is not None,
@@ -240,7 +180,7 @@ def simulate(
     if as_json:
         print_json({"env": scenario.name, "seed": seed, **summary(policy, runs)})
         return
-    Console().print(_table(compare(scenario, [(policy, runs)])))
+    Console().print(table_of(compare(scenario, [(policy, runs)])))
     if folder:
         print(f"timeline: {folder / 'timeline.csv'}, figure: {folder / 'figures' / 'timeline.svg'}")
 
@@ -271,11 +211,11 @@ def evaluate(
     for name in policy:
         if policy.count(name) > 1:
             raise SpecError(f"--policy {name!r} is given {policy.count(name)} times; give each policy once")
-    scenario = _scenario(env, data, hours, placement)
-    folder = _writable(out) if out else None
+    scenario = scenario_of(env, data, hours, placement)
+    folder = writable(out) if out else None
     worlds = [World(seed) for seed in range(seeds)]
     results = []
-    with _progress(as_json) as step, Workers(cluster) as workers:
+    with progress(as_json) as step, Workers(cluster) as workers:
         for name, one, retraining in chosen:
             step(name)
             runs = workers.simulate(
@@ -303,172 +243,7 @@ def evaluate(
     if as_json:
         print_json(result)
     else:
-        Console().print(_table(result))
-
-
-class _progress:  # noqa: N801  (used as a function)
-    """A spinner on stderr that says what is being done; silent with --json."""
-
-    def __init__(self, silent: bool) -> None:
-        self._status = None if silent else _screen.status("")
-
-    def __enter__(self) -> Callable[[str], None]:
-        if self._status is None:
-            return lambda _: None
-        self._status.start()
-        return self._status.update
-
-    def __exit__(self, *_: object) -> None:
-        if self._status is not None:
-            self._status.stop()
-
-
-@app.command()
-def tune(
-    env: Env,
-    policy: Annotated[
-        str, typer.Option("--policy", help="the policy whose declared parameters are searched")
-    ],
-    trials: Annotated[int, typer.Option(min=1)] = 40,
-    seeds: Annotated[int, typer.Option(min=1, help="runs per trial")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="seed of the search")] = 0,
-    storage: Annotated[
-        str | None,
-        typer.Option(
-            help="Optuna storage: a database's URL, journal:FILE, grpc://HOST:PORT; an existing study is joined"
-        ),
-    ] = None,
-    objective: Annotated[
-        list[str] | None, typer.Option(help="usd, attainment; repeatable: best compromises")
-    ] = None,
-    sampler: Annotated[str, typer.Option(help="tpe or gp")] = "tpe",
-    start: Annotated[
-        list[str] | None,
-        typer.Option(help="parameters to try first, as a policy of the same kind; repeatable"),
-    ] = None,
-    hours: Hours = None,
-    data: Data = None,
-    cluster: Cluster = None,
-    as_json: AsJson = False,
-) -> None:
-    """Bayesian optimisation of a policy's declared parameters."""
-    from pilotage.agents.tune import candidate_of
-    from pilotage.agents.tune import tune as search
-    from pilotage.control.learned import policy_from
-    from pilotage.control.scaling import describe
-    from pilotage.engine.cluster import World
-    from pilotage.workers import Workers
-
-    base = policy_from(policy)
-    scenario = _scenario(env, data, hours)
-    windows = [[World(1_000_000 + k) for k in range(seeds)]]  # apart from the seeds that `evaluate` uses
-    with _progress(as_json) as step, Workers(cluster) as workers:
-        study = search(
-            base,
-            scenario,
-            windows,
-            trials=trials,
-            seed=seed,
-            objectives=objective or ["usd"],
-            sampler=sampler,
-            starts=[policy_from(one) for one in start or ()],
-            storage=storage,
-            progress=lambda n, best: step(f"trial {n}/{trials}, best {best:,.2f} $"),
-            workers=workers,
-        )
-    rows = [
-        {
-            "policy": describe(candidate_of(base, t.params)),
-            **dict(zip(objective or ["usd"], t.values, strict=True)),
-        }
-        for t in study.best_trials
-    ]
-    if as_json:
-        print_json({"env": scenario.name, "trials": len(study.trials), "best": rows})
-        return
-    for row in rows:
-        name = row.pop("policy")
-        print(", ".join(f"{key} {value:.4g}" for key, value in row.items()) + f"  --policy '{name}'")
-
-
-@app.command()
-def train(
-    env: Env,
-    algo: Annotated[str, typer.Option(help="ppo, sac, tqc, recurrent-ppo, qr-dqn or maskable-ppo")] = "ppo",
-    steps: Annotated[int, typer.Option(min=1)] = 400_000,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    base: Annotated[
-        str, typer.Option(help="the policy that is corrected: predictive, anticipate, learned")
-    ] = "predictive",
-    worlds: Annotated[int, typer.Option(min=1)] = 64,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="folder of the training (default: runs/ENV-ALGO)")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the folder's checkpoint")] = False,
-    hours: Hours = None,
-    data: Data = None,
-    as_json: AsJson = False,
-) -> None:
-    """Learn a policy with stable-baselines3."""
-    from pilotage.agents.algorithms import Settings
-    from pilotage.agents.train import train as learn
-    from pilotage.control.learned import Base, policy_from
-    from pilotage.engine.cluster import World
-
-    rule = policy_from(base)
-    if not isinstance(rule, Base):
-        raise SpecError(
-            f"--base {base!r}: cannot be corrected; valid: predictive, anticipate, learned, or what hindsight taught"
-        )
-    scenario = _scenario(env, data, hours)
-    folder = _writable(out or Path("runs") / f"{scenario.name}-{algo}")
-    with _progress(as_json) as step:
-        learn(
-            scenario,
-            rule,
-            [World(0)],
-            [[World(2_000_000 + k) for k in range(4)]],
-            Settings(algo=algo, steps=steps, seed=seed, worlds=worlds),
-            folder,
-            progress=lambda n, usd: step(f"{n:,}/{steps:,} steps, validation {usd:,.2f} $"),
-            resume=resume,
-        )
-    if as_json:
-        print_json({"env": scenario.name, "policy": str(folder)})
-    else:
-        print(f"policy: --policy {folder}")
-
-
-@app.command()
-def study(
-    experiment: Annotated[Path, typer.Argument(help="an experiment file, as experiments/quickstart.toml")],
-    out: Annotated[
-        Path | None, typer.Option("--out", help="results folder (default: results/EXPERIMENT)")
-    ] = None,
-    data: Data = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="a much reduced form, to try things out")] = False,
-    cluster: Cluster = None,
-    as_json: AsJson = False,
-) -> None:
-    """Tune, train, compare and report, as one experiment file says; resumes what was interrupted."""
-    from pilotage.study import Experiment
-    from pilotage.study import study as run_study
-    from pilotage.workers import Workers
-
-    plan = Experiment.load(experiment, quick=quick)
-    folder = _writable(out or Path("results") / experiment.stem)
-    with _progress(as_json) as step, Workers(cluster) as workers:
-        results = run_study(
-            plan, experiment, folder,
-            data=data, seed=seed, step=step, command=sys.argv[1:], workers=workers,
-        )  # fmt: skip
-    if as_json:
-        print_json(results)
-        return
-    for result in results:
-        Console().print(_table(result))
-    print(f"report: {folder / 'report.html'}")
+        Console().print(table_of(result))
 
 
 @app.command()

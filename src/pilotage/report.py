@@ -65,7 +65,7 @@ def write_report(folder: Path) -> Path:
     pictures = _draw(results)
     _write_figures(folder, pictures.all())
     page = folder / "report.html"
-    _write(page, _render(results, pictures))
+    _write(page, _render(results, pictures, fidelity(folder)))
     return page
 
 
@@ -149,11 +149,10 @@ class Line(NamedTuple):
 ENDS: Final = {"low": "lower end of the interval", "mean": "mean", "high": "upper end of the interval"}
 
 
-def acceptance(results: Results) -> list[Line]:
+def acceptance(table: pd.DataFrame) -> list[Line]:
     """What was asked beside what came out; what a study asks of a saving ("low >= 0.1") is in per cent."""
     lines = []
-    rows = results.tables["acceptance"].to_dict("records") if "acceptance" in results.tables else []
-    for row in rows:
+    for row in table.to_dict("records"):
         mean, low, high = (None if pd.isna(row[k]) else float(row[k]) for k in ("measured", "low", "high"))
         asked, measured, span = row["asked"], _plain(mean), brackets(Interval(mean, low, high), _plain)
         if found := re.fullmatch(r"(low|mean|high) >= (-?\d+(?:\.\d+)?)", asked):
@@ -161,6 +160,15 @@ def acceptance(results: Results) -> list[Line]:
             measured, span = percent(mean), _span(Interval(mean, low, high))
         lines.append(Line(row["line"], asked, measured, span, row["met"].lower() in ("true", "1", "yes")))
     return lines
+
+
+def fidelity(folder: Path) -> list[tuple[str, list[Line]]]:
+    """What measurements of other systems say of the simulator: the results in `fidelity`, beside a results folder."""
+    found = [
+        (path.parent.name, acceptance(read_table(path.parent, path.stem)))
+        for path in sorted(folder.resolve().parent.glob("fidelity/*/acceptance.csv"))
+    ]
+    return [(name, lines) for name, lines in found if lines]
 
 
 def _plain(value: float | None) -> str:
@@ -273,7 +281,7 @@ def _script_hash(script: str) -> str:
     return base64.b64encode(hashlib.sha256(str(script).encode()).digest()).decode()
 
 
-def _render(results: Results, pictures: Pictures) -> str:
+def _render(results: Results, pictures: Pictures, measured: list[tuple[str, list[Line]]]) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -308,7 +316,8 @@ def _render(results: Results, pictures: Pictures) -> str:
             (group, found) for group, p in zip(results.groups, pairs, strict=True) if (found := shortfalls(p))
         ],
         compared=any(pairs),
-        acceptance=acceptance(results),
+        acceptance=acceptance(results.tables.get("acceptance", pd.DataFrame())),
+        fidelity=measured,
         explanation=results.explanation,
         attention=results.versions,
         pictures=pictures,

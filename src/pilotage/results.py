@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,6 +42,20 @@ def write_evaluation(folder: Path, results: Sequence[dict[str, Any]]) -> None:
                 }
             )
     write_whole(folder / "table.csv", as_csv(rows))
+
+
+def numbers(folder: Path) -> Iterator[tuple[str, float, int]]:
+    """What a folder of results measured, as (name, value, step): of every policy, and as it was tuned and learned."""
+    for result in json.loads((folder / "evaluation.json").read_text()):
+        for row in result["policies"]:
+            yield f"{result['group']}/{row['policy']}/total_usd", row["total_usd"]["mean"], 0
+            yield f"{result['group']}/{row['policy']}/slo_attainment", row["slo_attainment"], 0
+    for file, name, at in (("learning_curve", "validation_usd", "steps"), ("trials", "usd", "trial")):
+        path = folder / f"{file}.csv"
+        if path.is_file():
+            with path.open(newline="") as lines:
+                for line in csv.DictReader(lines):
+                    yield "/".join(filter(None, (line.get("policy"), name))), float(line[name]), int(line[at])
 
 
 def provenance(

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from importlib.resources import files
 from pathlib import Path
 
@@ -70,6 +71,22 @@ def test_every_name_is_documented() -> None:
 
 def test_the_package_says_that_it_is_typed() -> None:
     assert files("pilotage").joinpath("py.typed").is_file()
+
+
+def test_the_layers_are_explained_in_their_order() -> None:
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    layers = re.findall(r"\w+", " ".join(contract["layers"]).replace("pilotage.", ""))
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    drawn = page.partition("```text\n")[2].partition("```")[0]
+    missing = [
+        name for name in layers if not name.startswith("cli_") and not re.search(rf"\b{name}\b", drawn)
+    ]
+    assert missing == []
+    first = [re.match(r"\w+", line)[0] for line in drawn.splitlines()]  # type: ignore[index]
+    rows = {
+        name: k for k, row in enumerate(contract["layers"]) for name in re.findall(r"pilotage\.(\w+)", row)
+    }
+    assert [rows[name] for name in first] == sorted(rows[name] for name in first)
 
 
 def run(script: str) -> subprocess.CompletedProcess[str]:

@@ -561,6 +561,25 @@ def test_a_broken_evaluation_says_where(sample: Path) -> None:
         write_report(sample)
 
 
+def test_it_says_how_close_the_simulator_is(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    fill(folder)
+    edit(folder, lambda groups: groups.__delitem__(slice(3)))
+    assert "No measurement of a real system lies beside this folder" in page(folder).words
+    beside = tmp_path / "fidelity" / "ray<serve"
+    beside.mkdir(parents=True)
+    (beside / "acceptance.csv").write_text(
+        "line,asked,measured,low,high,met\np95,±8 %,-2.7,-3.2,-2.2,True\np99,±12 %,14.5,,,False\n"
+    )
+    words = page(folder).words
+    assert "fidelity/ray<serve: 1 of 2 met" in words
+    assert "\N{MINUS SIGN}2.7" in words
+    (beside / "acceptance.csv").write_text("line\nx\n")
+    with pytest.raises(ReportError, match=r"acceptance\.csv: lacks the columns asked"):
+        write_report(folder)
+
+
 def test_a_table_without_its_columns_is_named(sample: Path) -> None:
     (sample / "trials.csv").write_text("policy,usd\nhpa,3\n")
     with pytest.raises(ReportError, match=r"trials\.csv: lacks the columns trial, best_usd"):

@@ -22,7 +22,6 @@ RECORDS = sorted(RESULTS.rglob("*run.json"))
 ACCEPTANCE = sorted(RESULTS.rglob("*acceptance.csv"))
 # why an experiment has no results yet
 PENDING = {
-    "cleanrl_ppo": "an example; what it prints is tested",
     "profile": "its times need a quiet machine",
     "workers": "its times need a quiet machine",
 }
@@ -53,23 +52,34 @@ def test_every_experiment_is_run_quickly_or_said_why_not() -> None:
     programs = reproduce_quick.programs()
     sources = {str(path.parent.relative_to(EXPERIMENTS)) for path in EXPERIMENTS.glob("*/**/*.py")}
     assert sources <= set(programs), "a folder without run.py"
-    for named in (reproduce_quick.ALONE, reproduce_quick.LEFT_OUT, reproduce_quick.TRACES):
+    for named in (
+        reproduce_quick.ALONE,
+        reproduce_quick.LEFT_OUT,
+        reproduce_quick.TRACES,
+        reproduce_quick.PROMETHEUS,
+    ):
         assert set(named) <= set(programs)
     assert not set(reproduce_quick.ALONE) & set(reproduce_quick.LEFT_OUT)
     for program in programs.values():
         assert program.suffix == ".toml" or '"--quick"' in program.read_text(), program
 
 
-def test_lines_agree_where_intervals_overlap(tmp_path: Path) -> None:
+def test_lines_and_rows_agree_where_intervals_overlap(tmp_path: Path) -> None:
     head = "line,asked,measured,low,high,met\n"
-    (tmp_path / "a.csv").write_text(
-        head + "x,>0,1,0.5,1.5,True\ny,>0,1,0.9,1.1,True\nz,>0,1,,,True\nt,,nan,,,\n"
-    )
-    (tmp_path / "b.csv").write_text(head + "x,>0,1.6,1.4,1.9,True\ny,>0,1.2,,,True\nz,>0,2,,,True\n")
-    count, apart = reproduce_quick.compared(tmp_path / "a.csv", tmp_path / "b.csv")
-    assert count == 2  # z has no interval in either
-    assert len(apart) == 1
-    assert apart[0].startswith("y: ")
+    written = {
+        "a/acceptance.csv": head + "x,>0,1,0.5,1.5,True\ny,>0,1,0.9,1.1,True\nz,>0,1,,,True\nt,,nan,,,\n",
+        "b/acceptance.csv": head + "x,>0,1.6,1.4,1.9,True\ny,>0,1.2,,,True\nz,>0,-2,,,False\n",
+        "a/table.csv": "policy,env,usd,low,high,saves_low,saves_high\nhpa,a,3,2,4,,\nkpa,a,3,2,4,0.1,0.2\n",
+        "b/table.csv": "policy,env,usd,low,high,saves_low,saves_high\nkpa,a,9,8,9,0.2,0.3\nkeda,a,1,1,2,0,1\n",
+    }
+    for name, text in written.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    count, apart = reproduce_quick.compared(tmp_path / "a", tmp_path / "b")
+    assert count == 5  # x, y, z; and of kpa both
+    assert [one.partition(":")[0] for one in apart] == ["kpa, a", "y", "z"]
+    assert reproduce_quick.compared(tmp_path / "a", tmp_path / "a") == (6, [])
+    assert reproduce_quick.compared(tmp_path / "a", tmp_path / "nowhere") == (0, [])
 
 
 def test_every_folder_of_results_belongs_to_an_experiment() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -157,6 +158,36 @@ def test_a_trial_is_the_same_wherever_its_windows_run() -> None:
         apart = tune(parse("hpa"), SCENARIO, [WORLDS], trials=3, seed=1, workers=workers)
     here = tune(parse("hpa"), SCENARIO, [WORLDS], trials=3, seed=1)
     np.testing.assert_array_equal([t.values[0] for t in apart.trials], [t.values[0] for t in here.trials])
+
+
+def test_a_study_behind_a_proxy_is_the_same_study(tmp_path: Path) -> None:
+    """A gRPC proxy, as on a network where workers do not reach the database: same trials, and they stand there."""
+    pytest.importorskip("grpc")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url, behind = f"grpc://127.0.0.1:{port}", f"journal:{tmp_path / 'study.log'}"
+    serve = (
+        "import optuna; from pilotage.agents.tune import storage_of;"
+        f"optuna.storages.run_grpc_proxy_server(storage_of({behind!r}), host='127.0.0.1', port={port})"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    server = subprocess.Popen([sys.executable, "-c", serve], env=environment, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while server.poll() is None and time.monotonic() < deadline:
+            with socket.socket() as one:
+                if one.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        far = tune(parse("hpa"), SCENARIO, [WORLDS[:2]], trials=3, seed=1, storage=url)
+        near = tune(parse("hpa"), SCENARIO, [WORLDS[:2]], trials=3, seed=1)
+        assert [t.params for t in far.trials] == [t.params for t in near.trials]
+        assert [t.values for t in far.trials] == [t.values for t in near.trials]
+    finally:
+        ended(server)
+    kept = tune(parse("hpa"), SCENARIO, [WORLDS[:2]], trials=3, seed=1, storage=behind)
+    assert [t.params for t in kept.trials] == [t.params for t in near.trials]
 
 
 @pytest.mark.parametrize(

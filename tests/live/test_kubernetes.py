@@ -393,10 +393,10 @@ def test_an_answer_that_is_no_kubernetes_object_is_an_error(
 def test_the_connection_is_kept_and_opened_again_when_the_server_has_closed_it(api: KubeApi) -> None:
     steered = target(api)
     steered.counts(["ranker"])
-    connection = steered._api._connection
+    connection = steered._api._wire._connection
     assert connection is not None
     steered.counts(["ranker"])
-    assert steered._api._connection is connection
+    assert steered._api._wire._connection is connection
     failing(api, "GET", Fault(applied=True))
     assert steered.counts(["ranker"]) == {"ranker": 2}
 

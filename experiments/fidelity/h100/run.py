@@ -1,10 +1,10 @@
 """The iteration law against iterations that were timed on a real H100 (`measure.py`).
 
-`run.py --out DIR` reads DIR/iterations.csv, fits the law to the batches of the grid and judges it on those drawn at
-random, which it has not seen: decodes alone, chunks of prompts alone, and both. Beside it stand two wider laws: other
-coefficients for iterations without a prefill (`IterationLaw.decode`), and the sixth term (`cross_s`), for the attention
-of a chunk to what came before it. Writes `table.csv`, `acceptance.csv`, and the law of six terms as a profile,
-`llama-3.1-8b-h100.toml`.
+`run.py --measured DIR` reads DIR/iterations.csv, fits the law to the batches of the grid and judges it on those drawn
+at random, which it has not seen: decodes alone, chunks of prompts alone, and both. Beside it stand two wider laws:
+other coefficients for iterations without a prefill (`IterationLaw.decode`), and the sixth term (`cross_s`), for the
+attention of a chunk to what came before it. Writes `table.csv`, `acceptance.csv`, and the law of six terms as a
+profile, `llama-3.1-8b-h100.toml`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pilotage.results import as_csv, provenance, write_whole
 from pilotage.world.llm import KvMemory, Profile
 from pilotage.world.servers import IterationLaw
 
+HOME = Path(__file__).parents[3] / "results" / "fidelity" / "h100"
 GIB = 2**30
 MEMORY = KvMemory(gpu_gib=79.2, weights_gib=8.03e9 * 2 / GIB, kv_bytes_per_token=131_072)
 
@@ -35,13 +36,14 @@ def seconds(law: IterationLaw, batches: np.ndarray) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="not needed: the measurements lie in the results")
+    parser.add_argument("--measured", type=Path, default=HOME, help="folder that measure.py wrote")
     parser.add_argument("--out", type=Path, default=Path("results/fidelity/h100"))
     parser.add_argument("--seed", type=int, default=0, help="not needed: nothing here is drawn")
     parser.add_argument("--quick", action="store_true", help="the same: it takes a second")
     options = parser.parse_args()
     started, began = datetime.now(UTC), time.perf_counter()
-    table = pd.read_csv(options.out / "iterations.csv")
-    gpu = json.loads((options.out / "gpu.json").read_text())
+    table = pd.read_csv(options.measured / "iterations.csv")
+    gpu = json.loads((options.measured / "gpu.json").read_text())
     names = ("prefill_tokens", "before_tokens", "decodes", "context_tokens")
     prefill, before, decodes, context = (table[name].to_numpy(float) for name in names)
     batches = np.column_stack([prefill, decodes, before + decodes * context, prefill**2])

@@ -1,35 +1,22 @@
-"""An HTTP API of a target: one connection that is kept, TLS, a bearer token that may change, and bounded time.
-
-The standard library's client, because a controller is to stay small and asks one server one thing at a time. Tokens
-come from a file, read at every request (Kubernetes replaces them while a process lives), or from an environment
-variable; they go into one header and nowhere else.
-"""
+"""An HTTP API of a target, in JSON: where it is, who asks, and what is tried again for how long (`wire` says how)."""
 
 from __future__ import annotations
 
 import contextlib
-import http.client
-import ipaddress
 import json
-import os
 import re
-import socket
-import ssl
-import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
 from msgspec import Meta
 
 from pilotage.live.lease import Lease, LeaseError
-from pilotage.live.secrets import without_secrets
 from pilotage.live.targets import TargetError
+from pilotage.live.wire import MAX_ANSWER_BYTES, UnusableError, Wire, WireError, clean, loopback, secret_of
 from pilotage.world.spec import Positive, Spec, SpecError
 
-MAX_ANSWER_BYTES: Final = 256 * 2**20  # a list of ten thousand objects has some tens of MB
 _AGAIN: Final = frozenset({429, 500, 502, 503, 504})
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 
@@ -78,21 +65,10 @@ class Endpoint(Spec, frozen=True, kw_only=True):
 
     def token(self) -> str | None:
         """The bearer token as it is now, or a TargetError that names where it should be."""
-        if self.token_env:
-            found = os.environ.get(self.token_env, "")
-            where = f"environment variable {self.token_env}"
-        elif self.token_file:
-            where = f"token file {self.token_file}"
-            try:
-                found = Path(self.token_file).read_text()
-            except (OSError, UnicodeDecodeError) as error:
-                reason = error.strerror if isinstance(error, OSError) else "it is not text"
-                raise TargetError(f"{where} cannot be read: {reason}") from None
-        else:
-            return None
-        if not re.fullmatch(r"[\x21-\x7e]+", found.strip()):
-            raise TargetError(f"{where} holds no token; valid: one line of printable characters")
-        return found.strip()
+        try:
+            return secret_of(self.token_env, self.token_file, "no token")
+        except UnusableError as error:
+            raise TargetError(f"token: {error}") from None
 
 
 class Api:
@@ -102,8 +78,7 @@ class Api:
     def __init__(self, endpoint: Endpoint, lease: Lease | None = None) -> None:
         self.endpoint, self._lease = endpoint, lease
         self._where = urlsplit(endpoint.url)
-        self._lock = threading.Lock()
-        self._connection: http.client.HTTPConnection | None = None
+        self._wire = Wire(endpoint.url, endpoint.ca_file, endpoint.cert_file, endpoint.key_file)
 
     def deadline(self) -> float:
         """Until when a call that begins now may take, on the monotonic clock."""
@@ -152,10 +127,7 @@ class Api:
         token = None
         with contextlib.suppress(TargetError):
             token = self.endpoint.token()
-        text = text.replace(token, "[withheld]") if token else text
-        text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-        shown: str = without_secrets(text)
-        return shown if len(shown) <= 400 else shown[:400] + "…"
+        return clean(text, token)
 
     def _once(
         self, method: str, path: str, body: Any, deadline_s: float, content: str
@@ -170,72 +142,13 @@ class Api:
         payload = None if body is None else json.dumps(body).encode()
         if payload is not None:
             headers["Content-Type"] = content
-        with self._lock:
-            while True:
-                kept = self._connection is not None
-                try:
-                    return self._exchange(method, path, payload, headers, within_s)
-                except (OSError, http.client.HTTPException, ValueError) as error:
-                    self._drop()
-                    if kept and isinstance(error, ConnectionError):
-                        continue  # the server had closed the connection that was kept: that is not a fault
-                    raise NoAnswerError(f"no answer: {_why(error)}") from None
-
-    def _exchange(
-        self, method: str, path: str, payload: bytes | None, headers: dict[str, str], within_s: float
-    ) -> tuple[int, float, bytes]:
-        connection = self._connection or self._open(within_s)
-        self._connection = connection
-        assert connection.sock is not None
-        connection.sock.settimeout(within_s)
-        end_s = time.monotonic() + within_s
-        # the time-out of a socket is for one read; a server that drips bytes is cut off by the clock
-        late = threading.Timer(within_s, _cut, [connection.sock])
-        late.daemon = True
-        late.start()
         try:
-            connection.request(method, self._where.path.rstrip("/") + path, payload, headers)
-            answer = connection.getresponse()
-            text = answer.read(MAX_ANSWER_BYTES + 1)
-            if len(text) > MAX_ANSWER_BYTES:
-                raise http.client.HTTPException(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
-            if answer.will_close:
-                self._drop()
-            return answer.status, _seconds(answer.headers.get("Retry-After")), text
-        except (OSError, http.client.HTTPException, ValueError):
-            if time.monotonic() >= end_s:
-                raise TimeoutError from None
-            raise
-        finally:
-            late.cancel()
-
-    def _open(self, within_s: float) -> http.client.HTTPConnection:
-        host, port = str(self._where.hostname), self._where.port
-        connection: http.client.HTTPConnection
-        if self._where.scheme == "https":
-            connection = http.client.HTTPSConnection(host, port, timeout=within_s, context=self._context())
-        else:
-            connection = http.client.HTTPConnection(host, port, timeout=within_s)
-        connection.connect()
-        assert connection.sock is not None
-        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return connection
-
-    def _context(self) -> ssl.SSLContext:
-        spec = self.endpoint
-        try:
-            context = ssl.create_default_context(cafile=spec.ca_file)
-            if spec.cert_file and spec.key_file:
-                context.load_cert_chain(spec.cert_file, spec.key_file)
-        except (OSError, ssl.SSLError) as error:
-            files = ", ".join(filter(None, (spec.ca_file, spec.cert_file, spec.key_file)))
-            raise TargetError(f"certificates cannot be read ({files}): {error.strerror or error}") from None
-        return context
-
-    def _drop(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+            answer = self._wire.exchange(method, path, payload, headers, within_s, MAX_ANSWER_BYTES)
+        except UnusableError as error:
+            raise TargetError(str(error)) from None
+        except WireError as error:
+            raise NoAnswerError(str(error)) from None
+        return answer.status, _seconds(answer.headers.get("Retry-After")), answer.text
 
 
 def said(body: Any) -> str:
@@ -260,27 +173,6 @@ def _parsed(text: bytes) -> Any:
         return text[:2000].decode(errors="replace")
 
 
-def _why(error: Exception) -> str:
-    if isinstance(error, TimeoutError):
-        return "it took too long"
-    return str(error) or type(error).__name__
-
-
 def _seconds(text: str | None) -> float:
     """Retry-After in seconds; a date, which neither Kubernetes nor Ray sends, counts as nothing said."""
     return min(float(text), 3600.0) if text is not None and re.fullmatch(r"\d{1,6}", text.strip()) else 0.0
-
-
-def _cut(sock: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(
-            sock, socket.SHUT_RDWR
-        )  # below TLS, whose own farewell is not for another thread
-
-
-def loopback(host: str) -> bool:
-    """Whether what is sent there stays on this machine."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -8,18 +8,16 @@ series is refused: a recording rule should sum it first.
 
 from __future__ import annotations
 
-import urllib.error
-import urllib.parse
-import urllib.request
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from http.client import HTTPException
 from typing import Annotated, Final
+from urllib.parse import urlencode
 
 import msgspec
 import numpy as np
 from msgspec import Meta
 
+from pilotage.live.wire import MAX_ANSWER_BYTES, Wire, WireError, clean
 from pilotage.world.spec import Spec, SpecError
 
 MOST_POINTS: Final = 10_000  # of one answer; Prometheus refuses more than 11 000
@@ -45,7 +43,9 @@ class Prometheus(Spec, frozen=True, kw_only=True):
     start: str
     end: str
     step_s: Annotated[float, Meta(ge=1, le=3600)] = 60.0
-    timeout_s: Annotated[float, Meta(gt=0, le=600)] = 30.0
+    timeout_s: Annotated[float, Meta(gt=0, le=600)] = (
+        120.0  # of one question: as long as Prometheus gives itself
+    )
 
     def __post_init__(self) -> None:
         if self.end_s - self.start_s < 2 * self.step_s:
@@ -101,18 +101,21 @@ class Prometheus(Spec, frozen=True, kw_only=True):
 
     def _ask(self, query: str, start_s: float, end_s: float) -> list[_Row]:
         form = {"query": query, "start": start_s, "end": end_s, "step": self.step_s}
-        body = urllib.parse.urlencode(form).encode()
-        url = f"{self.url.rstrip('/')}/api/v1/query_range"
+        where = f"{self.url}: {query}"
+        path = "/api/v1/query_range"
+        headers = {"Content-Type": "application/x-www-form-urlencoded", "Connection": "close"}
         try:
-            request = urllib.request.Request(url, body)  # noqa: S310  (http or https, by the pattern of `url`)
-            with urllib.request.urlopen(request, timeout=self.timeout_s) as answer:  # noqa: S310
-                found = msgspec.json.decode(answer.read(), type=_Answer)
-        except urllib.error.HTTPError as error:
-            raise HistoryError(f"{url}: {query}: HTTP {error.code}: {error.read()[:300]!r}") from None
-        except (OSError, HTTPException, ValueError) as error:
-            raise HistoryError(f"{url}: {query}: {error}") from None
+            answer = Wire(self.url).exchange(
+                "POST", path, urlencode(form).encode(), headers, self.timeout_s, MAX_ANSWER_BYTES
+            )
+            if answer.status != 200:
+                said = clean(answer.text[:300].decode(errors="replace"), None)
+                raise HistoryError(f"{where}: HTTP {answer.status}: {said}")
+            found = msgspec.json.decode(answer.text, type=_Answer)
+        except (WireError, ValueError) as error:
+            raise HistoryError(f"{where}: {clean(str(error), None)}") from None
         if found.data is None:
-            raise HistoryError(f"{url}: {query}: {found.error or 'no success'}")
+            raise HistoryError(f"{where}: {clean(found.error, None) or 'no success'}")
         return found.data.result
 
 

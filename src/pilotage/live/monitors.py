@@ -8,13 +8,12 @@ before. A monitor is a frozen specification (the `[monitor]` table of a steer co
 from __future__ import annotations
 
 import math
-import os
-import re
 import time
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Protocol
+from typing import Annotated, Final, Protocol
 from urllib.parse import urlencode, urlsplit
 
 import msgspec
@@ -23,17 +22,12 @@ from msgspec import Meta
 
 from pilotage.control.policy import FEATURES, INDEX
 from pilotage.live import promql
-from pilotage.live.endpoint import loopback
-from pilotage.live.secrets import without_secrets
+from pilotage.live.wire import UnusableError, Wire, WireError, clean, loopback, secret_of
 from pilotage.world.spec import Positive, Spec, SpecError
-
-if TYPE_CHECKING:
-    import urllib3
 
 MONDAY_S: Final = 4 * 86400.0  # the first Monday 00:00 (UTC) of Unix time, where a service's clock has its 0
 MOST_POINTS: Final = 11_000  # that Prometheus answers per series of a range query
 _MOST_SAMPLES: Final = 400_000  # that we ask for at once
-_PIECE: Final = 1 << 16
 
 
 class MonitorError(Exception):
@@ -120,20 +114,11 @@ class Prometheus(Spec, frozen=True, kw_only=True, tag_field="kind", tag="prometh
 
     def secret(self) -> str | None:
         """The token or password as it is now; MonitorError if it is not where it should be."""
-        if name := self.token_env or self.password_env:
-            found, where = os.environ.get(name, ""), f"environment variable {name}"
-        elif path := self.token_file or self.password_file:
-            where = f"file {path}"
-            try:
-                found = Path(path).read_text()
-            except (OSError, UnicodeDecodeError) as error:
-                why = error.strerror if isinstance(error, OSError) else "it is not text"
-                raise MonitorError(f"credentials: {where} cannot be read: {why}") from None
-        else:
-            return None
-        if not re.fullmatch(r"[\x20-\x7e]+", found.strip()):
-            raise MonitorError(f"credentials: {where} holds none; valid: one line of printable characters")
-        return found.strip()
+        variable, file = self.token_env or self.password_env, self.token_file or self.password_file
+        try:
+            return secret_of(variable, file, "none", spaces=True)
+        except UnusableError as error:
+            raise MonitorError(f"credentials: {error}") from None
 
     def begin(self, subjects: Sequence[promql.Subject]) -> PrometheusMonitor:
         return PrometheusMonitor(self, subjects)
@@ -164,6 +149,9 @@ class PrometheusMonitor:
     replays = False
 
     def __init__(self, spec: Prometheus, subjects: Sequence[promql.Subject]) -> None:
+        for path in filter(None, (spec.ca_file, spec.cert_file, spec.key_file)):
+            if not Path(path).is_file():
+                raise SpecError(f"monitor: {path}: there is no such file")
         self.spec, self._subjects = spec, subjects
         self._rows = {one.label: row for row, one in enumerate(subjects)}
         self._questions = {
@@ -174,7 +162,7 @@ class PrometheusMonitor:
         self._ages = {source: promql.age_of(source, subjects, spec.matchers) for source in sources}
         self.refused: dict[str, str] = {}
         self._apart = False
-        self._pool = self._connections()
+        self._wire = Wire(spec.url, spec.ca_file, spec.cert_file, spec.key_file)
         self._decode = msgspec.json.Decoder(_Answer).decode
 
     def read(self) -> Reading:
@@ -278,9 +266,9 @@ class PrometheusMonitor:
     def _ask(self, what: str, form: dict[str, str], deadline_s: float) -> list[_Sample]:
         """What a query finds. A refusal of our credentials is answered once with those that are there now."""
         body = urlencode(form | {"timeout": f"{self.spec.timeout_s:g}s"})
-        status, text = self._post(f"{self.spec.url.rstrip('/')}/api/v1/{what}", body, deadline_s)
+        status, text = self._post(f"/api/v1/{what}", body, deadline_s)
         if status == 401:
-            status, text = self._post(f"{self.spec.url.rstrip('/')}/api/v1/{what}", body, deadline_s)
+            status, text = self._post(f"/api/v1/{what}", body, deadline_s)
         try:
             answer = self._decode(text)
         except (msgspec.DecodeError, UnicodeDecodeError):
@@ -292,58 +280,22 @@ class PrometheusMonitor:
             raise QueryError(f"{self.spec.url}: query refused ({status}): {said}")
         raise MonitorError(f"{self.spec.url}: answered {status}: {said}")
 
-    def _post(self, url: str, body: str, deadline_s: float) -> tuple[int, bytes]:
-        import urllib3
-
+    def _post(self, path: str, body: str, deadline_s: float) -> tuple[int, bytes]:
         within_s = min(self.spec.timeout_s, deadline_s - time.monotonic())
         if within_s <= 0:
             raise MonitorError(f"{self.spec.url}: no time is left to ask")
-        ends_s, headers = time.monotonic() + within_s, {"Content-Type": "application/x-www-form-urlencoded"}
+        headers = {"Content-Type": "application/x-www-form-urlencoded"}
         secret = self.spec.secret()
         if secret and self.spec.user:
-            headers |= urllib3.make_headers(basic_auth=f"{self.spec.user}:{secret}")
+            headers["Authorization"] = "Basic " + b64encode(f"{self.spec.user}:{secret}".encode()).decode()
         elif secret:
             headers["Authorization"] = f"Bearer {secret}"
-        most = int(self.spec.max_mib * 2**20)
         try:
-            answer = self._pool.request(
-                "POST", url, body=body, headers=headers, retries=False, redirect=False, preload_content=False,
-                timeout=urllib3.Timeout(total=within_s),
-            )  # fmt: skip
-            pieces, size = [], 0
-            try:
-                while piece := answer.read1(_PIECE):
-                    pieces.append(piece)
-                    size += len(piece)
-                    if size > most:
-                        raise MonitorError(
-                            f"{self.spec.url}: the answer is longer than {self.spec.max_mib:g} MiB"
-                        )
-                    if time.monotonic() > ends_s:
-                        raise MonitorError(f"{self.spec.url}: no whole answer within {within_s:.3g} s")
-            except BaseException:
-                answer.close()  # what is not read to its end cannot be used again
-                raise
-            answer.release_conn()
-            return answer.status, b"".join(pieces)
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise MonitorError(f"{self.spec.url}: no answer: {self._clean(_why(error))}") from None
-
-    def _connections(self) -> urllib3.PoolManager:
-        try:
-            import urllib3
-        except ImportError:
-            raise SpecError("monitor 'prometheus' needs urllib3: pip install 'pilotage[live]'") from None
-        spec = self.spec
-        for path in filter(None, (spec.ca_file, spec.cert_file, spec.key_file)):
-            if not Path(path).is_file():
-                raise SpecError(f"monitor: {path}: there is no such file")
-        tls: dict[str, Any] = {
-            "ca_certs": spec.ca_file,
-            "cert_file": spec.cert_file,
-            "key_file": spec.key_file,
-        }
-        return urllib3.PoolManager(num_pools=1, maxsize=2, **{k: v for k, v in tls.items() if v})
+            most = int(self.spec.max_mib * 2**20)
+            answer = self._wire.exchange("POST", path, body.encode(), headers, within_s, most)
+        except WireError as error:
+            raise MonitorError(f"{self.spec.url}: {self._clean(str(error))}") from None
+        return answer.status, answer.text
 
     def _clean(self, text: str) -> str:
         """What a server said, fit for a log: one short line, without our credentials or other secrets."""
@@ -351,10 +303,7 @@ class PrometheusMonitor:
             secret = self.spec.secret()
         except MonitorError:
             secret = None
-        text = text.replace(secret, "[withheld]") if secret else text
-        text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-        shown: str = without_secrets(text)
-        return shown[:400]
+        return clean(text, secret)
 
 
 def _number(text: str) -> float:
@@ -364,8 +313,3 @@ def _number(text: str) -> float:
     except ValueError:
         return math.nan
     return value if math.isfinite(value) else math.nan
-
-
-def _why(error: BaseException) -> str:
-    reason: Any = getattr(error, "reason", None) or error
-    return f"{type(reason).__name__}: {reason}"
