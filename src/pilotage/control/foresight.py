@@ -16,9 +16,10 @@ from typing import Annotated, Final
 import numpy as np
 from msgspec import Meta
 
+from pilotage.control.decisions import Decisions
 from pilotage.control.guard import Guard
 from pilotage.control.network import Network
-from pilotage.control.outlook import INPUTS, REFERENCES, Outlook
+from pilotage.control.outlook import INPUTS, REFERENCES, Headroom, Outlook
 from pilotage.control.policy import (
     INDEX,
     Alone,
@@ -34,6 +35,7 @@ from pilotage.world.spec import SpecError
 
 # what the network says, in this order: weights of the references for each level, then scales and margins
 LEVELS: Final = ("order", "keep")
+_PRESENT: Final = [REFERENCES.index("mean_1min"), REFERENCES.index("mean_5min")]
 READOUT: Final = len(LEVELS) * (len(REFERENCES) + 2) + 1
 PRIOR: Final = np.zeros(READOUT)
 for _k in range(len(LEVELS)):  # a network of zeros trusts the last minutes most
@@ -59,6 +61,12 @@ def _mixed(logits: np.ndarray, references: np.ndarray) -> np.ndarray:
     return mixed
 
 
+def present(references: np.ndarray) -> np.ndarray:
+    """The load that is there, in replicas: the higher mean of one and of five minutes; shape (rows,)."""
+    load: np.ndarray = references[:, _PRESENT].max(axis=1)
+    return load
+
+
 def _softplus(x: np.ndarray) -> np.ndarray:
     return np.logaddexp(0.0, x)
 
@@ -73,6 +81,7 @@ class Levels:
     def __init__(self, situations: Sequence[Situation], policy: Foresight | Anticipate, guard: Guard) -> None:
         self.outlook = Outlook(situations)
         self._read = policy.reader()
+        self._headroom = Headroom(situations) if isinstance(policy, Foresight) else None
         self._guard = guard
         self.limits = np.array([guard.limits(s) for s in situations])
 
@@ -91,7 +100,10 @@ class Levels:
     def wanted_from(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The same, with the inputs that they were read from, of shape (rows, len(INPUTS))."""
         references, inputs = self.outlook.view()
-        return *self._read(references, inputs), inputs
+        order_to, keep_to = self._read(references, inputs)
+        if self._headroom is not None:
+            order_to = np.maximum(order_to, self._headroom(present(references)))
+        return order_to, np.maximum(keep_to, order_to), inputs
 
     def decide(
         self, order_to: np.ndarray, keep_to: np.ndarray, values: np.ndarray
@@ -119,7 +131,8 @@ class Foresight(Policy, frozen=True, kw_only=True, tag="foresight"):
     """Two levels that a network mixes from the references; without a network, a cautious rule.
 
     Both are multiplied by `scale` and raised by `margin` replicas, which adapts a trained network to one service by a
-    search over two numbers.
+    search over two numbers. Neither is ever below what pays for the load that is there (`outlook.Headroom`): a network
+    that was taught the price of every interval by itself does not know how a queue grows at a load that nearly fits.
     """
 
     network: Network | None = None
@@ -210,16 +223,15 @@ class _Together:
         self._levels = Levels(situations, policy, Guard())
         self._first = True
 
-    def decide(self, seen: Sequence[Observation]) -> list[Decision]:
+    def decide(self, seen: Sequence[Observation]) -> Sequence[Decision]:
         values = values_of(seen)
         if not self._first:  # the first observation is older than the run; the history has it
             self._levels.update(values)
         self._first = False
         order_to, keep_to = self._levels.wanted()
         order, release = self._levels.decide(order_to, keep_to, values)
-        return [
-            Decision(order=o, release=r, reason=f"order up to {up:.1f}, keep {down:.1f} replicas")
-            for o, r, up, down in zip(
-                order.tolist(), release.tolist(), order_to.tolist(), keep_to.tolist(), strict=True
-            )
-        ]
+        return Decisions(
+            order,
+            release,
+            lambda row: f"order up to {order_to[row]:.1f}, keep {keep_to[row]:.1f} replicas",
+        )
