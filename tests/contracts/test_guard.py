@@ -70,6 +70,17 @@ def test_within_a_cooldown_nothing_is_ordered_or_released_but_bounds_hold() -> N
     assert found[1].reason.endswith("limited by guard")
 
 
+@pytest.mark.parametrize("later_s", [-3600.0, 0.0, 3600.0])
+def test_services_at_other_times_of_the_clock_cool_down_by_their_own(later_s: float) -> None:
+    """Worlds that are simulated together begin at different times: a change in one is no reason to wait in another."""
+    check = Check(Guard(order_cooldown_s=30), [situation()] * 2)
+    found = [
+        [one.order for one in check([seen(now_s, a), seen(now_s + later_s, b)], [Decision(order=1)] * 2)]
+        for now_s, a, b in ((0, 4, 4), (15, 4, 5), (30, 5, 5), (45, 5, 5), (60, 5, 5))
+    ]
+    assert found == [[1, 1], [1, 0], [0, 0], [0, 1], [1, 1]]
+
+
 def test_a_change_from_before_the_start_counts() -> None:
     check = Check(Guard(order_cooldown_s=30), [situation()], changed_s=[-10.0])
     orders = [check([seen(now_s, 3)], [Decision(order=1)])[0].order for now_s in (0, 15, 30)]

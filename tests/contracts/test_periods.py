@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pilotage.agents.bound import bound
+from pilotage.control.guard import Guard
 from pilotage.control.hpa import Hpa
 from pilotage.control.kpa import Kpa
 from pilotage.control.policy import (
@@ -20,7 +21,7 @@ from pilotage.control.policy import (
     Policy,
     Situation,
 )
-from pilotage.control.scaling import Static
+from pilotage.control.scaling import Predictive, Static
 from pilotage.engine.cluster import Cluster, World
 from pilotage.engine.run import at_tick, bill, simulate, tick_of
 from pilotage.results import timeline_rows
@@ -180,3 +181,15 @@ def _ready(count: int, now_s: float) -> Observation:
     values[[INDEX["replicas_ready"], INDEX["replicas_starting"], INDEX["replicas_pending"]]] = count, 0, 0
     values[INDEX["utilization"]] = 0.5
     return Observation(now_s, values, np.zeros(len(FEATURES)))
+
+
+@pytest.mark.parametrize("policy", [Hpa(), Predictive(), Kpa()], ids=lambda policy: type(policy).__name__)
+def test_worlds_that_begin_at_other_times_run_as_they_would_alone(policy: Policy) -> None:
+    """In step, too, each has its own clock: for the guard, for the policy and for the engine."""
+    scenario = load("diurnal").replace(horizon_h=0.75)
+    worlds = [World(1, 40_000.0), World(2, 3_600.0), World(3, 72_000.0)]
+    together = simulate(scenario, [policy] * 3, worlds, guard=Guard())
+    for run, world in zip(together, worlds, strict=True):
+        (alone,) = simulate(scenario, [policy], [world], guard=Guard())
+        assert run.totals.tobytes() == alone.totals.tobytes()
+        assert run.usd.tobytes() == alone.usd.tobytes()

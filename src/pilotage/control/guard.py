@@ -196,7 +196,8 @@ class Check:
         now_s = times_of(seen)
         counts = counts_of(seen)
         counted = np.isfinite(counts)
-        self._changed_s[counted & ~np.isnan(self._known) & (counts != self._known)] = now_s[0]
+        changed = counted & ~np.isnan(self._known) & (counts != self._known)
+        self._changed_s[changed] = now_s[changed]
         self._known[counted] = self._most[counted] = counts[counted]
         advice = self._advice(seen, counted)
         stopped = self._guard.stopped()
