@@ -1,10 +1,7 @@
 """Trains the policy that pilotage ships: services at random, traffic of training days, chosen on validation days.
 
 `learn.py --data DIR --out DIR` does all of it; every seed gives one candidate, and the best on validation is kept as
-`policy.json`. Hindsight prices every interval by itself and knows no queue that is handed on, so the engine has the
-last word: the candidate plays the validation services with several margins, and has that which is cheapest in the
-geometric mean over services (`margins.csv`). What hindsight tells of the windows is kept in `work/`, so that an
-interrupted run goes on; with `--network FILE` the network of that policy is taken, and only the margin is chosen.
+`policy.json`. What hindsight tells of the windows is kept in `work/`, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -25,30 +21,18 @@ import protocol
 from pilotage.agents.domain import service_at_random
 from pilotage.agents.hindsight import Settings, Table, joined, look_back, train
 from pilotage.control.foresight import Foresight
-from pilotage.control.guard import Guard
-from pilotage.control.learned import policy_from
-from pilotage.engine.cluster import World, recorded
-from pilotage.engine.run import simulate
 from pilotage.results import as_csv, write_whole
-from pilotage.scenario import Scenario
 
 SERVICES = {"train": 240, "validate": 40}
-MARGINS = (0.0, 0.1, 0.2, 0.3, 0.4)  # replicas
-RESAMPLES = 4000
 
 
-def drawn(data: Path, split: str, seed: int, number: int) -> tuple[Scenario, list[World]]:
-    """One service and its windows: every eighth is the judged one, a fifth have no long past."""
+def table_of(data: Path, split: str, seed: int, number: int) -> Table:
+    """What hindsight tells of one service's windows: every eighth is the judged one, a fifth have no long past."""
     rng = np.random.default_rng([seed, len(split), number])
     judged = protocol.service(data)
     scenario = judged if number % 8 == 0 else service_at_random(rng, judged)
     scenario = scenario.replace(history_h=1.0 if number % 5 == 4 else protocol.HISTORY_H)
-    return scenario, [w for _, w in protocol.windows(scenario, split, rng, protocol.SHARES[split])]
-
-
-def table_of(data: Path, split: str, seed: int, number: int) -> Table:
-    """What hindsight tells of one service's windows."""
-    return look_back(*drawn(data, split, seed, number))
+    return look_back(scenario, [w for _, w in protocol.windows(scenario, split, rng, protocol.SHARES[split])])
 
 
 def tables(split: str, data: Path, work: Path, seed: int, services: int) -> Table:
@@ -90,62 +74,16 @@ def candidate(
     return msgspec.convert(raw["policy"], Foresight), raw["curve"]
 
 
-def played(data: Path, policy: Foresight, seed: int, number: int) -> list[float]:
-    """Dollars of one validation service's windows in the engine, for each of MARGINS."""
-    scenario, windows = drawn(data, "validate", seed, number)
-    worlds = recorded(scenario, windows)
-    policies = [policy.replace(margin=margin) for margin in MARGINS for _ in worlds]
-    runs = simulate(scenario, policies, worlds * len(MARGINS), guard=Guard())
-    return np.array([run.total_usd for run in runs]).reshape(len(MARGINS), -1).sum(axis=1).tolist()
-
-
-def margins(data: Path, policy: Foresight, seed: int, services: int) -> list[dict[str, Any]]:
-    """What each margin costs beside none, over the validation services."""
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        usd = np.array(list(pool.map(partial(played, data, policy, seed), range(services))))
-    logs = np.log(usd / usd[:, :1])
-    picks = np.random.default_rng(0).integers(services, size=(RESAMPLES, services))
-    low, high = np.exp(np.quantile(logs[picks].mean(axis=1), [0.025, 0.975], axis=0))
-    return [
-        {
-            "margin": margin, "over_none": f"{np.exp(logs[:, k].mean()):.4f}", "low": f"{low[k]:.4f}",
-            "high": f"{high[k]:.4f}", "best_service": f"{np.exp(logs[:, k].min()):.4f}",
-            "worst_service": f"{np.exp(logs[:, k].max()):.4f}", "services": services,
-        }
-        for k, margin in enumerate(MARGINS)
-    ]  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("results/scaling"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument(
-        "--network", help="a policy (`learned`: the shipped one) whose network is taken as it is"
-    )
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
-    services = {k: v // 10 if options.quick else v for k, v in SERVICES.items()}
-    options.out.mkdir(parents=True, exist_ok=True)
-    if options.network is None:
-        policy = learned(options, services)
-    else:
-        found = policy_from(options.network)
-        assert isinstance(found, Foresight)
-        policy = found.replace(scale=1.0, margin=0.0)
-    rows = margins(options.data, policy, options.seed, services["validate"])
-    best = min(rows, key=lambda row: float(row["over_none"]))
-    write_whole(options.out / "margins.csv", as_csv(rows))
-    policy = policy.replace(margin=best["margin"])
-    write_whole(options.out / "policy.json", msgspec.json.encode(policy).decode())
-    print(json.dumps(best))
-
-
-def learned(options: argparse.Namespace, services: dict[str, int]) -> Foresight:
-    """The best candidate on validation windows, by what hindsight tells of them."""
     work = options.out / "work"
+    services = {k: v // 10 if options.quick else v for k, v in SERVICES.items()}
     for split in SERVICES:
         tables(split, options.data, work, options.seed, services[split])
     rows, found = [], []
@@ -159,8 +97,8 @@ def learned(options: argparse.Namespace, services: dict[str, int]) -> Foresight:
             ]
     write_whole(options.out / "learning.csv", as_csv(rows))
     best, policy = min(found, key=lambda pair: pair[0])
+    write_whole(options.out / "policy.json", msgspec.json.encode(policy).decode())
     print(json.dumps({"validation_over_hindsight": best}))
-    return policy
 
 
 if __name__ == "__main__":

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pilotage.control.decisions import amounts_of
 from pilotage.control.foresight import READOUT, Anticipate, Foresight, levels, whole
 from pilotage.control.network import Network
-from pilotage.control.outlook import INPUTS, REFERENCES, Headroom, LoadHistory, Outlook
-from pilotage.control.policy import FEATURES, INDEX, Observation, Situation
+from pilotage.control.outlook import INPUTS, REFERENCES, LoadHistory, Outlook
+from pilotage.control.policy import Situation
 from pilotage.scenario import load
 from pilotage.world.spec import SpecError
 
@@ -128,57 +125,6 @@ def test_the_rule_takes_the_largest_of_what_may_come() -> None:
     rule = Anticipate(beta=0.0, margin=0.5, half_hours=1.0)
     assert rule.reader()(references, np.zeros((1, len(INPUTS))))[0] == 9.5
     assert rule.replace(half_hours=0.0).reader()(references, np.zeros((1, len(INPUTS))))[0] == 2.5
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.floats(0.01, 30), st.floats(1.05, 20), st.floats(1e-5, 1e2))
-def test_the_headroom_is_what_trying_every_count_finds(load: float, patience: float, late_usd: float) -> None:
-    """Dollars an hour of n replicas and of the requests that are late with so many: the cheapest n."""
-    service = SCENARIO.services[0]
-    law = situation(np.zeros(0)).batch_times_s()
-    service = service.replace(
-        slo_ms=float(2e3 * patience * law[-1]),  # every batch size keeps it
-        economics=service.economics.replace(late_usd=late_usd, dropped_usd=2 * late_usd),
-    )
-    one = Situation(service, SCENARIO.pool_by_name, SCENARIO.tick_s, np.zeros(0))
-    capacity_rps, most = one.capacity_rps(), int(np.argmax(np.arange(1, len(law) + 1) / law))
-    decay = 2 * capacity_rps * (service.slo_s - law[most])
-    counts = math.ceil(load - 1e-9) + np.arange(200)
-    usd = counts * one.replica_usd_per_hour + 3600 * late_usd * load * capacity_rps * np.exp(
-        -decay * (counts - load)
-    )
-    (found,) = Headroom([one])(np.array([load]))
-    assert usd[counts.tolist().index(int(found))] == pytest.approx(usd.min(), rel=1e-6)
-
-
-def test_a_load_that_nearly_fits_gets_another_replica_and_none_gets_none() -> None:
-    one = situation(np.zeros(0))
-    room = Headroom([one] * 4)
-    assert room(np.array([0.0, 0.5, 0.999, 3.999])).tolist() == [0, 1, 2, 5]
-    tight = Situation(
-        SCENARIO.services[0].replace(slo_ms=float(1e3 * one.batch_times_s()[0])),
-        one.pools,
-        one.tick_s,
-        np.zeros(0),
-    )
-    assert Headroom([tight])(np.array([1.0]))[0] > 2  # batches of one only serve less
-
-
-def test_a_network_cannot_order_less_than_pays_for_the_load_that_is_there() -> None:
-    """Weights that say nothing is to come do not stop it; a rule that is tuned says for itself what it wants."""
-    narrow = Network(
-        mean=(0.0,) * len(INPUTS), scale=(1.0,) * len(INPUTS), clip=8.0, weights=(((0.0,) * len(INPUTS),) * READOUT,),
-        biases=((-30.0,) * READOUT,),
-    )  # fmt: skip
-    one = situation(np.full(400, 0.97 * situation(np.zeros(0)).capacity_rps()))
-    seen = np.full(len(FEATURES), np.nan)
-    for name, value in {"replicas_ready": 1, "replicas_starting": 0, "replicas_pending": 0}.items():
-        seen[INDEX[name]] = value
-    ordered = [
-        amounts_of(policy.begin_together([one]).decide([Observation(0.0, seen, np.zeros(len(FEATURES)))]))[0]
-        for policy in (Foresight(network=narrow), Anticipate(beta=0.0, margin=0.0, half_hours=0.0))
-    ]
-    assert [int(order[0]) for order in ordered] == [1, 0]
 
 
 def test_a_network_of_another_shape_is_refused() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +23,7 @@ def test_the_shipped_policy_is_cheaper_than_the_rules_on_traffic_with_bursts() -
     worlds = recorded(scenario, [World(700 + k) for k in range(4)])
     shipped = policy_from("learned")
     assert isinstance(shipped, Foresight)
-    with (Path(__file__).parents[2] / "results" / "scaling" / "margins.csv").open() as file:
-        cheapest = min(csv.DictReader(file), key=lambda row: float(row["over_none"]))
-    assert describe(shipped) == f"foresight:network=<network>,margin={cheapest['margin']}"
+    assert describe(shipped) == "foresight:network=<network>"
     usd = {
         name: np.sum(
             [run.total_usd for run in simulate(scenario, [policy_from(name)] * 4, worlds, guard=Guard())]

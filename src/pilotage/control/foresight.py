@@ -19,7 +19,7 @@ from msgspec import Meta
 from pilotage.control.decisions import Decisions
 from pilotage.control.guard import Guard
 from pilotage.control.network import Network
-from pilotage.control.outlook import INPUTS, REFERENCES, Headroom, Outlook
+from pilotage.control.outlook import INPUTS, REFERENCES, Outlook
 from pilotage.control.policy import (
     INDEX,
     Alone,
@@ -35,7 +35,6 @@ from pilotage.world.spec import SpecError
 
 # what the network says, in this order: weights of the references for each level, then scales and margins
 LEVELS: Final = ("order", "keep")
-_PRESENT: Final = [REFERENCES.index("mean_1min"), REFERENCES.index("mean_5min")]
 READOUT: Final = len(LEVELS) * (len(REFERENCES) + 2) + 1
 PRIOR: Final = np.zeros(READOUT)
 for _k in range(len(LEVELS)):  # a network of zeros trusts the last minutes most
@@ -61,12 +60,6 @@ def _mixed(logits: np.ndarray, references: np.ndarray) -> np.ndarray:
     return mixed
 
 
-def present(references: np.ndarray) -> np.ndarray:
-    """The load that is there, in replicas: the higher mean of one and of five minutes; shape (rows,)."""
-    load: np.ndarray = references[:, _PRESENT].max(axis=1)
-    return load
-
-
 def _softplus(x: np.ndarray) -> np.ndarray:
     return np.logaddexp(0.0, x)
 
@@ -81,7 +74,6 @@ class Levels:
     def __init__(self, situations: Sequence[Situation], policy: Foresight | Anticipate, guard: Guard) -> None:
         self.outlook = Outlook(situations)
         self._read = policy.reader()
-        self._headroom = Headroom(situations) if isinstance(policy, Foresight) else None
         self._guard = guard
         self.limits = np.array([guard.limits(s) for s in situations])
 
@@ -100,10 +92,7 @@ class Levels:
     def wanted_from(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The same, with the inputs that they were read from, of shape (rows, len(INPUTS))."""
         references, inputs = self.outlook.view()
-        order_to, keep_to = self._read(references, inputs)
-        if self._headroom is not None:
-            order_to = np.maximum(order_to, self._headroom(present(references)))
-        return order_to, np.maximum(keep_to, order_to), inputs
+        return *self._read(references, inputs), inputs
 
     def decide(
         self, order_to: np.ndarray, keep_to: np.ndarray, values: np.ndarray
@@ -131,8 +120,7 @@ class Foresight(Policy, frozen=True, kw_only=True, tag="foresight"):
     """Two levels that a network mixes from the references; without a network, a cautious rule.
 
     Both are multiplied by `scale` and raised by `margin` replicas, which adapts a trained network to one service by a
-    search over two numbers. Neither is ever below what pays for the load that is there (`outlook.Headroom`): a network
-    that was taught the price of every interval by itself does not know how a queue grows at a load that nearly fits.
+    search over two numbers.
     """
 
     network: Network | None = None

@@ -23,7 +23,6 @@ _BUSY_S: Final = (60.0, 300.0, 1800.0)
 _TREND_S: Final = (300.0, 900.0)
 # (minutes of a period, how many of them back): what is scheduled comes again at the same minute
 _PERIODS: Final = ((5, 12), (10, 12), (15, 8), (20, 6), (30, 6), (30, 24), (60, 6), (60, 23))
-_LEAST_SPARE: Final = 0.05  # of the objective, where a batch takes all of it
 _RISES: Final = 16  # how many stretches back rises are looked at
 
 # loads, in replicas, that may come; a learned policy weighs them against each other
@@ -214,45 +213,6 @@ def _usable(s: Situation) -> float:
     rates = sizes / times_s
     best = rates[fits].max() if fits.any() else rates[0] * min(1.0, s.service.slo_s / waits_s[0])
     return max(float(best / rates.max()), 1e-3)
-
-
-class Headroom:
-    """The fewest replicas that pay for a load that stays as it is, for rows of services.
-
-    With n replicas and a load of L, in replicas, a queue drifts down by n - L replicas' worth, so that the chance that
-    it makes a request late falls as exp(-a (n - L)): a is twice the requests that one replica serves within what the
-    objective leaves beside a batch's own time (the reflected diffusion in heavy traffic, arrivals as irregular as
-    Poisson's and batches of one length; Kingman, Math. Proc. Camb. Phil. Soc. 57, 1961). One more replica pays while it
-    saves more dollars of late requests than it costs. Batches are of the size, of those that keep the objective, that
-    serves most.
-    """
-
-    def __init__(self, situations: Sequence[Situation]) -> None:
-        self._share, self._decay, self._stake = (
-            np.array(column) for column in zip(*map(self._about, situations), strict=True)
-        )
-
-    @staticmethod
-    def _about(s: Situation) -> tuple[float, float, float]:
-        """The share of the capacity that the objective leaves, a, and the dollars of a replica's worth of late requests
-        over those of a replica."""
-        times_s, slo_s = s.batch_times_s(), s.service.slo_s
-        rates_rps = np.arange(1, len(times_s) + 1) / times_s * s.service.server.batches_in_flight
-        fits = s.waits_s() <= slo_s
-        best = int(np.argmax(np.where(fits, rates_rps, 0))) if fits.any() else 0
-        rate_rps = rates_rps[best]
-        spare_s = max(slo_s - times_s[best], _LEAST_SPARE * slo_s)
-        usd_per_s, money = s.replica_usd_per_hour / 3600, s.service.economics
-        stake = min(money.late_usd, money.dropped_usd) * rate_rps / max(usd_per_s, 1e-12)
-        return float(rate_rps / rates_rps.max()), float(2 * rate_rps * spare_s), float(stake)
-
-    def __call__(self, load: np.ndarray) -> np.ndarray:
-        """Replicas, whole, for loads in replicas; shape (rows,). Nothing for no load."""
-        load = load / self._share
-        worth = self._stake * load * -np.expm1(-self._decay)  # of the first replica beyond the load
-        room = np.log(np.maximum(worth, 1.0)) / self._decay
-        needed: np.ndarray = np.where(load > 0, np.ceil(load + room - 1e-9), 0.0)
-        return needed
 
 
 class Outlook:

@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 
-from pilotage.control.foresight import Anticipate, Foresight, present
+from pilotage.control.foresight import Anticipate, Foresight
 from pilotage.control.guard import Guard
 from pilotage.control.learned import (
     HEADROOM,
@@ -22,7 +22,7 @@ from pilotage.control.learned import (
     corrections,
 )
 from pilotage.control.network import Forward, Network
-from pilotage.control.outlook import INPUTS, REFERENCES, Headroom, Outlook
+from pilotage.control.outlook import INPUTS, REFERENCES, Outlook
 from pilotage.control.policy import Policy
 from pilotage.control.scaling import Predictive
 from pilotage.control.tree import Questions, Tree
@@ -35,7 +35,7 @@ Read = Callable[[np.ndarray], np.ndarray]
 _IN_REPLICAS: Final = frozenset(
     (*REFERENCES, "replicas", "ready", "load", "load_peak", "load_fast", "load_slow", "peak_1min", "peak_5min",
      "peak_30min", "lag_30min", "lag_60min", "lag_90min", "lag_120min", "lag_day", "forecast", "order_level",
-     "keep_level", "least")
+     "keep_level")
 )  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def group_of(name: str) -> str:
         return "fluctuation" if not name.startswith("hour") else "time_of_day"
     if name in ("lead", "stake", "grain", "patience", "usable"):
         return "service"
-    if name in ("last", "load", "load_peak", "load_fast", "present", "least") or name.endswith("_1min"):
+    if name in ("last", "load", "load_peak", "load_fast", "present") or name.endswith("_1min"):
         return "load_now"
     if name.endswith(("_5min", "_15min", "_30min")) or name == "load_slow":
         return "load_of_the_last_30_minutes"
@@ -193,13 +193,11 @@ def _relative(vectors: np.ndarray, names: Sequence[str], scale: str) -> np.ndarr
 
 
 def _levels(policy: Foresight | Anticipate) -> Sight:
-    names = (*("present" if name == "scale" else name for name in INPUTS), "least", "replicas")
+    names = (*("present" if name == "scale" else name for name in INPUTS), "replicas")
     n = len(REFERENCES)
-    floored = isinstance(policy, Foresight)
 
     def vectors(runs: Sequence[Recording]) -> np.ndarray:
-        situations = [run.situation for run in runs]
-        outlook, headroom, out = Outlook(situations), Headroom(situations), []
+        outlook, out = Outlook([run.situation for run in runs]), []
         for tick in range(len(runs[0].seen)):
             seen = [run.seen[tick] for run in runs]
             if tick:
@@ -210,17 +208,15 @@ def _levels(policy: Foresight | Anticipate) -> Sight:
             views = inputs.copy()
             views[:, :n] = references
             views[:, n] = np.expm1(views[:, n])
-            least = headroom(present(references)) if floored else np.zeros(len(runs))
-            out.append(np.column_stack([views, least, [one.replicas for one in seen]]))
+            out.append(np.column_stack([views, [one.replicas for one in seen]]))
         return np.stack(out, axis=1)
 
     def reader(policy: Foresight | Anticipate) -> Read:
         read = policy.reader()
 
         def wanted(vectors: np.ndarray) -> np.ndarray:
-            inputs = np.clip(_relative(vectors[:, :-2], names[:-2], "present"), -_LIMIT, _LIMIT)
+            inputs = np.clip(_relative(vectors[:, :-1], names[:-1], "present"), -_LIMIT, _LIMIT)
             order, keep = read(np.maximum(vectors[:, :n], 0.0), inputs)
-            order = np.maximum(order, vectors[:, -2])
             return np.clip(vectors[:, -1], order, np.maximum(order, keep))
 
         return wanted
