@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pytest
+import sqlalchemy
 
 from pilotage.agents.tune import storage_of, tune
 from pilotage.control.guard import Guard
@@ -188,6 +190,26 @@ def test_a_study_behind_a_proxy_is_the_same_study(tmp_path: Path) -> None:
         ended(server)
     kept = tune(parse("hpa"), SCENARIO, [WORLDS[:2]], trials=3, seed=1, storage=behind)
     assert [t.params for t in kept.trials] == [t.params for t in near.trials]
+
+
+def test_who_loses_the_race_for_the_tables_of_a_database_opens_what_the_other_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, opened, real = f"sqlite:///{tmp_path / 'study.db'}", [], optuna.storages.RDBStorage
+
+    class Raced(real):  # type: ignore[misc, valid-type]
+        def __init__(self, url: str) -> None:
+            opened.append(url)
+            super().__init__(url)
+            if len(opened) == 1:  # somebody else was quicker
+                raise sqlalchemy.exc.ProgrammingError("CREATE TABLE studies", {}, Exception("it exists"))
+
+    monkeypatch.setattr(optuna.storages, "RDBStorage", Raced)
+    study = tune(parse("hpa"), SCENARIO, [WORLDS[:2]], trials=2, storage=url)
+    assert (len(opened), len(study.trials)) == (2, 2)
+    monkeypatch.setattr(optuna.storages, "RDBStorage", real)
+    with pytest.raises(SpecError, match="cannot be opened"):
+        tune(parse("hpa"), SCENARIO, [WORLDS[:2]], trials=2, storage=f"sqlite:///{tmp_path / 'no' / 'x.db'}")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ dies costs the trial it was at.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +34,7 @@ SAMPLERS: Final[dict[str, Callable[[int, int], optuna.samplers.BaseSampler]]] = 
     "gp": lambda seed, start: optuna.samplers.GPSampler(seed=seed, n_startup_trials=start),
 }
 FINALISTS: Final = 5
+_TABLES_S: Final = 1.0  # within which somebody else has made the tables of a database
 
 
 def space(policy: Spec) -> dict[str, optuna.distributions.BaseDistribution]:
@@ -52,7 +54,7 @@ def space(policy: Spec) -> dict[str, optuna.distributions.BaseDistribution]:
     return out
 
 
-def storage_of(url: str | None) -> optuna.storages.BaseStorage | str | None:
+def storage_of(url: str | None) -> optuna.storages.BaseStorage | None:
     """The Optuna storage that a URL names.
 
     `journal:PATH` is a file that many processes of one file system append to, `grpc://HOST:PORT` a proxy as
@@ -71,7 +73,13 @@ def storage_of(url: str | None) -> optuna.storages.BaseStorage | str | None:
         if not (host and colon and port.isdecimal()):
             raise SpecError(f"storage {url!r}: no host and port; valid: grpc://HOST:PORT")
         return optuna.storages.GrpcStorageProxy(host=host, port=int(port))
-    return url
+    try:
+        return optuna.storages.RDBStorage(url)
+    except (
+        sqlalchemy.exc.DatabaseError
+    ):  # searches that begin at once on an empty database all make its tables
+        time.sleep(_TABLES_S)
+        return optuna.storages.RDBStorage(url)
 
 
 def run_groups(
