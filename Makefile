@@ -41,7 +41,7 @@ cluster: .venv/.cluster
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not full"
 
-# what takes minutes: the built wheel in an empty environment
+# what takes minutes: the built wheel in an empty environment, the code blocks of the documentation, trainings, real clusters
 test-full: $(STAMP)
 	$(BIN)/python -m pytest -m full
 

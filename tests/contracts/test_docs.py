@@ -22,6 +22,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 # the tutorial is followed to the letter by test_first_hour
+@pytest.mark.full
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if page.name != "tutorial.md"], ids=lambda page: page.name
 )

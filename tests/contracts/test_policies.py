@@ -209,7 +209,7 @@ class Broken:
 
 
 @named
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(runs=st.lists(observations(), min_size=2, max_size=4))
 def test_services_that_are_asked_together_get_what_they_would_get_alone(policy, runs) -> None:
     rows = [situation(history) for history in (100, 0, 7, 2000)[: len(runs)]]

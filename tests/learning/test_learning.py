@@ -96,6 +96,7 @@ def test_the_search_space_is_what_the_fields_declare() -> None:
     assert candidate_of(Predictive(), {"z": 0.123456}).z == 0.1235
 
 
+@pytest.mark.full
 def test_ppo_learns_to_undo_a_wasteful_rule(tmp_path: Path) -> None:
     groups = [windows(900, 3)]
     before = typical_usd(run_groups(FIXED, groups, WASTEFUL))

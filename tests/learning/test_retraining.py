@@ -31,6 +31,7 @@ def streams():
     return retraining.streams_at_random(np.random.default_rng(77), 120)
 
 
+@pytest.mark.full
 def test_a_learned_policy_beats_rules_and_ppo_improves_on_the_plan(streams) -> None:
     seen: list[tuple[int, float]] = []
     learned = retraining.train(SMALL, lambda steps, ratio: seen.append((steps, ratio)))
