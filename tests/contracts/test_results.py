@@ -22,7 +22,6 @@ RECORDS = sorted(RESULTS.rglob("*run.json"))
 ACCEPTANCE = sorted(RESULTS.rglob("*acceptance.csv"))
 # why an experiment has no results yet
 PENDING = {
-    "profile": "its times need a quiet machine",
     "workers": "its times need a quiet machine",
 }
 KEYS = {"experiment", "command", "commit", "dirty", "versions", "machine", "durations_s", "started_at"}
