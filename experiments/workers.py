@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="not needed")
     parser.add_argument("--out", type=Path, default=Path("results/workers"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seeds", type=int, default=64, help="windows of the comparison, of an hour each")
+    parser.add_argument("--seeds", type=int, default=24, help="windows of the comparison, of an hour each")
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()

@@ -21,9 +21,7 @@ EXPERIMENTS, RESULTS = ROOT / "experiments", ROOT / "results"
 RECORDS = sorted(RESULTS.rglob("*run.json"))
 ACCEPTANCE = sorted(RESULTS.rglob("*acceptance.csv"))
 # why an experiment has no results yet
-PENDING = {
-    "workers": "its times need a quiet machine",
-}
+PENDING: dict[str, str] = {}
 KEYS = {"experiment", "command", "commit", "dirty", "versions", "machine", "durations_s", "started_at"}
 BOUND = re.compile(r"\s*(<=|>=|<|>|=)\s*(-?\d+(?:\.\d+)?(?:e-?\d+)?)\s*")
 
