@@ -16,6 +16,7 @@ from pilotage.control.policy import (
     Decision,
     Observation,
     Observations,
+    ages_of,
     columns_of,
     counts_of,
     measure,
@@ -118,3 +119,14 @@ def test_only_batch_times_may_differ_between_scenarios_side_by_side() -> None:
     other = scenario.services[0].replace(slo_ms=1.0)
     with pytest.raises(SpecError, match="scenario 1 of those side by side"):
         side_by_side([scenario, scenario.replace(services=(other, *scenario.services[1:]))])
+
+
+def test_rows_keep_their_own_ages_where_they_have_them() -> None:
+    values = np.arange(3.0 * len(FEATURES)).reshape(3, -1)
+    own = Observations(np.array([1.0, 2.0, 3.0]), values, 10 * values)
+    for seen in (own, list(own)):
+        np.testing.assert_array_equal(ages_of(seen), 10 * values)
+    np.testing.assert_array_equal(ages_of(own[1:]), 10 * values[1:])
+    one = Observations(np.array([1.0, 2.0, 3.0]), values, values[0])
+    np.testing.assert_array_equal(ages_of(one), [values[0]] * 3)
+    np.testing.assert_array_equal(one[2].age_s, values[0])

@@ -75,9 +75,8 @@ def storage_of(url: str | None) -> optuna.storages.BaseStorage | None:
         return optuna.storages.GrpcStorageProxy(host=host, port=int(port))
     try:
         return optuna.storages.RDBStorage(url)
-    except (
-        sqlalchemy.exc.DatabaseError
-    ):  # searches that begin at once on an empty database all make its tables
+    except sqlalchemy.exc.DatabaseError:
+        # searches that begin at once on an empty database all make its tables
         time.sleep(_TABLES_S)
         return optuna.storages.RDBStorage(url)
 

@@ -24,6 +24,7 @@ from pilotage.control.policy import (
     Decision,
     Observation,
     Situation,
+    ages_of,
     columns_of,
     counts_of,
     times_of,
@@ -224,7 +225,7 @@ class Check:
         found = dict.fromkeys(np.flatnonzero(~counted).tolist(), "replica counts are missing")
         if self._guard.required:
             values = values_of(seen)
-            ages_s = np.stack([one.age_s for one in seen])
+            ages_s = ages_of(seen)
             for name in reversed(self._guard.required):  # the first that is missing is named
                 at = INDEX[name]
                 bad = ~np.isfinite(values[:, at]) | (ages_s[:, at] > self._guard.stale_after_s)

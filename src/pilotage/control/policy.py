@@ -279,8 +279,8 @@ class Observations(Sequence[Observation]):
     """What is reported of many services at a tick, in arrays: times of shape (rows,), values (rows, len(FEATURES)).
 
     `values` may be engine counters of shape (rows,) instead, which nobody changes any more. A row becomes an
-    `Observation`, and counters become values, when they are asked for; who needs less of all saves that. All are of
-    one age.
+    `Observation`, and counters become values, when they are asked for; who needs less of all saves that. `age_s` has
+    the shape of the values, or of one row where all are of one age.
     """
 
     def __init__(self, now_s: np.ndarray, values: np.ndarray, age_s: np.ndarray) -> None:
@@ -315,13 +315,26 @@ class Observations(Sequence[Observation]):
     def __getitem__(self, row: slice) -> Observations: ...
     def __getitem__(self, row: int | slice) -> Observation | Observations:
         if isinstance(row, slice):
-            return Observations(self.now_s[row], self._known[row], self._age_s)
-        return Observation(float(self.now_s[row]), self.values[row], self._age_s)
+            return Observations(self.now_s[row], self._known[row], self._age_of(row))
+        return Observation(float(self.now_s[row]), self.values[row], self._age_of(row))
+
+    def _age_of(self, row: int | slice) -> np.ndarray:
+        return self._age_s if self._age_s.ndim == 1 else self._age_s[row]
+
+    @property
+    def ages_s(self) -> np.ndarray:
+        """The ages of all features of all rows."""
+        return np.broadcast_to(self._age_s, (len(self), len(FEATURES)))
 
 
 def values_of(seen: Sequence[Observation]) -> np.ndarray:
     """The values of all rows; shape (rows, len(FEATURES))."""
     return seen.values if isinstance(seen, Observations) else np.stack([one.values for one in seen])
+
+
+def ages_of(seen: Sequence[Observation]) -> np.ndarray:
+    """The ages of all values of all rows, in seconds; shape (rows, len(FEATURES))."""
+    return seen.ages_s if isinstance(seen, Observations) else np.stack([one.age_s for one in seen])
 
 
 def columns_of(seen: Sequence[Observation], at: Sequence[int]) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pilotage.control.policy import FEATURES, Decision, Observation
+from pilotage.control.policy import FEATURES, Decision, Observation, ages_of
 from pilotage.live.entries import Actor, Entry, LedgerError, Record
 from pilotage.live.ledger import Ledger
 from pilotage.world.spec import SpecError
@@ -119,7 +119,7 @@ class Story:
         responses: Mapping[int, str],
     ) -> list[Record]:
         """One record per service, with the outcome that is given for it; `values` are those of all that was seen."""
-        ages_s = np.stack([one.age_s for one in seen])
+        ages_s = ages_of(seen)
         oldest_s = np.where(np.isfinite(ages_s), ages_s, 0).max(axis=1)  # of what is known
         columns = np.column_stack([values, oldest_s])
         evidence = np.round(columns, 6).tolist()

@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 
 from pilotage.control.guard import Check
-from pilotage.control.policy import INDEX, Decision, Observation, values_of
+from pilotage.control.policy import INDEX, Decision, Observation, Observations, counts_of, values_of
 from pilotage.control.steer import Helm
 from pilotage.live.advice import Answers
 from pilotage.live.clock import Clock
@@ -132,7 +132,7 @@ class Steering:
             return self._coming is not None
         return True
 
-    def read(self) -> list[Observation]:
+    def read(self) -> Observations:
         self._began_s = time.perf_counter()
         self._tick += 1
         self._reload_if_changed()
@@ -142,10 +142,7 @@ class Steering:
                 self._recorder.write(reading)
             except OSError as error:
                 self._fault("record", f"observations cannot be recorded: {error.strerror}")
-        return [
-            Observation(reading.now_s, values, ages)
-            for values, ages in zip(reading.values, reading.age_s, strict=True)
-        ]
+        return Observations(np.full(len(reading.values), reading.now_s), reading.values, reading.age_s)
 
     def _reading(self) -> Reading:
         """What the monitor sees, with the target's counts; nothing, where nothing can be read."""
@@ -235,7 +232,7 @@ class Steering:
     def _apply(self, decisions: Sequence[Decision]) -> None:
         seen, mode = self._seen, self.setup.config.mode
         values = values_of(seen)
-        counts = values[:, [_READY, _STARTING, _PENDING]].sum(axis=1)
+        counts = counts_of(seen)
         counted = np.isfinite(counts)
         current: list[int] = np.where(counted, counts, 0).astype(int).tolist()
         wanted = [n + one.order - one.release for n, one in zip(current, decisions, strict=True)]
