@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import pandas as pd
 import protocol
 
 from pilotage.agents.hindsight import look_back, search
@@ -69,29 +70,34 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/scaling"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", help="one rule")
+    parser.add_argument("--only", choices=RULES, help="one rule; what --out says of the others is kept")
     options = parser.parse_args()
     seeds, trials = (1, 2) if options.quick else (SEEDS, TRIALS)
     rules = RULES if options.only is None else (options.only,)
     (options.out / "work").mkdir(parents=True, exist_ok=True)
     tuned: dict[str, str] = {}
-    rows = []
+    trials_of: dict[str, list[dict[str, Any]]] = {}
+    if options.only is not None and (options.out / "tuned.json").is_file():
+        tuned = json.loads((options.out / "tuned.json").read_text())
+        known = pd.read_csv(options.out / "trials.csv", dtype=str)
+        trials_of = {str(name): rows.to_dict("records") for name, rows in known.groupby("policy")}
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         searches = [(name, seed) for name in rules for seed in range(seeds)]
         found = list(pool.map(partial(searched, options, trials), searches))
     for name in rules:
         mine = [one for one, (other, _) in zip(found, searches, strict=True) if other == name]
-        rows += [
+        trials_of[name] = [
             {"policy": name, "seed": seed, "trial": k, "value": f"{value:.6g}"}
             for seed, one in enumerate(mine)
             for k, value in enumerate(one["values"])
         ]
         tuned[name] = min(mine, key=lambda one: one["usd"])["policy"]
-    if options.only is None:
-        write_whole(options.out / "trials.csv", as_csv(rows))
-        write_whole(
-            options.out / "tuned.json", msgspec.json.format(msgspec.json.encode(tuned)).decode() + "\n"
-        )
+    rows = [row for name in RULES for row in trials_of.get(name, [])]
+    write_whole(options.out / "trials.csv", as_csv(rows))
+    in_order = {name: tuned[name] for name in RULES if name in tuned}
+    write_whole(
+        options.out / "tuned.json", msgspec.json.format(msgspec.json.encode(in_order)).decode() + "\n"
+    )
 
 
 if __name__ == "__main__":
