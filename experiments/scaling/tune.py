@@ -80,7 +80,8 @@ def main() -> None:
     if options.only is not None and (options.out / "tuned.json").is_file():
         tuned = json.loads((options.out / "tuned.json").read_text())
         known = pd.read_csv(options.out / "trials.csv", dtype=str)
-        trials_of = {str(name): rows.to_dict("records") for name, rows in known.groupby("policy")}
+        for row in known.to_dict("records"):
+            trials_of.setdefault(row["policy"], []).append({str(name): value for name, value in row.items()})
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         searches = [(name, seed) for name in rules for seed in range(seeds)]
         found = list(pool.map(partial(searched, options, trials), searches))
