@@ -212,7 +212,7 @@ class Steering:
     def decide(self, seen: Sequence[Observation]) -> list[Decision]:
         self._seen = seen
         try:
-            decisions = self._helm.decide(seen)
+            decisions = list(self._helm.decide(seen))
         except Exception as error:  # what the guard could not make safe
             self._fault("helm", f"{type(error).__name__}: {error}")
             return [Decision(reason=f"held: the helm failed: {type(error).__name__}")] * len(seen)
@@ -220,7 +220,7 @@ class Steering:
         if check is not None:
             self.status.interventions.update(check.interventions - self._seen_counts)
             self._seen_counts = check.interventions.copy()
-        return list(decisions)
+        return decisions
 
     # --- apply -------------------------------------------------------------------------------------------------
     def apply(self, decisions: Sequence[Decision]) -> None:
