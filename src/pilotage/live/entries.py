@@ -38,7 +38,7 @@ class Actor(Spec, frozen=True, kw_only=True, omit_defaults=True):
     approver: str | None = None
 
 
-class Record(Spec, frozen=True, kw_only=True, omit_defaults=True):
+class Record(Spec, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """One event. `outcome` is *intent* before the world is touched, and what came of it in a later entry whose `of`
     is the intent's number; *observed* is what somebody else did, *kept* a decision to change nothing, *proposed* one
     that was not meant to be carried out. `reverts` is the entry that this one takes back.
@@ -66,7 +66,7 @@ class Record(Spec, frozen=True, kw_only=True, omit_defaults=True):
     fairness: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
-class Entry(Record, frozen=True, kw_only=True, omit_defaults=True):
+class Entry(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """A record with its number (from 0), its time in UTC, the host's monotonic clock, and its hash.
 
     Times never decrease: where the clock was set back, the time of the entry before stands.

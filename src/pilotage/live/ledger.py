@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import os
 import re
@@ -24,11 +25,11 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import chain
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import asdict, astuple, force_setattr
 
 from pilotage.live.entries import (
     MAX_RECORD_BYTES,
@@ -64,6 +65,7 @@ class Ledger:
         self.folder = Path(folder)
         self._lines, self._head = self.folder / "ledger.jsonl", self.folder / "head.json"
         self._index = Index(self._lines)
+        self._harmless: set[str] = set()  # texts of the last append: a result says again what its intent has said
 
     # --- writing ---------------------------------------------------------------------------------------------
     def append(self, *records: Record, indexed: bool = True) -> list[Entry]:
@@ -72,38 +74,46 @@ class Ledger:
         Secrets are blotted out first. Raises SpecError for a record that is too large, LedgerError where the ledger
         does not continue its head (it was cut or changed). Not `indexed`: the index catches up later.
         """
-        clean = _without_secrets(records)
+        clean = self._without_secrets(records)
         self.folder.mkdir(parents=True, exist_ok=True)
         with _locked(self.folder / "append.lock"), self._lines.open("a+b", buffering=0) as file:
             head = self._caught_up(file)
-            entries, lines, last = [], [], head
+            entries, lines, last = [], [], head.hash
             now, monotonic_s = max(utc(datetime.now(UTC)), head.time), round(time.monotonic(), 6)
-            for record in clean:
-                fields = msgspec.structs.asdict(record)
-                entry = Entry(**fields, seq=last.entries, time=now, monotonic_s=monotonic_s)
+            for seq, record in enumerate(clean, head.entries):
+                entry = Entry(**asdict(record), seq=seq, time=now, monotonic_s=monotonic_s)
                 raw = _encode(entry)
                 if len(raw) > MAX_RECORD_BYTES:
                     raise SpecError(
                         f"ledger entry {entry.kind!r} of {entry.service!r}: {len(raw)} bytes; valid: at most "
                         f"{MAX_RECORD_BYTES}; record a digest of what is large"
                     )
-                digest, line = line_of(last.hash, raw)
+                last, line = line_of(last, raw)
                 lines.append(line)
-                msgspec.structs.force_setattr(entry, "hash", digest)  # nobody has seen it yet
+                force_setattr(entry, "hash", last)  # nobody has seen it yet
                 entries.append(entry)
-                last = Head(entries=last.entries + 1, size=last.size + len(line), hash=digest, time=now)
+            data = b"".join(lines)
             try:
-                _write(file, b"".join(lines))
+                _write(file, data)
                 os.fsync(file.fileno())
             except OSError:
                 os.ftruncate(file.fileno(), head.size)  # what was never acknowledged
                 raise
             with contextlib.suppress(OSError):  # the lines are on disk: the next append catches up with them
-                self._keep(last)
+                self._keep(
+                    Head(entries=head.entries + len(lines), size=head.size + len(data), hash=last, time=now)
+                )
         if indexed:
             with contextlib.suppress(sqlite3.Error):  # a convenience: the next query catches up
                 self.catch_up()
         return entries
+
+    def _without_secrets(self, records: Sequence[Record]) -> Sequence[Record]:
+        texts, names = _contents(records)
+        if not _suspect(texts - self._harmless, names):
+            self._harmless = texts
+            return records
+        return [_blotted(record) if _suspect(*_contents([record])) else record for record in records]
 
     def catch_up(self) -> None:
         """Brings the index up to date; raises sqlite3.Error where it cannot be written."""
@@ -315,31 +325,40 @@ class Ledger:
         return last if last is not None and self.settlement(last) is None else None
 
 
-def _suspect(records: Sequence[Record]) -> bool:
-    """Whether any of the records could hold a secret: all texts are looked at together, each once, which is quick.
+def _contents(records: Sequence[Record]) -> tuple[set[str], set[str]]:
+    """All texts in some records, each once, and the names that their groups give to fields.
 
-    The names of fields are looked at by themselves: a rate of tokens is no token.
+    Names are by themselves, because a rate of tokens is no token.
     """
     texts: set[str] = set()
     names: set[str] = set()
-    for field in Record.__struct_fields__:
-        column = list(map(attrgetter(field), records))
-        kinds = set(map(type, column))
+    for column in zip(*map(astuple, records), strict=True):
+        kinds = set(map(type, column)) - _PLAIN
         if kinds == {str}:
             texts.update(column)
-        elif kinds == {dict}:
-            groups = list({id(group): group for group in column if group}.values())  # what is shared, once
-            names.update(*groups)
-            if not _PLAIN.issuperset(map(type, chain.from_iterable(map(dict.values, groups)))):
-                texts.update(
-                    value if type(value) is str else _as_text(value)
-                    for group in groups
-                    for value in group.values()
-                    if type(value) not in _PLAIN
-                )
-        elif not _PLAIN.issuperset(kinds):
-            texts.update(_as_text(part) for part in {id(part): part for part in column}.values())
+            continue
+        for kind in kinds:
+            parts = {id(part): part for part in column if part and type(part) is kind}.values()  # what is shared, once
+            values: Iterable[Any] = parts
+            if kind is dict:
+                names.update(*parts)
+                values = chain.from_iterable(map(dict.values, parts))
+            elif issubclass(kind, msgspec.Struct):
+                names.update(kind.__struct_fields__)
+                values = () if _of_numbers(kind) else chain.from_iterable(map(astuple, parts))
+            texts.update(v if type(v) is str else _as_text(v) for v in values if type(v) not in _PLAIN)
+    return texts, names
+
+
+def _suspect(texts: set[str], names: set[str]) -> bool:
+    """Whether a secret could be among them; many texts are looked at together, which is quick."""
     return any(map(names_secret, names)) or suspicious(list(texts))
+
+
+@functools.cache
+def _of_numbers(kind: type[msgspec.Struct]) -> bool:
+    """Whether a struct's fields are declared as numbers: there are many of them, and none holds a text."""
+    return all(field.type in _PLAIN for field in msgspec.structs.fields(kind))
 
 
 def _as_text(value: Any) -> str:
@@ -348,12 +367,6 @@ def _as_text(value: Any) -> str:
 
 _PLAIN = frozenset({float, int, bool, type(None)})
 _encode = msgspec.json.Encoder(order="sorted").encode
-
-
-def _without_secrets(records: Sequence[Record]) -> Sequence[Record]:
-    if not _suspect(records):
-        return records
-    return [_blotted(record) if _suspect([record]) else record for record in records]
 
 
 def _blotted(record: Record) -> Record:

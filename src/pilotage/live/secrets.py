@@ -23,12 +23,18 @@ _SECRET_TEXT: Final = re.compile(
 _SECRET_ARGUMENT: Final = re.compile(
     rf"(--[\w-]*?{_WORD}(?:=|\s+)|\b\w*?{_WORD}(?:=|:\s*))[^\s'\"&]+", re.IGNORECASE
 )
-_HINTS: Final = (  # in lower case: a text without any of them holds nothing of the above, which is quickly seen
-    b"passw", b"pwd", b"secret", b"token", b"apikey", b"api_key", b"api-key", b"accesskey", b"access_key",
-    b"access-key",
-    b"privatekey", b"private_key", b"private-key", b"private key", b"credential", b"authorization", b"cookie", b"://",
-    b"bearer ", b"basic ", b"akia", b"asia", b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_", b"hf_", b"sk-", b"eyj",
-)  # fmt: skip
+# in lower case: a text without any of them holds nothing of the above, which is quickly seen; of the last two, one of
+# what they begin is needed besides
+_HINTS: Final[dict[bytes, tuple[bytes, ...]]] = dict.fromkeys((
+    b"passw", b"pwd", b"secret", b"token", b"credential", b"authorization", b"cookie", b"://", b"bearer ", b"basic ",
+    b"akia", b"asia", b"hf_", b"sk-", b"eyj",
+), ()) | {
+    b"key": (
+        b"apikey", b"api_key", b"api-key", b"accesskey", b"access_key", b"access-key",
+        b"privatekey", b"private_key", b"private-key", b"private key",
+    ),
+    b"gh": (b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_"),
+}  # fmt: skip
 
 
 def without_secrets(value: Any) -> Any:
@@ -40,7 +46,9 @@ def without_secrets(value: Any) -> Any:
 def suspicious(value: Any) -> bool:
     """Whether anything in a value looks as if it could be a secret, or some name as if it named one."""
     text = msgspec.json.encode(value).lower()
-    return any(hint in text for hint in _HINTS)
+    return any(
+        hint in text and (not needed or any(one in text for one in needed)) for hint, needed in _HINTS.items()
+    )
 
 
 def _blotted(value: Any) -> Any:

@@ -35,7 +35,7 @@ class PausedError(TargetError):
     """A person has said that this service is not to be touched."""
 
 
-class ScaleOrder(Struct, frozen=True):
+class ScaleOrder(Struct, frozen=True, gc=False):
     """What a service is to have: so many replicas, and, where given, this batch limit, build and pool.
 
     It names a state and not a change, so that it can be repeated.
