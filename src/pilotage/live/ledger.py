@@ -333,20 +333,19 @@ def _contents(records: Sequence[Record]) -> tuple[set[str], set[str]]:
     texts: set[str] = set()
     names: set[str] = set()
     for column in zip(*map(astuple, records), strict=True):
-        kinds = set(map(type, column)) - _PLAIN
-        if kinds == {str}:
-            texts.update(column)
-            continue
+        there = list(filter(None, column))
+        if there[1:] and there.count(there[0]) == len(there):  # which is often so
+            there = there[:1]
+        kinds = set(map(type, there)) - _PLAIN
         for kind in kinds:
-            parts = {id(part): part for part in column if part and type(part) is kind}.values()  # what is shared, once
-            values: Iterable[Any] = parts
+            parts: Iterable[Any] = there if len(kinds) == 1 else [part for part in there if type(part) is kind]
             if kind is dict:
                 names.update(*parts)
-                values = chain.from_iterable(map(dict.values, parts))
+                parts = chain.from_iterable(map(dict.values, parts))
             elif issubclass(kind, msgspec.Struct):
                 names.update(kind.__struct_fields__)
-                values = () if _of_numbers(kind) else chain.from_iterable(map(astuple, parts))
-            texts.update(v if type(v) is str else _as_text(v) for v in values if type(v) not in _PLAIN)
+                parts = () if _of_numbers(kind) else chain.from_iterable(map(astuple, parts))
+            texts.update(v if type(v) is str else _as_text(v) for v in parts if type(v) not in _PLAIN)
     return texts, names
 
 

@@ -139,8 +139,8 @@ class DryRunTarget:
         return one_by_one(orders, self._scale, self._most_replicas, float("inf"))
 
     def _scale(self, order: ScaleOrder) -> str:
-        before = self._settings.setdefault(order.service, {})
-        wanted = {name: getattr(order, name) for name in ScaleOrder.__struct_fields__[1:]}
+        wanted = msgspec.structs.asdict(order)
+        before = self._settings.setdefault(wanted.pop("service"), {})
         changes = {n: v for n, v in wanted.items() if v is not None and v != before.get(n)}
         said = ", ".join(
             f"{name} {before.get(name, 'unknown')} -> {value}" for name, value in changes.items()
