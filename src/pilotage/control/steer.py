@@ -30,7 +30,8 @@ class Decides(Protocol):
 
 Record = Callable[[int, Sequence[Observation], Sequence[Decision]], None]
 _Ask = Callable[[Sequence[Observation]], Sequence[Decision]]
-_Answer = tuple[list[int], Sequence[Decision | Exception]]  # whose, and what: a decision for each or why there is none
+# whose it is, and for each of them a decision or why there is none
+_Answer = tuple[list[int], Sequence[Decision | Exception]]
 
 
 class Helm:

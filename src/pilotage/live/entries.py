@@ -44,7 +44,8 @@ class Record(Spec, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     that was not meant to be carried out. `reverts` is the entry that this one takes back.
 
     The groups `subject` (run, data, environment), `decision` (alternatives, costs), `evidence`, `economics`,
-    `response` (the registry's answer, its latency) and `fairness` are free JSON objects without payload or secrets.
+    `response` (the registry's answer, its latency) and `fairness` are free JSON objects without payload or secrets. One
+    that is written often may be a struct instead, which is read back as what it was written as: a JSON object.
     """
 
     kind: Annotated[str, Meta(min_length=1, max_length=40)]

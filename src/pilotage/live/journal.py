@@ -148,7 +148,7 @@ class Story:
                     reason=str(decision.reason)[:2000] or "the policy gives no reason",
                     subject=subject,
                     decision=made,
-                    evidence=_Evidence(*evidence[k]),  # what is missing is null
+                    evidence=_Evidence(*evidence[k]),  # type: ignore[arg-type]  # what is missing is null
                     economics={"usd_per_hour": now_usd, "wanted_usd_per_hour": then_usd},
                     response={"target": responses[k][:2000]} if k in responses else {},
                 )

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import hashlib
 import os
 import re
@@ -24,12 +23,11 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from msgspec.structs import asdict, astuple, force_setattr
+from msgspec.structs import asdict, force_setattr
 
 from pilotage.live.entries import (
     MAX_RECORD_BYTES,
@@ -45,7 +43,7 @@ from pilotage.live.entries import (
     utc,
 )
 from pilotage.live.index import Index
-from pilotage.live.secrets import names_secret, suspicious, without_secrets
+from pilotage.live.secrets import suspect, texts_and_names, without_secrets
 from pilotage.world.spec import Spec, SpecError
 
 
@@ -65,7 +63,8 @@ class Ledger:
         self.folder = Path(folder)
         self._lines, self._head = self.folder / "ledger.jsonl", self.folder / "head.json"
         self._index = Index(self._lines)
-        self._harmless: set[str] = set()  # texts of the last append: a result says again what its intent has said
+        # texts in which the last append found nothing: a result says again what its intent has said
+        self._harmless: set[str] = set()
 
     # --- writing ---------------------------------------------------------------------------------------------
     def append(self, *records: Record, indexed: bool = True) -> list[Entry]:
@@ -109,11 +108,11 @@ class Ledger:
         return entries
 
     def _without_secrets(self, records: Sequence[Record]) -> Sequence[Record]:
-        texts, names = _contents(records)
-        if not _suspect(texts - self._harmless, names):
+        texts, names = texts_and_names(records)
+        if not suspect(texts - self._harmless, names):
             self._harmless = texts
             return records
-        return [_blotted(record) if _suspect(*_contents([record])) else record for record in records]
+        return [_blotted(one) if suspect(*texts_and_names([one])) else one for one in records]
 
     def catch_up(self) -> None:
         """Brings the index up to date; raises sqlite3.Error where it cannot be written."""
@@ -325,46 +324,6 @@ class Ledger:
         return last if last is not None and self.settlement(last) is None else None
 
 
-def _contents(records: Sequence[Record]) -> tuple[set[str], set[str]]:
-    """All texts in some records, each once, and the names that their groups give to fields.
-
-    Names are by themselves, because a rate of tokens is no token.
-    """
-    texts: set[str] = set()
-    names: set[str] = set()
-    for column in zip(*map(astuple, records), strict=True):
-        there = list(filter(None, column))
-        if there[1:] and there.count(there[0]) == len(there):  # which is often so
-            there = there[:1]
-        kinds = set(map(type, there)) - _PLAIN
-        for kind in kinds:
-            parts: Iterable[Any] = there if len(kinds) == 1 else [part for part in there if type(part) is kind]
-            if kind is dict:
-                names.update(*parts)
-                parts = chain.from_iterable(map(dict.values, parts))
-            elif issubclass(kind, msgspec.Struct):
-                names.update(kind.__struct_fields__)
-                parts = () if _of_numbers(kind) else chain.from_iterable(map(astuple, parts))
-            texts.update(v if type(v) is str else _as_text(v) for v in parts if type(v) not in _PLAIN)
-    return texts, names
-
-
-def _suspect(texts: set[str], names: set[str]) -> bool:
-    """Whether a secret could be among them; many texts are looked at together, which is quick."""
-    return any(map(names_secret, names)) or suspicious(list(texts))
-
-
-@functools.cache
-def _of_numbers(kind: type[msgspec.Struct]) -> bool:
-    """Whether a struct's fields are declared as numbers: there are many of them, and none holds a text."""
-    return all(field.type in _PLAIN for field in msgspec.structs.fields(kind))
-
-
-def _as_text(value: Any) -> str:
-    return msgspec.json.encode(value).decode()
-
-
-_PLAIN = frozenset({float, int, bool, type(None)})
 _encode = msgspec.json.Encoder(order="sorted").encode
 
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
+from functools import cache
+from itertools import chain
 from typing import Any, Final
 
 import msgspec
+from msgspec import Struct
+from msgspec.structs import astuple, fields
 
 _BLOT: Final = "[withheld]"
 _WORD: Final = (
@@ -36,6 +41,8 @@ _HINTS: Final[dict[bytes, tuple[bytes, ...]]] = dict.fromkeys((
     b"gh": (b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_"),
 }  # fmt: skip
 
+_PLAIN: Final = frozenset({float, int, bool, type(None)})
+
 
 def without_secrets(value: Any) -> Any:
     """Plain data or text without secrets: passwords in URLs, known forms of tokens, and what follows or stands under a
@@ -49,6 +56,46 @@ def suspicious(value: Any) -> bool:
     return any(
         hint in text and (not needed or any(one in text for one in needed)) for hint, needed in _HINTS.items()
     )
+
+
+def suspect(texts: set[str], names: set[str]) -> bool:
+    """Whether a secret could be among texts or under names: many are looked at together, which is quick."""
+    return any(map(names_secret, names)) or suspicious(list(texts))
+
+
+def texts_and_names(records: Sequence[Struct]) -> tuple[set[str], set[str]]:
+    """All texts in records of one kind, each once, and the names that their groups (dicts, structs) give to fields.
+
+    Names are by themselves, because a rate of tokens is no token.
+    """
+    texts: set[str] = set()
+    names: set[str] = set()
+    for column in zip(*map(astuple, records), strict=True):
+        there = list(filter(None, column))
+        if there[1:] and there.count(there[0]) == len(there):  # which is often so
+            there = there[:1]
+        for kind in set(map(type, there)) - _PLAIN:
+            parts: Iterable[Any] = [part for part in there if type(part) is kind]
+            if kind is dict:
+                names.update(*parts)
+                parts = chain.from_iterable(map(dict.values, parts))
+            elif issubclass(kind, Struct):
+                names.update(kind.__struct_fields__)
+                parts = () if _of_numbers(kind) else chain.from_iterable(map(astuple, parts))
+            texts.update(
+                part if type(part) is str else _as_text(part) for part in parts if type(part) not in _PLAIN
+            )
+    return texts, names
+
+
+@cache
+def _of_numbers(kind: type[Struct]) -> bool:
+    """Whether a struct's fields are declared as numbers: there are many of them, and none holds a text."""
+    return all(field.type in _PLAIN for field in fields(kind))
+
+
+def _as_text(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
 
 
 def _blotted(value: Any) -> Any:
