@@ -115,12 +115,13 @@ def test_a_helm_says_who_said_too_little() -> None:
 
 def test_a_deadline_changes_nothing_that_is_said_in_time() -> None:
     policies = [Foresight()] * ROWS
-    slow, free = (Helm(policies, SITUATIONS, Guard(), within_s=within_s) for within_s in (60.0, None))
+    slow, free = (Helm(policies, SITUATIONS, within_s=within_s) for within_s in (60.0, None))
     for tick in range(3):
         seen = reported(np.random.default_rng(tick), 30.0 * tick)
-        said = free.decide(seen)
+        said, in_time = free.decide(seen), slow.decide(seen)
         assert isinstance(said, Decisions)
-        assert list(slow.decide(seen)) == [said[row] for row in range(ROWS)]
+        assert isinstance(in_time, Decisions)
+        assert list(in_time) == [said[row] for row in range(ROWS)]
 
 
 def test_only_batch_times_may_differ_between_scenarios_side_by_side() -> None:
