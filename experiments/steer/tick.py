@@ -8,7 +8,6 @@ every service that wants others is changed at every tick: the most that there ca
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 import time
@@ -22,6 +21,7 @@ import pilotage.cli  # noqa: F401  (what the command imports)
 from pilotage.control.policy import INDEX, Decision, Observation
 from pilotage.control.steer import steer
 from pilotage.live.monitors import Reading
+from pilotage.live.process import collect_seldom
 from pilotage.live.status import Log
 from pilotage.live.steering import Steering
 from pilotage.live.targets import DryRunTarget
@@ -96,7 +96,7 @@ def measure(folder: Path, services: int, policy: str, mode: str, fleet: str, tic
     with (folder / "log.jsonl").open("w") as out:
         steering = Timed(setup, log=Log(out), monitor=monitor, target=target)
         steering.spans = []
-        gc.freeze()  # as live.process does
+        collect_seldom()
         steer(steering, steering, None, going=steering.going)
     wall, cpu = (1e3 * np.array(column) for column in zip(*steering.spans, strict=True))
     outcomes = steering.status.outcomes

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pilotage.control.decisions import Decisions
+from pilotage.control.foresight import Foresight
 from pilotage.control.guard import Check, Guard
 from pilotage.control.hpa import Hpa
 from pilotage.control.policy import (
@@ -107,8 +108,20 @@ def test_a_helm_says_who_said_too_little() -> None:
     seen = reported(np.random.default_rng(0), 0.0)
     with pytest.raises(ValueError, match="1 decisions for 6 services"):
         Helm([policy] * ROWS, SITUATIONS).decide(seen)
-    held = Helm([policy] * ROWS, SITUATIONS, Guard()).decide(seen)
-    assert all(one.reason.startswith("held") for one in held)
+    for within_s in (None, 60.0):
+        held = Helm([policy] * ROWS, SITUATIONS, Guard(), within_s=within_s).decide(seen)
+        assert all(one.reason.startswith("held: policy failed: ValueError: 1 decisions") for one in held)
+
+
+def test_a_deadline_changes_nothing_that_is_said_in_time() -> None:
+    policies = [Foresight()] * ROWS
+    slow, free = (Helm(policies, SITUATIONS, within_s=within_s) for within_s in (60.0, None))
+    for tick in range(3):
+        seen = reported(np.random.default_rng(tick), 30.0 * tick)
+        said, in_time = free.decide(seen), slow.decide(seen)
+        assert isinstance(said, Decisions)
+        assert isinstance(in_time, Decisions)
+        assert list(in_time) == [said[row] for row in range(ROWS)]
 
 
 def test_only_batch_times_may_differ_between_scenarios_side_by_side() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -284,6 +285,30 @@ def test_secrets_and_payload_do_not_get_in(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="digest"):
         ledger.append(record(evidence={"rows": "x" * MAX_RECORD_BYTES}))
     assert len(ledger.entries()) == 1
+
+
+class Seen(msgspec.Struct):
+    load_rps: float
+    note: str
+    token: str = ""
+
+
+def test_what_is_written_as_a_struct_is_a_group_like_others(tmp_path: Path) -> None:
+    ledger, harmless = Ledger(tmp_path), [record(evidence=Seen(1.5, f"tick {k}")) for k in range(3)]
+    ledger.append(*harmless)
+    assert ledger.entries()[-1].evidence == {"load_rps": 1.5, "note": "tick 2", "token": ""}
+    # what was harmless once does not vouch for what comes beside it, nor for what stands under a name
+    ledger.append(*harmless, record(evidence=Seen(1.5, "tick 2 Bearer hunter2-hunter2")))
+    ledger.append(
+        record(evidence=Seen(1.5, "tick 2", token="hunter2")), record(evidence={"password": "tick 2"})
+    )
+    text = (tmp_path / "ledger.jsonl").read_text()
+    assert "hunter2" not in text
+    assert '"password":"tick 2"' not in text
+    for line in text.splitlines():
+        raw = line[line.index('"record":') + len('"record":') : -1]
+        assert raw == json.dumps(json.loads(raw), sort_keys=True, separators=(",", ":"))
+    assert ledger.verify().problem is None
 
 
 def _million(tmp_path: Path, count: int) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import overload
 
 import numpy as np
@@ -17,7 +17,7 @@ class Decisions(Sequence[Decision]):
     """
 
     def __init__(self, order: np.ndarray, release: np.ndarray, why: Callable[[int], str]) -> None:
-        self.order, self.release, self._why = order, release, why
+        self.order, self.release, self.why = order, release, why
 
     @staticmethod
     def towards(target: np.ndarray, current: np.ndarray, why: Callable[[int], str]) -> Decisions:
@@ -35,9 +35,13 @@ class Decisions(Sequence[Decision]):
     def __getitem__(self, row: int | slice) -> Decision | Decisions:
         if isinstance(row, slice):
             rows = range(len(self))[row]
-            return Decisions(self.order[row], self.release[row], lambda k: self._why(rows[k]))
+            return Decisions(self.order[row], self.release[row], lambda k: self.why(rows[k]))
         row = range(len(self))[row]
-        return Decision(order=int(self.order[row]), release=int(self.release[row]), reason=self._why(row))
+        return Decision(order=int(self.order[row]), release=int(self.release[row]), reason=self.why(row))
+
+    def __iter__(self) -> Iterator[Decision]:
+        for row, (order, release) in enumerate(zip(self.order.tolist(), self.release.tolist(), strict=True)):
+            yield Decision(order=order, release=release, reason=self.why(row))
 
 
 def amounts_of(decisions: Sequence[Decision]) -> tuple[np.ndarray, np.ndarray]:

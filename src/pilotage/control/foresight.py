@@ -218,8 +218,7 @@ class _Together:
         self._first = False
         order_to, keep_to = self._levels.wanted()
         order, release = self._levels.decide(order_to, keep_to, values)
+        up, down = order_to.tolist(), keep_to.tolist()
         return Decisions(
-            order,
-            release,
-            lambda row: f"order up to {order_to[row]:.1f}, keep {keep_to[row]:.1f} replicas",
+            order, release, lambda row: f"order up to {up[row]:.1f}, keep {down[row]:.1f} replicas"
         )

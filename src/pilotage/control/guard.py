@@ -313,7 +313,7 @@ class Check:
                 return chosen
             self.interventions["limited"] += int(changed.sum())
             return Decisions(
-                order, release, lambda k: chosen[k].reason + ("; limited by guard" if changed[k] else "")
+                order, release, lambda k: chosen.why(k) + ("; limited by guard" if changed[k] else "")
             )
         return [
             one

@@ -109,11 +109,16 @@ class Forward:
         return self._hidden
 
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
-        x = np.clip((inputs - self._mean) / self._scale, -self._clip, self._clip)
+        x = inputs - self._mean
+        x /= self._scale
+        np.clip(x, -self._clip, self._clip, out=x)
         if self._gates is not None:
             x = self._remember(x)
         for weight, bias in self._layers[:-1]:
-            x = np.tanh(x @ weight + bias)
+            x = x @ weight
+            x += bias
+            np.tanh(x, out=x)
         weight, bias = self._layers[-1]
-        out = x @ weight + bias
-        return np.tanh(out) if self._squashed else out
+        out = x @ weight
+        out += bias
+        return np.tanh(out, out=out) if self._squashed else out

@@ -30,6 +30,8 @@ class Decides(Protocol):
 
 Record = Callable[[int, Sequence[Observation], Sequence[Decision]], None]
 _Ask = Callable[[Sequence[Observation]], Sequence[Decision]]
+# whose it is, and for each of them a decision or why there is none
+_Answer = tuple[list[int], Sequence[Decision | Exception]]
 
 
 class Helm:
@@ -79,24 +81,19 @@ class Helm:
 
     def _wanted(self, seen: Sequence[Observation]) -> Sequence[Decision | Exception]:
         """What the controllers say, or raise, or have not said in time, one per observation."""
-        if self._within_s is None and len(self._asked) == 1:
-            try:
-                wanted = self._asked[0][1](seen)
-                if len(wanted) != len(seen):
-                    raise ValueError(f"{len(wanted)} decisions for {len(seen)} services")
-                return wanted
-            except Exception as error:
-                return [error] * len(seen)
-        found = self._found(seen)
+        answers = self._answers(seen)
+        if len(answers) == 1 and len(answers[0][0]) == len(seen):
+            return answers[0][1]  # in arrays, if it is said in arrays
         late = TimeoutError(f"no decision within {self._within_s} s")
+        found = {row: one for mine, said in answers for row, one in zip(mine, said, strict=True)}
         return [found.get(row, late) for row in range(len(seen))]
 
-    def _found(self, seen: Sequence[Observation]) -> dict[int, Decision | Exception]:
-        """What the controllers say, or raise, by row; who is late says nothing."""
+    def _answers(self, seen: Sequence[Observation]) -> list[_Answer]:
+        """What the controllers say, or raise; who is late says nothing."""
         if self._within_s is None:
             questions = _Questions(self._asked, range(len(self._asked)), seen)
             questions.run()
-            return questions.found
+            return questions.answers
         self._hanging = {k: thread for k, thread in self._hanging.items() if thread.is_alive()}
         questions = _Questions(
             self._asked, [k for k in range(len(self._asked)) if k not in self._hanging], seen
@@ -107,7 +104,7 @@ class Helm:
         if thread.is_alive():
             questions.given_up = True
             self._hanging[questions.at] = thread
-        return dict(questions.found)
+        return list(questions.answers)
 
 
 class _Questions:
@@ -117,7 +114,7 @@ class _Questions:
         self, asked: Sequence[tuple[list[int], _Ask]], which: Sequence[int], seen: Sequence[Observation]
     ) -> None:
         self._asked, self._which, self._seen = asked, which, seen
-        self.found: dict[int, Decision | Exception] = {}
+        self.answers: list[_Answer] = []
         self.at, self.given_up = -1, False
 
     def run(self) -> None:
@@ -125,11 +122,14 @@ class _Questions:
             if self.given_up:
                 return
             self.at, (mine, ask) = k, self._asked[k]
+            said: Sequence[Decision | Exception]
             try:
-                seen = self._seen if len(mine) == len(self._seen) else [self._seen[row] for row in mine]
-                self.found |= dict(zip(mine, ask(seen), strict=True))
+                said = ask(self._seen if len(mine) == len(self._seen) else [self._seen[row] for row in mine])
+                if len(said) != len(mine):
+                    raise ValueError(f"{len(said)} decisions for {len(mine)} services")
             except Exception as error:
-                self.found |= dict.fromkeys(mine, error)
+                said = [error] * len(mine)
+            self.answers.append((mine, said))
 
 
 def _alone(controller: Controller) -> _Ask:

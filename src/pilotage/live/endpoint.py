@@ -14,7 +14,16 @@ from msgspec import Meta
 
 from pilotage.live.lease import Lease, LeaseError
 from pilotage.live.targets import TargetError
-from pilotage.live.wire import MAX_ANSWER_BYTES, UnusableError, Wire, WireError, clean, loopback, secret_of
+from pilotage.live.wire import (
+    MAX_ANSWER_BYTES,
+    Request,
+    UnusableError,
+    Wire,
+    WireError,
+    clean,
+    loopback,
+    secret_of,
+)
 from pilotage.world.spec import Positive, Spec, SpecError
 
 _AGAIN: Final = frozenset({429, 500, 502, 503, 504})
@@ -143,7 +152,7 @@ class Api:
         if payload is not None:
             headers["Content-Type"] = content
         try:
-            answer = self._wire.exchange(method, path, payload, headers, within_s, MAX_ANSWER_BYTES)
+            answer = self._wire.exchange(Request(method, path, payload, headers, within_s, MAX_ANSWER_BYTES))
         except UnusableError as error:
             raise TargetError(str(error)) from None
         except WireError as error:

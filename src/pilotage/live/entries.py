@@ -38,13 +38,14 @@ class Actor(Spec, frozen=True, kw_only=True, omit_defaults=True):
     approver: str | None = None
 
 
-class Record(Spec, frozen=True, kw_only=True, omit_defaults=True):
+class Record(Spec, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """One event. `outcome` is *intent* before the world is touched, and what came of it in a later entry whose `of`
     is the intent's number; *observed* is what somebody else did, *kept* a decision to change nothing, *proposed* one
     that was not meant to be carried out. `reverts` is the entry that this one takes back.
 
     The groups `subject` (run, data, environment), `decision` (alternatives, costs), `evidence`, `economics`,
-    `response` (the registry's answer, its latency) and `fairness` are free JSON objects without payload or secrets.
+    `response` (the registry's answer, its latency) and `fairness` are free JSON objects without payload or secrets. One
+    that is written often may be a struct instead, which is read back as what it was written as: a JSON object.
     """
 
     kind: Annotated[str, Meta(min_length=1, max_length=40)]
@@ -66,7 +67,7 @@ class Record(Spec, frozen=True, kw_only=True, omit_defaults=True):
     fairness: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
-class Entry(Record, frozen=True, kw_only=True, omit_defaults=True):
+class Entry(Record, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """A record with its number (from 0), its time in UTC, the host's monotonic clock, and its hash.
 
     Times never decrease: where the clock was set back, the time of the entry before stands.

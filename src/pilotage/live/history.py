@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from pilotage.live.wire import MAX_ANSWER_BYTES, Wire, WireError, clean
+from pilotage.live.wire import MAX_ANSWER_BYTES, Request, Wire, WireError, clean
 from pilotage.world.spec import Spec, SpecError
 
 MOST_POINTS: Final = 10_000  # of one answer; Prometheus refuses more than 11 000
@@ -106,7 +106,7 @@ class Prometheus(Spec, frozen=True, kw_only=True):
         headers = {"Content-Type": "application/x-www-form-urlencoded", "Connection": "close"}
         try:
             answer = Wire(self.url).exchange(
-                "POST", path, urlencode(form).encode(), headers, self.timeout_s, MAX_ANSWER_BYTES
+                Request("POST", path, urlencode(form).encode(), headers, self.timeout_s, MAX_ANSWER_BYTES)
             )
             if answer.status != 200:
                 said = clean(answer.text[:300].decode(errors="replace"), None)

@@ -23,12 +23,11 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
-from itertools import chain
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import asdict, force_setattr
 
 from pilotage.live.entries import (
     MAX_RECORD_BYTES,
@@ -44,7 +43,7 @@ from pilotage.live.entries import (
     utc,
 )
 from pilotage.live.index import Index
-from pilotage.live.secrets import names_secret, suspicious, without_secrets
+from pilotage.live.secrets import suspect, texts_and_names, without_secrets
 from pilotage.world.spec import Spec, SpecError
 
 
@@ -64,6 +63,8 @@ class Ledger:
         self.folder = Path(folder)
         self._lines, self._head = self.folder / "ledger.jsonl", self.folder / "head.json"
         self._index = Index(self._lines)
+        # texts in which the last append found nothing: a result says again what its intent has said
+        self._harmless: set[str] = set()
 
     # --- writing ---------------------------------------------------------------------------------------------
     def append(self, *records: Record, indexed: bool = True) -> list[Entry]:
@@ -72,38 +73,46 @@ class Ledger:
         Secrets are blotted out first. Raises SpecError for a record that is too large, LedgerError where the ledger
         does not continue its head (it was cut or changed). Not `indexed`: the index catches up later.
         """
-        clean = _without_secrets(records)
+        clean = self._without_secrets(records)
         self.folder.mkdir(parents=True, exist_ok=True)
         with _locked(self.folder / "append.lock"), self._lines.open("a+b", buffering=0) as file:
             head = self._caught_up(file)
-            entries, lines, last = [], [], head
+            entries, lines, last = [], [], head.hash
             now, monotonic_s = max(utc(datetime.now(UTC)), head.time), round(time.monotonic(), 6)
-            for record in clean:
-                fields = msgspec.structs.asdict(record)
-                entry = Entry(**fields, seq=last.entries, time=now, monotonic_s=monotonic_s)
+            for seq, record in enumerate(clean, head.entries):
+                entry = Entry(**asdict(record), seq=seq, time=now, monotonic_s=monotonic_s)
                 raw = _encode(entry)
                 if len(raw) > MAX_RECORD_BYTES:
                     raise SpecError(
                         f"ledger entry {entry.kind!r} of {entry.service!r}: {len(raw)} bytes; valid: at most "
                         f"{MAX_RECORD_BYTES}; record a digest of what is large"
                     )
-                digest, line = line_of(last.hash, raw)
+                last, line = line_of(last, raw)
                 lines.append(line)
-                msgspec.structs.force_setattr(entry, "hash", digest)  # nobody has seen it yet
+                force_setattr(entry, "hash", last)  # nobody has seen it yet
                 entries.append(entry)
-                last = Head(entries=last.entries + 1, size=last.size + len(line), hash=digest, time=now)
+            data = b"".join(lines)
             try:
-                _write(file, b"".join(lines))
+                _write(file, data)
                 os.fsync(file.fileno())
             except OSError:
                 os.ftruncate(file.fileno(), head.size)  # what was never acknowledged
                 raise
             with contextlib.suppress(OSError):  # the lines are on disk: the next append catches up with them
-                self._keep(last)
+                self._keep(
+                    Head(entries=head.entries + len(lines), size=head.size + len(data), hash=last, time=now)
+                )
         if indexed:
             with contextlib.suppress(sqlite3.Error):  # a convenience: the next query catches up
                 self.catch_up()
         return entries
+
+    def _without_secrets(self, records: Sequence[Record]) -> Sequence[Record]:
+        texts, names = texts_and_names(records)
+        if not suspect(texts - self._harmless, names):
+            self._harmless = texts
+            return records
+        return [_blotted(one) if suspect(*texts_and_names([one])) else one for one in records]
 
     def catch_up(self) -> None:
         """Brings the index up to date; raises sqlite3.Error where it cannot be written."""
@@ -315,45 +324,7 @@ class Ledger:
         return last if last is not None and self.settlement(last) is None else None
 
 
-def _suspect(records: Sequence[Record]) -> bool:
-    """Whether any of the records could hold a secret: all texts are looked at together, each once, which is quick.
-
-    The names of fields are looked at by themselves: a rate of tokens is no token.
-    """
-    texts: set[str] = set()
-    names: set[str] = set()
-    for field in Record.__struct_fields__:
-        column = list(map(attrgetter(field), records))
-        kinds = set(map(type, column))
-        if kinds == {str}:
-            texts.update(column)
-        elif kinds == {dict}:
-            groups = list({id(group): group for group in column if group}.values())  # what is shared, once
-            names.update(*groups)
-            if not _PLAIN.issuperset(map(type, chain.from_iterable(map(dict.values, groups)))):
-                texts.update(
-                    value if type(value) is str else _as_text(value)
-                    for group in groups
-                    for value in group.values()
-                    if type(value) not in _PLAIN
-                )
-        elif not _PLAIN.issuperset(kinds):
-            texts.update(_as_text(part) for part in {id(part): part for part in column}.values())
-    return any(map(names_secret, names)) or suspicious(list(texts))
-
-
-def _as_text(value: Any) -> str:
-    return msgspec.json.encode(value).decode()
-
-
-_PLAIN = frozenset({float, int, bool, type(None)})
 _encode = msgspec.json.Encoder(order="sorted").encode
-
-
-def _without_secrets(records: Sequence[Record]) -> Sequence[Record]:
-    if not _suspect(records):
-        return records
-    return [_blotted(record) if _suspect([record]) else record for record in records]
 
 
 def _blotted(record: Record) -> Record:

@@ -22,7 +22,7 @@ from msgspec import Meta
 
 from pilotage.control.policy import FEATURES, INDEX
 from pilotage.live import promql
-from pilotage.live.wire import UnusableError, Wire, WireError, clean, loopback, secret_of
+from pilotage.live.wire import Request, UnusableError, Wire, WireError, clean, loopback, secret_of
 from pilotage.world.spec import Positive, Spec, SpecError
 
 MONDAY_S: Final = 4 * 86400.0  # the first Monday 00:00 (UTC) of Unix time, where a service's clock has its 0
@@ -292,7 +292,7 @@ class PrometheusMonitor:
             headers["Authorization"] = f"Bearer {secret}"
         try:
             most = int(self.spec.max_mib * 2**20)
-            answer = self._wire.exchange("POST", path, body.encode(), headers, within_s, most)
+            answer = self._wire.exchange(Request("POST", path, body.encode(), headers, within_s, most))
         except WireError as error:
             raise MonitorError(f"{self.spec.url}: {self._clean(str(error))}") from None
         return answer.status, answer.text

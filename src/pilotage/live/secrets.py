@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
+from functools import cache
+from itertools import chain
 from typing import Any, Final
 
 import msgspec
+from msgspec import Struct
+from msgspec.structs import astuple, fields
 
 _BLOT: Final = "[withheld]"
 _WORD: Final = (
@@ -23,12 +28,20 @@ _SECRET_TEXT: Final = re.compile(
 _SECRET_ARGUMENT: Final = re.compile(
     rf"(--[\w-]*?{_WORD}(?:=|\s+)|\b\w*?{_WORD}(?:=|:\s*))[^\s'\"&]+", re.IGNORECASE
 )
-_HINTS: Final = (  # in lower case: a text without any of them holds nothing of the above, which is quickly seen
-    b"passw", b"pwd", b"secret", b"token", b"apikey", b"api_key", b"api-key", b"accesskey", b"access_key",
-    b"access-key",
-    b"privatekey", b"private_key", b"private-key", b"private key", b"credential", b"authorization", b"cookie", b"://",
-    b"bearer ", b"basic ", b"akia", b"asia", b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_", b"hf_", b"sk-", b"eyj",
-)  # fmt: skip
+# in lower case: a text without any of them holds nothing of the above, which is quickly seen; of the last two, one of
+# what they begin is needed besides
+_HINTS: Final[dict[bytes, tuple[bytes, ...]]] = dict.fromkeys((
+    b"passw", b"pwd", b"secret", b"token", b"credential", b"authorization", b"cookie", b"://", b"bearer ", b"basic ",
+    b"akia", b"asia", b"hf_", b"sk-", b"eyj",
+), ()) | {
+    b"key": (
+        b"apikey", b"api_key", b"api-key", b"accesskey", b"access_key", b"access-key",
+        b"privatekey", b"private_key", b"private-key", b"private key",
+    ),
+    b"gh": (b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_"),
+}  # fmt: skip
+
+_PLAIN: Final = frozenset({float, int, bool, type(None)})
 
 
 def without_secrets(value: Any) -> Any:
@@ -40,7 +53,49 @@ def without_secrets(value: Any) -> Any:
 def suspicious(value: Any) -> bool:
     """Whether anything in a value looks as if it could be a secret, or some name as if it named one."""
     text = msgspec.json.encode(value).lower()
-    return any(hint in text for hint in _HINTS)
+    return any(
+        hint in text and (not needed or any(one in text for one in needed)) for hint, needed in _HINTS.items()
+    )
+
+
+def suspect(texts: set[str], names: set[str]) -> bool:
+    """Whether a secret could be among texts or under names: many are looked at together, which is quick."""
+    return any(map(names_secret, names)) or suspicious(list(texts))
+
+
+def texts_and_names(records: Sequence[Struct]) -> tuple[set[str], set[str]]:
+    """All texts in records of one kind, each once, and the names that their groups (dicts, structs) give to fields.
+
+    Names are by themselves, because a rate of tokens is no token.
+    """
+    texts: set[str] = set()
+    names: set[str] = set()
+    for column in zip(*map(astuple, records), strict=True):
+        there = list(filter(None, column))
+        if there[1:] and there.count(there[0]) == len(there):  # which is often so
+            there = there[:1]
+        for kind in set(map(type, there)) - _PLAIN:
+            parts: Iterable[Any] = [part for part in there if type(part) is kind]
+            if kind is dict:
+                names.update(*parts)
+                parts = chain.from_iterable(map(dict.values, parts))
+            elif issubclass(kind, Struct):
+                names.update(kind.__struct_fields__)
+                parts = () if _of_numbers(kind) else chain.from_iterable(map(astuple, parts))
+            texts.update(
+                part if type(part) is str else _as_text(part) for part in parts if type(part) not in _PLAIN
+            )
+    return texts, names
+
+
+@cache
+def _of_numbers(kind: type[Struct]) -> bool:
+    """Whether a struct's fields are declared as numbers: there are many of them, and none holds a text."""
+    return all(field.type in _PLAIN for field in fields(kind))
+
+
+def _as_text(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
 
 
 def _blotted(value: Any) -> Any:

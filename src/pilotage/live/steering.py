@@ -212,7 +212,7 @@ class Steering:
     def decide(self, seen: Sequence[Observation]) -> list[Decision]:
         self._seen = seen
         try:
-            decisions = self._helm.decide(seen)
+            decisions = list(self._helm.decide(seen))
         except Exception as error:  # what the guard could not make safe
             self._fault("helm", f"{type(error).__name__}: {error}")
             return [Decision(reason=f"held: the helm failed: {type(error).__name__}")] * len(seen)
@@ -220,7 +220,7 @@ class Steering:
         if check is not None:
             self.status.interventions.update(check.interventions - self._seen_counts)
             self._seen_counts = check.interventions.copy()
-        return list(decisions)
+        return decisions
 
     # --- apply -------------------------------------------------------------------------------------------------
     def apply(self, decisions: Sequence[Decision]) -> None:
@@ -376,11 +376,10 @@ class Steering:
         status, hours, names = self.status, self.setup.tick_s / 3600, self.setup.names
         for what, counts in (("actual", current), ("wanted", wanted)):
             status.usd[what] += float(np.sum(np.array(counts) * self._usd)) * hours
-        status.replicas = {
-            name: (float(now), float(then)) if known else (math.nan, math.nan)
-            for name, now, then, known in zip(names, current, wanted, counted.tolist(), strict=True)
-        }
-        status.outcomes.update(outcomes)
+        now, then = (np.where(counted, counts, math.nan).tolist() for counts in (current, wanted))
+        status.replicas = dict(zip(names, zip(now, then, strict=True), strict=True))
+        tally = Counter(outcomes)
+        status.outcomes.update(tally)
         seconds = time.perf_counter() - self._began_s
         status.ticked(seconds)
         for k in [k for k, outcome in enumerate(outcomes) if outcome != "kept"][:_SHOWN]:
@@ -392,7 +391,7 @@ class Steering:
         held = sum(one.reason.startswith("held: ") for one in decisions)
         usd = {what: round(dollars, 4) for what, dollars in status.usd.items()}
         self._log(
-            "tick", tick=self._tick, mode=status.mode, seconds=round(seconds, 4), outcomes=dict(Counter(outcomes)),
+            "tick", tick=self._tick, mode=status.mode, seconds=round(seconds, 4), outcomes=dict(tally),
             held=held, usd=usd,
         )  # fmt: skip
 

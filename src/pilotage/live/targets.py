@@ -35,7 +35,7 @@ class PausedError(TargetError):
     """A person has said that this service is not to be touched."""
 
 
-class ScaleOrder(Struct, frozen=True):
+class ScaleOrder(Struct, frozen=True, gc=False):
     """What a service is to have: so many replicas, and, where given, this batch limit, build and pool.
 
     It names a state and not a change, so that it can be repeated.
@@ -139,8 +139,8 @@ class DryRunTarget:
         return one_by_one(orders, self._scale, self._most_replicas, float("inf"))
 
     def _scale(self, order: ScaleOrder) -> str:
-        before = self._settings.setdefault(order.service, {})
-        wanted = {name: getattr(order, name) for name in ScaleOrder.__struct_fields__[1:]}
+        wanted = msgspec.structs.asdict(order)
+        before = self._settings.setdefault(wanted.pop("service"), {})
         changes = {n: v for n, v in wanted.items() if v is not None and v != before.get(n)}
         said = ", ".join(
             f"{name} {before.get(name, 'unknown')} -> {value}" for name, value in changes.items()

@@ -31,7 +31,18 @@ class WireError(Exception):
 
 
 class UnusableError(WireError):
-    """Nothing was asked: certificates, or a secret, are not where they should be."""
+    """Nothing was asked: certificates, or a secret, are not where they should be, or the server's is not trusted."""
+
+
+class Request(NamedTuple):
+    """What is asked, and the time and bytes that the answer may take; `path` is below the URL's own."""
+
+    method: str
+    path: str
+    payload: bytes | None
+    headers: dict[str, str]
+    within_s: float
+    most: int
 
 
 class Reply(NamedTuple):
@@ -54,21 +65,13 @@ class Wire:
         self._lock = threading.Lock()
         self._connection: http.client.HTTPConnection | None = None
 
-    def exchange(
-        self,
-        method: str,
-        path: str,
-        payload: bytes | None,
-        headers: dict[str, str],
-        within_s: float,
-        most: int,
-    ) -> Reply:
-        """The whole answer, of at most `most` bytes, whatever its status; `path` is below the URL's own. WireError."""
+    def exchange(self, request: Request) -> Reply:
+        """The whole answer, whatever its status. WireError."""
         with self._lock:
             while True:
                 kept = self._connection is not None
                 try:
-                    return self._exchange(method, path, payload, headers, within_s, most)
+                    return self._exchange(request)
                 except (OSError, http.client.HTTPException, ValueError) as error:
                     self._drop()
                     if kept and isinstance(error, ConnectionError):
@@ -78,15 +81,8 @@ class Wire:
                     self._drop()
                     raise
 
-    def _exchange(
-        self,
-        method: str,
-        path: str,
-        payload: bytes | None,
-        headers: dict[str, str],
-        within_s: float,
-        most: int,
-    ) -> Reply:
+    def _exchange(self, request: Request) -> Reply:
+        method, path, payload, headers, within_s, most = request
         connection = self._connection or self._open(within_s)
         self._connection = connection
         assert connection.sock is not None
@@ -123,7 +119,10 @@ class Wire:
             connection = http.client.HTTPSConnection(host, port, timeout=within_s, context=self._context())
         else:
             connection = http.client.HTTPConnection(host, port, timeout=within_s)
-        connection.connect()
+        try:
+            connection.connect()
+        except ssl.SSLCertVerificationError as error:  # which it will not be a moment later, either
+            raise UnusableError(f"{host}: its certificate is not trusted: {error}") from None
         assert connection.sock is not None
         connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
