@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from pilotage.live.profile import open_loop, profile
+from pilotage.live.openloop import open_loop
+from pilotage.live.profile import profile
 from pilotage.live.profiled import ProfileError, open_model
 from pilotage.predicted import predict_ms
 from pilotage.results import as_csv, provenance, write_whole

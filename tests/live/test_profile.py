@@ -10,17 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pilotage.live.profile import (
-    ProfileError,
-    fit_law,
-    load_times,
-    measure_batches,
-    open_loop,
-    point_of,
-    profile,
-    without_outliers,
-)
-from pilotage.live.profiled import open_model
+from pilotage.live.openloop import Load, coldness, fit_served, open_loop
+from pilotage.live.profile import fit_law, load_times, measure_batches, point_of, profile, without_outliers
+from pilotage.live.profiled import ProfileError, open_model
 from pilotage.world.servers import Affine, Table
 from pilotage.world.spec import SpecError
 from tests.live.v2 import Replica, serving

@@ -11,7 +11,7 @@ import math
 import numpy as np
 import pytest
 
-from pilotage.engine.cluster import Cluster, World
+from pilotage.engine.cluster import Cluster, Recorded, World
 from pilotage.metrics import BUCKET_MIDPOINTS_S, quantiles_s
 from pilotage.world.arrivals import Poisson
 from pilotage.world.pools import Pool
@@ -21,10 +21,12 @@ from pilotage.world.servers import (
     BatchServer,
     Constant,
     Exponential,
+    Idling,
     LogNormal,
     Table,
     Variant,
     log_normal_table,
+    noise_table,
 )
 from pilotage.world.services import Service
 from tests.strategies import Case, scenario, service
@@ -141,11 +143,51 @@ def test_mg1(demand, noise_cv: float) -> None:
     assert_met(run["latency_s"] / run["served"] - network_ms / 1e3 - MEAN_S, wait, 0.06)
 
 
+def test_mg1_whose_first_service_of_a_busy_period_is_exceptional() -> None:
+    """Cold at once when idle, warm at once when not: Welch (1964), On a generalized M/G/1 queuing process in which the
+    first customer of each busy period receives exceptional service."""
+    rate, extra_s = 60.0, 0.005
+    idle = Idling(extra_ms=1e3 * extra_s, cooling_ms=1e-6, warming_ms=1e-6)
+    run = simulate(rate, law=Affine(base_ms=0.0, per_item_ms=MEAN_S * 1e3, idle=idle), demand=Constant())
+    first_s = MEAN_S + extra_s
+    idle_share = (1 - rate * MEAN_S) / (1 - rate * (MEAN_S - first_s))
+    wait = rate * MEAN_S**2 / (2 * (1 - rate * MEAN_S))
+    wait += rate * (first_s**2 - MEAN_S**2) / (2 * (1 - rate * MEAN_S + rate * first_s))
+    assert_met(run["latency_s"] / run["served"], wait + MEAN_S + idle_share * extra_s)
+    assert_met(run["busy_s"] / run["ready_s"], 1 - idle_share, 0.005)
+
+
+def test_a_replica_cools_while_it_is_idle_and_warms_while_it_works() -> None:
+    """By hand: two requests, the second 100 ms after the first is through, and a third that waits for it."""
+    idle = Idling(extra_ms=10.0, cooling_ms=50.0, warming_ms=20.0)
+    law = Affine(base_ms=40.0, per_item_ms=0.0, idle=idle)
+    due_s = np.array([1.0, 1.15, 1.16])
+    one = service(law=law, server=BatchServer())
+    world = World(0, 0.0, (Recorded(due_s),))
+    cluster = Cluster(scenario([one], [Pool(name="cpu", price_usd_per_hour=1.0)]), [world])
+    cluster.advance(cluster.no_orders())
+    cluster.finish()
+    first_s = 0.05  # cold
+    cold = 1 - (1 - math.exp(-first_s / 0.02)) * math.exp(-0.1 / 0.05)
+    second_s = 0.04 + 0.01 * cold
+    third_s = 0.04 + 0.01 * cold * math.exp(-second_s / 0.02)
+    expected_s = first_s + second_s + (second_s - 0.01 + third_s)
+    assert cluster.totals["latency_s"][0, 0] == pytest.approx(expected_s, rel=1e-12)
+
+
 def test_the_tables_have_nearly_the_moments_of_their_laws() -> None:
     # What the tables cut off; M in these tests is as exponential as this.
     assert second_moment(Exponential().table()) == pytest.approx(2, rel=1e-3)
     assert second_moment(log_normal_table(0.7)) == pytest.approx(1.49, rel=1e-3)
     assert second_moment(log_normal_table(1.5)) == pytest.approx(3.25, rel=0.02)
+    # 1 + (f - 1) E, for E exponential, has mean f and mean square 1 + 2 (f - 1) + 2 (f - 1)^2
+    for cv, share, factor in ((0.2, 0.01, 9.0), (0.0, 0.1, 3.0), (0.7, 0.02, 30.0)):
+        mean, stalled = 1 + share * (factor - 1), 1 + 2 * (factor - 1) * factor
+        square = (1 - share) * (1 + cv * cv) + share * stalled
+        table = noise_table(cv, share, factor)
+        assert second_moment(table) == pytest.approx(square / mean**2, rel=5e-3)
+        assert (np.diff(table) >= 0).all()
+    assert noise_table(0.5, 0.0, 9.0) is log_normal_table(0.5)
 
 
 @pytest.mark.parametrize(("c", "limit"), [(1, 1), (3, 2), (2, 6)])

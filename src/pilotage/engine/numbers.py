@@ -95,7 +95,8 @@ def encode(scenario: Scenario) -> tuple[Numbers, np.ndarray]:
             _encode_variant(variants[v], variant, tables)
             for name in set(service.pools) & set(variant.latency):
                 law = variant.latency[name]
-                laws[v, pool_names.index(name)] = offset, tables.number(log_normal_table(law.noise_cv))
+                idle = law.idle.seconds if law.idle else (0.0, 1.0, 1.0)
+                laws[v, pool_names.index(name)] = offset, tables.number(law.noise_table()), *idle
                 fixed, variable = service.batch_times_s(law)
                 per_request = variable / np.maximum(np.arange(len(variable)), 1)
                 times.append(np.stack([fixed, per_request], axis=1).reshape(-1))

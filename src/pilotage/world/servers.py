@@ -55,6 +55,24 @@ def log_normal_table(cv: float) -> np.ndarray:
     return table
 
 
+@functools.cache
+def noise_table(cv: float, stall_share: float, stall_factor: float) -> np.ndarray:
+    """Quantile table, with mean 1, of a log-normal law of which a share stalls; not to be written.
+
+    Those that stall take 1 + (stall_factor - 1) times an exponential of mean 1, so `stall_factor` in the mean.
+    """
+    if stall_share == 0 or stall_factor == 1:
+        return log_normal_table(cv)
+    sigma, excess, normal = max(math.sqrt(math.log1p(cv * cv)), 1e-6), stall_factor - 1, NormalDist()
+    at = np.unique(np.r_[np.exp(sigma * np.linspace(-8, 8, 4097)), 1 + excess * np.geomspace(1e-6, 40, 4096)])
+    smooth = np.array([normal.cdf(z) for z in (np.log(at) / sigma).tolist()])
+    stalled = -np.expm1(-np.maximum(at - 1, 0) / excess)
+    below = (1 - stall_share) * smooth + stall_share * stalled
+    table = quantile_table(lambda p: float(np.interp(p, below, at)))
+    table.setflags(write=False)
+    return table
+
+
 def _measured_law(
     mean_s: float, cv: float, quantiles: tuple[float, ...] | None, unit_s: float
 ) -> tuple[float, np.ndarray]:
@@ -111,14 +129,41 @@ class Exponential(Demand, frozen=True, kw_only=True, tag="exponential"):
 RequestDemand = Constant | LogNormal | Exponential
 
 
+class Idling(Spec, frozen=True, kw_only=True):
+    """What a batch takes longer on a replica that has been idle: its caches are cold, its processor asleep.
+
+    `extra_ms` times how cold the replica is when the batch starts, from 0 to 1. While it is idle, what it lacks to 1
+    falls by a factor of e in `cooling_ms`; while it works, how cold it is falls so in `warming_ms`. It starts cold.
+    With several batches in flight, each of them has a warmth of its own.
+    """
+
+    extra_ms: NonNegative
+    cooling_ms: Positive
+    warming_ms: Positive
+
+    @property
+    def seconds(self) -> tuple[float, float, float]:
+        """The three, in seconds."""
+        return self.extra_ms / 1e3, self.cooling_ms / 1e3, self.warming_ms / 1e3
+
+
 class Law(Spec, frozen=True, kw_only=True, tag_field="kind"):
     """Time to serve one batch of `n` requests whose relative demands are `x_1..x_n` (mean 1).
 
-    `(fixed[n] + variable[n] * mean(x)) * noise`, where `noise` has mean 1 and coefficient of variation
-    `noise_cv` (log-normal through a quantile table, which gives it a positive minimum).
+    `(fixed[n] + variable[n] * mean(x) + idle) * noise`, where `noise` has mean 1 and coefficient of variation
+    `noise_cv` (log-normal through a quantile table, which gives it a positive minimum). `idle` (None: 0) is what a
+    replica takes longer that has been idle. Of the batches a `stall_share` stalls (a machine that is shared, garbage
+    that is collected), and takes `stall_factor` times as long in the mean, the excess exponential.
     """
 
     noise_cv: Annotated[float, Meta(ge=0, le=3)] = 0.0
+    idle: Idling | None = None
+    stall_share: Annotated[float, Meta(ge=0, le=0.5)] = 0.0
+    stall_factor: Annotated[float, Meta(ge=1, le=1e4)] = 1.0
+
+    def noise_table(self) -> np.ndarray:
+        """Quantile table of the noise, of shape (2 * TABLE_CELLS,), with mean 1; not to be written."""
+        return noise_table(self.noise_cv, self.stall_share, self.stall_factor)
 
     def batch_times_s(self, max_batch: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns `fixed` and `variable` in seconds, each of shape (max_batch + 1,); index 0 is unused."""
@@ -182,8 +227,9 @@ class IterationLaw(Law, frozen=True, kw_only=True, tag="iteration"):
     def __post_init__(self) -> None:
         if self.base_s + self.sequence_s <= 0:
             raise SpecError("base_s and sequence_s are both 0: a decode would take no time; give one of them")
-        if self.noise_cv:
-            raise SpecError("noise_cv is given, but the time of an iteration has no noise; leave it out")
+        for given in ("noise_cv", "idle", "stall_share"):
+            if getattr(self, given):
+                raise SpecError(f"{given} is given, but the time of an iteration has none; leave it out")
 
     def batch_times_s(self, max_batch: int) -> tuple[np.ndarray, np.ndarray]:
         raise SpecError("an iteration law has no batch times by itself; a service has, of its mean request")
