@@ -65,7 +65,7 @@ def noise_table(cv: float, stall_share: float, stall_factor: float) -> np.ndarra
         return log_normal_table(cv)
     sigma, excess, normal = max(math.sqrt(math.log1p(cv * cv)), 1e-6), stall_factor - 1, NormalDist()
     at = np.unique(np.r_[np.exp(sigma * np.linspace(-8, 8, 4097)), 1 + excess * np.geomspace(1e-6, 40, 4096)])
-    smooth = np.array([normal.cdf(z) for z in (np.log(at) / sigma).tolist()])
+    smooth = np.array([normal.cdf(z) for z in (np.log(at) / sigma + sigma / 2).tolist()])
     stalled = -np.expm1(-np.maximum(at - 1, 0) / excess)
     below = (1 - stall_share) * smooth + stall_share * stalled
     table = quantile_table(lambda p: float(np.interp(p, below, at)))
