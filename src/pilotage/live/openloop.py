@@ -28,9 +28,10 @@ from pilotage.world.servers import Idling
 OUTLIER: Final = 8.0  # robust standard deviations above the median, or above the law
 MOST_FAILED: Final = 0.05  # of the requests, before a target counts as failing
 SHARES: Final = (0.1, 0.3, 0.55, 0.8)  # of what the server does when it is never idle: the loads of the fit
-SEGMENT_S: Final = 2.0
+SEGMENT_S: Final = 1.0
 TIMES_MS: Final = np.geomspace(1.0, 500.0, 13)  # in which a server may cool, or warm
 WORTH: Final = 0.02  # by so much a term must lessen what is left unexplained
+FEWEST: Final = 50  # requests
 STALLING: Final = 1.5  # a stall lasts until a request takes less than so many times what it should
 RESAMPLES: Final = 400
 
@@ -119,6 +120,11 @@ def open_loop(target: Measured, rate_rps: float, seconds: float, *, seed: int = 
     return Load(due, latency, np.maximum(late, 0.0), counts["failed"], counts["throttled"])
 
 
+def enough(capacity_rps: float, seconds: float) -> bool:
+    """Whether loads of so many seconds in all hold enough requests for a fit."""
+    return capacity_rps * seconds * float(np.mean(SHARES)) >= 2 * FEWEST
+
+
 def measure_loads(
     target: Measured, capacity_rps: float, seconds: float, *, seed: int = 0
 ) -> dict[float, list[Load]]:
@@ -173,8 +179,10 @@ def fit_served(loads: Sequence[Load], seed: int = 0) -> Served:
     """
     pairs = [load.services_ms() for load in loads]
     pairs = [(idle, took) for idle, took in pairs if len(took)]
-    if sum(len(took) for _, took in pairs) < 50:
-        raise ProfileError("fewer than 50 requests were answered in the open loops; give more --seconds")
+    if sum(len(took) for _, took in pairs) < FEWEST:
+        raise ProfileError(
+            f"fewer than {FEWEST} requests were answered in the open loops; give more --seconds"
+        )
     idle_ms, took_ms = (np.concatenate(column) for column in zip(*pairs, strict=True))
     one, waited_not = np.ones(len(took_ms)), (idle_ms > 0).astype(float)
     middle = float(np.median(took_ms))
@@ -198,7 +206,7 @@ def fit_served(loads: Sequence[Load], seed: int = 0) -> Served:
 
     own = terms @ chosen - overhead * waited_not
     noise = (took_ms - overhead * waited_not) / own
-    share, factor, calm = _stalls(noise, own, 1 + limit_ms / middle)
+    share, factor, calm = _stalls(noise, own, idle_ms == 0, 1 + limit_ms / middle)
     mean = float(noise[calm].mean()) * (1 + share * (factor - 1))
     low, high = _interval(pairs, terms, took_ms, limit_ms, seed)
     return Served(
@@ -214,24 +222,30 @@ def fit_served(loads: Sequence[Load], seed: int = 0) -> Served:
     )  # fmt: skip
 
 
-def _stalls(noise: np.ndarray, own_ms: np.ndarray, limit: float) -> tuple[float, float, np.ndarray]:
+def _stalls(
+    noise: np.ndarray, own_ms: np.ndarray, waited: np.ndarray, limit: float
+) -> tuple[float, float, np.ndarray]:
     """Share of the requests that stall, how many times as long they take, and a mask of those that do not.
 
-    A server that stalls is slow for several requests in a row: they are one stall, with the time of all.
+    A server that stalls is slow for several requests in a row: they are one stall, with the time of all. The share is
+    that of requests that waited: what others come upon may have begun while the server was idle, so that they would
+    make stalls more frequent the lower the load is.
     """
-    stalled, excess_ms, k = np.zeros(len(noise), bool), [], 0
+    stalled, excess_ms, begun, k = np.zeros(len(noise), bool), [], 0, 0
     while k < len(noise):
         if noise[k] > limit:
             first = k
             while k < len(noise) and (noise[k] > STALLING or k == first):
                 k += 1
             stalled[first:k] = True
+            begun += bool(waited[first])
             excess_ms.append(float(((noise[first:k] - 1) * own_ms[first:k]).sum()))
         else:
             k += 1
-    if not excess_ms:
+    if not begun:
         return 0.0, 1.0, ~stalled
-    return min(len(excess_ms) / len(noise), 0.5), 1 + float(np.mean(excess_ms) / own_ms.mean()), ~stalled
+    share = min(begun / (begun + int((waited & ~stalled).sum())), 0.5)
+    return share, 1 + float(np.mean(excess_ms) / own_ms.mean()), ~stalled
 
 
 def _interval(

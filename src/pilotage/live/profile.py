@@ -27,6 +27,7 @@ from pilotage.live.openloop import (
     RESAMPLES,
     Load,
     Served,
+    enough,
     fit_served,
     measure_loads,
 )
@@ -76,6 +77,7 @@ class Profile:
     overhead_ms: float
     slots: int
     notes: Sequence[str]
+    capacity_rps: float = 0.0  # of a server that is never idle; 0: not measured
     loads: dict[float, list[Load]] = field(default_factory=dict)  # those that the law was fitted to, by rate
 
     def variant(self, pool: str, accuracy: float = 1.0) -> Variant:
@@ -320,7 +322,7 @@ def profile(
         target, max_batch=max_batch, seconds=seconds, seed=seed, warm_up_s=warm_up_s
     )
     law, base, per_item, misfit = fit_law(points, seed)
-    overhead, slots, loads = 0.0, 1, {}
+    overhead, slots, capacity_rps, loads = 0.0, 1, 0.0, {}
     if remote:
         step("capacity")
         capacity_rps = saturate(target, seconds=max(2.0, seconds / 5))
@@ -328,12 +330,19 @@ def profile(
         slots = round(at_once) if at_once >= 2 else 1  # of what is below 2, a part is time on the way
         if slots == 1:
             step("open loops")
-            loads = measure_loads(target, capacity_rps, 2 * seconds, seed=seed)
-            served = fit_served([load for each in loads.values() for load in each], seed)
+            overhead = max(0.0, points[0].mean_ms - 1e3 / capacity_rps)
+            served = Served((points[0].mean_ms - overhead,) * 3, None, overhead, law.noise_cv, 0.0, 1.0, 0.0)
+            if enough(capacity_rps, 2 * seconds):
+                loads = measure_loads(target, capacity_rps, 2 * seconds, seed=seed)
+                served = fit_served([load for each in loads.values() for load in each], seed)
+            else:
+                notes.append("too slow for what idling adds to be measured in this time: give more --seconds")
             law, overhead = under_load(law, served), served.overhead_ms
-            first = float(law.batch_times_s(1)[0][1] + law.batch_times_s(1)[1][1]) * 1e3
-            base = (first - per_item[0], served.warm_ms[1] - per_item[2], served.warm_ms[2] - per_item[1])
-            base = (max(0.0, base[0]), max(0.0, base[1]), max(0.0, base[2]))
+            base = (
+                max(0.0, served.warm_ms[0] - per_item[0]),
+                max(0.0, served.warm_ms[1] - per_item[2]),
+                max(0.0, served.warm_ms[2] - per_item[1]),
+            )
             if served.unordered > UNORDERED:
                 notes.append(
                     f"{100 * served.unordered:.2g} % of the answers came out of order: not one server with a queue, "
@@ -353,5 +362,6 @@ def profile(
             f"up to {100 * share:.2g} % of the batches of a size are outliers, and left out: the machine is busy"
         )
     return Profile(
-        target.name, points, law, base, per_item, misfit, load_s, load_cv, gib, overhead, slots, notes, loads
-    )
+        target.name, points, law, base, per_item, misfit, load_s, load_cv, gib, overhead, slots, notes, capacity_rps,
+        loads,
+    )  # fmt: skip
