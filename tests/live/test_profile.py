@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import time
 from pathlib import Path
@@ -46,6 +47,119 @@ def test_a_curved_law_becomes_a_table_that_passes_through_the_means() -> None:
     assert len(law.batch_ms) == 16
     for p in measured:
         assert law.batch_ms[p.batch - 1] == pytest.approx(p.mean_ms, rel=1e-3)
+
+
+# --- laws under load ---------------------------------------------------------------------------------------
+def observed(
+    rate_rps: float,
+    rng: np.random.Generator,
+    *,
+    extra_ms: float = 0.0,
+    stall_share: float = 0.0,
+    seconds: float = 30.0,
+) -> Load:
+    """What an open loop sees of one server: 4 ms a request, 1 ms on the way, up to `extra_ms` more when it is cold (it
+    cools in 20 ms, and warms in 10), 5 % of noise, and stalls of 40 ms, each of which slows four requests at least."""
+    due_ms = np.cumsum(rng.exponential(1e3 / rate_rps, int(rate_rps * seconds)))
+    free, cold, left, done = -math.inf, 1.0, 0, np.zeros(len(due_ms))
+    for k, due in enumerate(due_ms.tolist()):
+        began = max(due, free)
+        cold = 1 - (1 - cold) * math.exp((free - began) / 20.0)
+        took = (4.0 + extra_ms * cold) * (1 + 0.05 * rng.standard_normal())
+        if left == 0 and rng.random() < stall_share:
+            left = 4
+        took += 10.0 * (left > 0)
+        left = max(left - 1, 0)
+        cold *= math.exp(-took / 10.0)
+        free = began + took
+        done[k] = free + 1.0
+    return Load(due_ms / 1e3, (done - due_ms) / 1e3, np.zeros(len(due_ms)), 0, 0)
+
+
+def test_what_idling_costs_is_found_at_loads_from_idle_to_busy() -> None:
+    rng = np.random.default_rng(5)
+    found = fit_served([observed(rate, rng, extra_ms=4.0) for rate in (20.0, 60.0, 110.0, 160.0)])
+    assert found.warm_ms[0] == pytest.approx(4.0, rel=0.04)
+    assert found.warm_ms[1] <= found.warm_ms[0] <= found.warm_ms[2]
+    assert found.overhead_ms == pytest.approx(1.0, abs=0.3)
+    assert found.noise_cv == pytest.approx(0.05, abs=0.015)
+    assert found.stall_share == 0.0
+    assert found.unordered == 0.0
+    assert found.idle is not None
+    for idle_ms, worked_ms in (
+        (5.0, 30.0),
+        (20.0, 10.0),
+        (100.0, 5.0),
+    ):  # after so much work, and so much idling
+        given = math.exp(-worked_ms / 10.0)
+        given = 4.0 * (1 - (1 - given) * math.exp(-idle_ms / 20.0))
+        cold = math.exp(-worked_ms / found.idle.warming_ms)
+        cold = 1 - (1 - cold) * math.exp(-idle_ms / found.idle.cooling_ms)
+        assert found.idle.extra_ms * cold == pytest.approx(given, abs=0.5)
+
+
+def test_a_server_that_idling_does_not_slow_has_no_such_term_and_its_stalls_are_counted_by_the_stall() -> (
+    None
+):
+    rng = np.random.default_rng(6)
+    plain = fit_served([observed(rate, rng) for rate in (20.0, 60.0, 110.0, 160.0)])
+    assert plain.idle is None
+    assert plain.warm_ms[0] == pytest.approx(4.0, rel=0.02)
+    stalling = fit_served([observed(rate, rng, stall_share=0.005) for rate in (20.0, 60.0, 110.0, 160.0)])
+    assert stalling.stall_share == pytest.approx(0.005, rel=0.3)
+    assert stalling.stall_factor == pytest.approx(11.0, rel=0.1)  # 40 ms beside 4
+    mean_ms = 4.0 * (1 + stalling.stall_share * (stalling.stall_factor - 1))
+    assert stalling.warm_ms[0] == pytest.approx(mean_ms, rel=0.02)
+    with pytest.raises(ProfileError, match="fewer than 50 requests"):
+        fit_served([observed(20.0, rng, seconds=1.0)])
+
+
+def test_a_law_fitted_to_some_loads_predicts_another_and_says_when_it_does_not_hold() -> None:
+    """The law back to back is a quarter off; the one that knows of idling is not. Servers side by side are found
+    out: the law of one of them does not give back what was fitted."""
+    from dataclasses import replace
+
+    from pilotage.live.profile import Profile, under_load
+    from pilotage.predicted import fit_under_load, holds, predict_ms
+
+    rng = np.random.default_rng(7)
+    loads = {rate: [observed(rate, rng, extra_ms=4.0)] for rate in (20.0, 60.0, 110.0, 160.0)}
+    served = fit_served([load for (load,) in loads.values()])
+    value = (4.0, 4.0, 4.0)
+    law = under_load(Affine(base_ms=3.0, per_item_ms=1.0), served)
+    assert law.per_item_ms == 1.0
+    found = Profile(
+        "m",
+        points(3.0, 1.0),
+        law,
+        value,
+        value,
+        0.0,
+        None,
+        0.0,
+        None,
+        served.overhead_ms,
+        1,
+        [],
+        250.0,
+        loads,
+    )
+    assert holds(fit_under_load(found))
+    judged = observed(85.0, rng, extra_ms=4.0, seconds=60.0)
+    measured_ms = judged.quantile_ms(0.95)
+    assert predict_ms(found, judged.due_s, (0.95,))[0] == pytest.approx(measured_ms, rel=0.06)
+    plain = replace(found, law=Affine(base_ms=4.0, per_item_ms=0.0, noise_cv=0.05))
+    assert predict_ms(plain, judged.due_s, (0.95,))[0] < 0.8 * measured_ms
+    assert not holds(fit_under_load(plain))
+
+
+def test_coldness_is_that_of_the_law() -> None:
+    cold = coldness(
+        np.array([np.inf, 0.0, 20.0]), np.array([5.0, 6.0, 7.0]), np.array([20.0]), np.array([10.0])
+    )
+    second = math.exp(-0.5)
+    third = 1 - (1 - second * math.exp(-0.6)) * math.exp(-1.0)
+    np.testing.assert_allclose(cold, [[1.0, second, third]])
 
 
 def test_outliers_are_counted_and_left_out() -> None:
