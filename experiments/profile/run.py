@@ -2,10 +2,11 @@
 
 An ONNX model (a perceptron) is served over the V2 protocol, either by MLServer (`--mlserver PYTHON`: an interpreter
 that has it) or by the small server in this file, on ONNX Runtime, one request at a time. Each run profiles it from
-outside, then sends Poisson requests at shares of the measured capacity, open loop, and sets the simulator's 95th
-percentile beside the measured one; the shares lie between those that the profile fits its law to
-(`pilotage.live.openloop.SHARES`). Beside it stands what the law says that is measured back to back, without idling and
-stalls. Run it on a quiet machine: what else runs there is in the measurement, not in the law.
+outside, sends Poisson requests, open loop, at shares of the measured capacity that the law is not fitted to, in turns
+with those that it is fitted to (`pilotage.live.openloop.SHARES`), so that a drift of the machine falls on both alike,
+and sets the simulator's 95th percentile beside the measured one. Beside it stands what the law says that is measured
+back to back, without idling and stalls. Run it on a quiet machine: what else runs there is in the measurement, not in
+the law.
 """
 
 from __future__ import annotations
@@ -28,10 +29,9 @@ from typing import Any
 
 import numpy as np
 
-from pilotage.live.openloop import Load, open_loop
 from pilotage.live.profile import Profile, profile
 from pilotage.live.profiled import ProfileError, open_model
-from pilotage.predicted import fit_under_load, holds, predict_ms
+from pilotage.predicted import beside, holds
 from pilotage.results import as_csv, provenance, write_whole
 from pilotage.world.servers import Affine
 
@@ -192,8 +192,10 @@ def serve(port: int, model: Path) -> None:
     ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 
-def judged(run: int, found: Profile, loads: dict[float, Load]) -> list[dict[str, Any]]:
+def judged(run: int, found: Profile) -> list[dict[str, Any]]:
     """What the law says at loads that it was not fitted to, beside what was measured."""
+    if not found.held_out:
+        raise RuntimeError(f"no loads were measured: {'; '.join(found.notes)}")
     alone, law = found.points[0], found.law
     plain = replace(
         found, law=Affine(base_ms=alone.mean_ms - found.overhead_ms, per_item_ms=0.0, noise_cv=alone.cv)
@@ -203,18 +205,18 @@ def judged(run: int, found: Profile, loads: dict[float, Load]) -> list[dict[str,
         "service_ms": f"{found.base_ms[0] + found.per_item_ms[0]:.4g}", "overhead_ms": f"{found.overhead_ms:.4g}",
         "idle_ms": f"{1e3 * idle[0]:.4g}", "cooling_ms": f"{1e3 * idle[1]:.4g}", "warming_ms": f"{1e3 * idle[2]:.4g}",
         "noise_cv": f"{law.noise_cv:.4g}", "stall_share": f"{law.stall_share:.4g}",
-        "stall_factor": f"{law.stall_factor:.4g}", "holds": holds(fit_under_load(found)),
+        "stall_factor": f"{law.stall_factor:.4g}", "holds": holds(beside(found, found.loads)),
         "load_average": f"{os.getloadavg()[0]:.1f}",
     }  # fmt: skip
+    rates = dict(sorted(found.held_out.items()))
     rows = []
-    for share, seen in loads.items():
-        said, back_to_back = (float(predict_ms(one, seen.due_s, (0.95,))[0]) for one in (found, plain))
-        measured = seen.quantile_ms(0.95)
+    for share, row, back_to_back in zip(SHARES, beside(found, rates), beside(plain, rates), strict=True):
+        measured, said = row["measured_ms"], row["predicted_ms"]
         rows.append(
-            {"run": run, "share": share, "rate_rps": f"{share * found.capacity_rps:.4g}",
-             "measured_p95_ms": f"{measured:.5g}", "predicted_p95_ms": f"{said:.5g}",
-             "error": f"{said / measured - 1:.4f}", "error_back_to_back": f"{back_to_back / measured - 1:.4f}",
-             "generator_kept_up": seen.trustworthy, **known}
+            {"run": run, "share": share, "rate_rps": f"{row['rate_rps']:.4g}", "measured_p95_ms": f"{measured:.5g}",
+             "predicted_p95_ms": f"{said:.5g}", "error": f"{said / measured - 1:.4f}",
+             "error_back_to_back": f"{back_to_back['predicted_ms'] / measured - 1:.4f}",
+             "generator_kept_up": all(load.trustworthy for load in rates[row["rate_rps"]]), **known}
         )  # fmt: skip
     return rows
 
@@ -256,15 +258,12 @@ def main() -> None:
             if len(cpus) > 1:
                 os.sched_setaffinity(0, set(cpus[:-1]))
             target = open_model(url)
-            found = profile(target, url, max_batch=4, seconds=seconds, seed=options.seed + run)
-            loads = {
-                share: open_loop(
-                    target, share * found.capacity_rps, 1.5 * seconds, seed=1000 * (options.seed + run) + k
-                )
-                for k, share in enumerate(SHARES)
-            }
+            found = profile(
+                target, url, max_batch=4, seconds=seconds, seed=options.seed + run, held_out=SHARES,
+                held_out_s=1.5 * seconds,
+            )  # fmt: skip
         os.sched_setaffinity(0, set(cpus))
-        rows += judged(run, found, loads)
+        rows += judged(run, found)
         of_run = [float(row["error"]) for row in rows if row["run"] == run]
         print(f"run {run}: {found.law}, load average {os.getloadavg()[0]:.1f}")
         print(f"run {run}: errors of p95 at {SHARES} of capacity: {of_run}", flush=True)

@@ -68,7 +68,7 @@ def profile(
     from pilotage.live.profile import pin
     from pilotage.live.profile import profile as measure
     from pilotage.live.profiled import ProfileError, open_model
-    from pilotage.predicted import as_toml, draw_fit, fit_under_load, holds, predict_ms
+    from pilotage.predicted import as_toml, beside, draw_fit, holds, predict_ms
 
     for rate in load or []:
         if not 0 < rate < 1e5:
@@ -104,7 +104,7 @@ def profile(
                 )
     except ProfileError as error:
         fail(str(error), 1)
-    fits = fit_under_load(found)
+    fits = beside(found, found.loads)
     text = as_toml(found, pool, accuracy)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

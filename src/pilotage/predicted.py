@@ -20,6 +20,7 @@ from pilotage.world.servers import BatchServer
 from pilotage.world.services import Service
 
 if TYPE_CHECKING:
+    from pilotage.live.openloop import Load
     from pilotage.live.profile import Profile
 
 HOLDS: Final = 0.2
@@ -49,15 +50,15 @@ def predict_ms(found: Profile, due_s: np.ndarray, quantiles: tuple[float, ...]) 
     return 1e3 * quantiles_s(sum(run.histogram[0] for run in runs), quantiles)
 
 
-def fit_under_load(found: Profile) -> list[dict[str, float]]:
-    """At each load that a law was fitted to, the 95th percentile in ms as measured and as the simulator says it."""
+def beside(found: Profile, loads: dict[float, list[Load]]) -> list[dict[str, float]]:
+    """At each load, by its rate, the 95th percentile in ms as measured and as the simulator says it."""
     rows = []
-    for rate, loads in found.loads.items():
+    for rate, stretches in loads.items():
         due, start_s = [], 0.0
-        for load in loads:  # one after the other, a second apart
+        for load in stretches:  # one after the other, a second apart
             due.append(start_s + load.due_s)
             start_s = float(due[-1][-1]) + 1.0 if len(load.due_s) else start_s
-        seen = np.concatenate([load.latency_s for load in loads])
+        seen = np.concatenate([load.latency_s for load in stretches])
         if np.isfinite(seen).any():
             said = float(predict_ms(found, np.concatenate(due), (0.95,))[0])
             measured = 1e3 * float(np.nanquantile(seen, 0.95))

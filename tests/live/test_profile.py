@@ -120,7 +120,7 @@ def test_a_law_fitted_to_some_loads_predicts_another_and_says_when_it_does_not_h
     from dataclasses import replace
 
     from pilotage.live.profile import Profile, under_load
-    from pilotage.predicted import fit_under_load, holds, predict_ms
+    from pilotage.predicted import beside, holds, predict_ms
 
     rng = np.random.default_rng(7)
     loads = {rate: [observed(rate, rng, extra_ms=4.0)] for rate in (20.0, 60.0, 110.0, 160.0)}
@@ -144,13 +144,13 @@ def test_a_law_fitted_to_some_loads_predicts_another_and_says_when_it_does_not_h
         250.0,
         loads,
     )
-    assert holds(fit_under_load(found))
+    assert holds(beside(found, found.loads))
     judged = observed(85.0, rng, extra_ms=4.0, seconds=60.0)
     measured_ms = judged.quantile_ms(0.95)
     assert predict_ms(found, judged.due_s, (0.95,))[0] == pytest.approx(measured_ms, rel=0.06)
     plain = replace(found, law=Affine(base_ms=4.0, per_item_ms=0.0, noise_cv=0.05))
     assert predict_ms(plain, judged.due_s, (0.95,))[0] < 0.8 * measured_ms
-    assert not holds(fit_under_load(plain))
+    assert not holds(beside(plain, plain.loads))
 
 
 def test_coldness_is_that_of_the_law() -> None:

@@ -28,7 +28,7 @@ from pilotage.world.servers import Idling
 OUTLIER: Final = 8.0  # robust standard deviations above the median, or above the law
 MOST_FAILED: Final = 0.05  # of the requests, before a target counts as failing
 SHARES: Final = (0.1, 0.3, 0.55, 0.8)  # of what the server does when it is never idle: the loads of the fit
-SEGMENT_S: Final = 1.0
+STRETCH_S: Final = 1.0
 TIMES_MS: Final = np.geomspace(1.0, 500.0, 13)  # in which a server may cool, or warm
 WORTH: Final = 0.02  # by so much a term must lessen what is left unexplained
 FEWEST: Final = 50  # requests
@@ -126,21 +126,21 @@ def enough(capacity_rps: float, seconds: float) -> bool:
 
 
 def measure_loads(
-    target: Measured, capacity_rps: float, seconds: float, *, seed: int = 0
+    target: Measured, seconds_at: dict[float, float], *, seed: int = 0
 ) -> dict[float, list[Load]]:
-    """Open loops at SHARES of a capacity, by rate, in short stretches in random order, for `seconds` in all.
+    """Open loops at each rate (requests/s) for so many seconds, in stretches of all in random order, round after round,
+    so that a drift of the machine falls on all alike.
 
-    Raises ProfileError if more than MOST_FAILED of the requests fail or are refused.
+    Raises ProfileError if more than MOST_FAILED of the requests of a stretch fail or are refused.
     """
     rng = np.random.default_rng(seed)
-    rounds = max(2, round(seconds / SEGMENT_S / len(SHARES)))
-    found: dict[float, list[Load]] = {share * capacity_rps: [] for share in SHARES}
-    for turn in range(rounds):
+    rounds = max(2, round(min(seconds_at.values()) / STRETCH_S))
+    found: dict[float, list[Load]] = {rate: [] for rate in seconds_at}
+    for _ in range(rounds):
         for rate in rng.permutation(list(found)).tolist():
-            of = int(rng.integers(1 << 32))
-            found[rate].append(open_loop(target, rate, seconds / rounds / len(SHARES), seed=of))
-            load = found[rate][-1]
-            if turn and (lost := load.failed + load.throttled) > MOST_FAILED * len(load.due_s):
+            load = open_loop(target, rate, seconds_at[rate] / rounds, seed=int(rng.integers(1 << 32)))
+            found[rate].append(load)
+            if (lost := load.failed + load.throttled) > max(1, MOST_FAILED * len(load.due_s)):
                 raise ProfileError(
                     f"{lost} of {len(load.due_s)} requests failed or were refused at {rate:.3g} requests/s; the server "
                     "does not bear a load that it bears when asked one request after the other"

@@ -25,6 +25,7 @@ from pilotage.live.openloop import (
     MOST_FAILED,
     OUTLIER,
     RESAMPLES,
+    SHARES,
     Load,
     Served,
     enough,
@@ -77,8 +78,8 @@ class Profile:
     overhead_ms: float
     slots: int
     notes: Sequence[str]
-    capacity_rps: float = 0.0  # of a server that is never idle; 0: not measured
     loads: dict[float, list[Load]] = field(default_factory=dict)  # those that the law was fitted to, by rate
+    held_out: dict[float, list[Load]] = field(default_factory=dict)  # those that it was not fitted to
 
     def variant(self, pool: str, accuracy: float = 1.0) -> Variant:
         """The variant of a scenario, with this law on one pool."""
@@ -313,16 +314,22 @@ def profile(
     threads: int = 1,
     seed: int = 0,
     warm_up_s: float = 30.0,
+    held_out: Sequence[float] = (),
+    held_out_s: float = 0.0,
     step: Callable[[str], Any] = lambda _: None,
 ) -> Profile:
-    """Everything that is measured of a model; `path` is where it was opened from."""
+    """Everything that is measured of a model; `path` is where it was opened from.
+
+    `held_out` are shares of a server's capacity at which it is also loaded, for `held_out_s` each and in turns with the
+    loads that the law is fitted to, but which the fit does not see.
+    """
     remote = path.startswith(("http://", "https://"))
     step("batches")
     points, notes = measure_batches(
         target, max_batch=max_batch, seconds=seconds, seed=seed, warm_up_s=warm_up_s
     )
     law, base, per_item, misfit = fit_law(points, seed)
-    overhead, slots, capacity_rps, loads = 0.0, 1, 0.0, {}
+    overhead, slots, capacity_rps, loads, kept = 0.0, 1, 0.0, {}, {}
     if remote:
         step("capacity")
         capacity_rps = saturate(target, seconds=max(2.0, seconds / 5))
@@ -333,7 +340,10 @@ def profile(
             overhead = max(0.0, points[0].mean_ms - 1e3 / capacity_rps)
             served = Served((points[0].mean_ms - overhead,) * 3, None, overhead, law.noise_cv, 0.0, 1.0, 0.0)
             if enough(capacity_rps, 2 * seconds):
-                loads = measure_loads(target, capacity_rps, 2 * seconds, seed=seed)
+                fitted = {share * capacity_rps: 2 * seconds / len(SHARES) for share in SHARES}
+                others = {share * capacity_rps: held_out_s for share in held_out}
+                loads = measure_loads(target, others | fitted, seed=seed)
+                kept = {rate: loads.pop(rate) for rate in set(others) - set(fitted)}
                 served = fit_served([load for each in loads.values() for load in each], seed)
             else:
                 notes.append("too slow for what idling adds to be measured in this time: give more --seconds")
@@ -362,6 +372,5 @@ def profile(
             f"up to {100 * share:.2g} % of the batches of a size are outliers, and left out: the machine is busy"
         )
     return Profile(
-        target.name, points, law, base, per_item, misfit, load_s, load_cv, gib, overhead, slots, notes, capacity_rps,
-        loads,
+        target.name, points, law, base, per_item, misfit, load_s, load_cv, gib, overhead, slots, notes, loads, kept
     )  # fmt: skip
