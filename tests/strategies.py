@@ -23,6 +23,7 @@ from pilotage.world.servers import (
     Idling,
     LogNormal,
     Router,
+    Stalls,
     Table,
     Variant,
 )
@@ -101,8 +102,7 @@ def laws(draw, max_batch):
     """A latency law; round numbers among them, so that events coincide."""
     varied = {
         "noise_cv": draw(one_of(0.0, 0.0, 0.5)),
-        "stall_share": draw(one_of(0.0, 0.0, 0.1)),
-        "stall_factor": 5.0,
+        "stalls": draw(one_of(None, None, Stalls(per_s=0.25, mean_ms=500.0))),
         "idle": draw(one_of(None, None, Idling(extra_ms=250.0, cooling_ms=500.0, warming_ms=1000.0))),
     }
     if draw(st.booleans()):

@@ -204,8 +204,8 @@ def judged(run: int, found: Profile) -> list[dict[str, Any]]:
     known = {
         "service_ms": f"{found.base_ms[0] + found.per_item_ms[0]:.4g}", "overhead_ms": f"{found.overhead_ms:.4g}",
         "idle_ms": f"{1e3 * idle[0]:.4g}", "cooling_ms": f"{1e3 * idle[1]:.4g}", "warming_ms": f"{1e3 * idle[2]:.4g}",
-        "noise_cv": f"{law.noise_cv:.4g}", "stall_share": f"{law.stall_share:.4g}",
-        "stall_factor": f"{law.stall_factor:.4g}", "holds": holds(beside(found, found.loads)),
+        "noise_cv": f"{law.noise_cv:.4g}", "stalls_per_s": f"{law.stalls.per_s if law.stalls else 0:.4g}",
+        "stall_ms": f"{law.stalls.mean_ms if law.stalls else 0:.4g}", "holds": holds(beside(found, found.loads)),
         "load_average": f"{os.getloadavg()[0]:.1f}",
     }  # fmt: skip
     rates = dict(sorted(found.held_out.items()))

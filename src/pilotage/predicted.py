@@ -122,8 +122,6 @@ def as_toml(found: Profile, pool: str, accuracy: float) -> str:
         for name, value in msgspec.to_builtins(law).items()
         if name != "kind" and value is not None
     }
-    if not law.stall_share:
-        del fields["stall_share"], fields["stall_factor"]
     shown = ", ".join(f"{name} = {_plain(value)}" for name, value in fields.items())
     lines = [
         f"# measured by pilotage profile; base {_interval(found.base_ms)} ms, "

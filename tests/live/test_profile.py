@@ -55,21 +55,20 @@ def observed(
     rng: np.random.Generator,
     *,
     extra_ms: float = 0.0,
-    stall_share: float = 0.0,
+    stalls_per_s: float = 0.0,
     seconds: float = 30.0,
 ) -> Load:
     """What an open loop sees of one server: 4 ms a request, 1 ms on the way, up to `extra_ms` more when it is cold (it
-    cools in 20 ms, and warms in 10), 5 % of noise, and stalls of 40 ms, each of which slows four requests at least."""
+    cools in 20 ms, and warms in 10), 5 % of noise. While it stalls, for 60 ms, it is three times as slow."""
     due_ms = np.cumsum(rng.exponential(1e3 / rate_rps, int(rate_rps * seconds)))
-    free, cold, left, done = -math.inf, 1.0, 0, np.zeros(len(due_ms))
+    stalls_ms = np.sort(rng.uniform(0, due_ms[-1], rng.poisson(stalls_per_s * due_ms[-1] / 1e3)))
+    free, cold, done = -math.inf, 1.0, np.zeros(len(due_ms))
     for k, due in enumerate(due_ms.tolist()):
         began = max(due, free)
         cold = 1 - (1 - cold) * math.exp((free - began) / 20.0)
         took = (4.0 + extra_ms * cold) * (1 + 0.05 * rng.standard_normal())
-        if left == 0 and rng.random() < stall_share:
-            left = 4
-        took += 10.0 * (left > 0)
-        left = max(left - 1, 0)
+        for at in stalls_ms[(stalls_ms > began - 60.0) & (stalls_ms < began + took)].tolist():
+            took += max(0.0, min(2 * (took - max(at - began, 0.0)), 2 / 3 * (at + 60.0 - max(at, began))))
         cold *= math.exp(-took / 10.0)
         free = began + took
         done[k] = free + 1.0
@@ -83,7 +82,7 @@ def test_what_idling_costs_is_found_at_loads_from_idle_to_busy() -> None:
     assert found.warm_ms[1] <= found.warm_ms[0] <= found.warm_ms[2]
     assert found.overhead_ms == pytest.approx(1.0, abs=0.3)
     assert found.noise_cv == pytest.approx(0.05, abs=0.015)
-    assert found.stall_share == 0.0
+    assert found.stalls is None
     assert found.unordered == 0.0
     assert found.idle is not None
     for idle_ms, worked_ms in (
@@ -105,11 +104,11 @@ def test_a_server_that_idling_does_not_slow_has_no_such_term_and_its_stalls_are_
     plain = fit_served([observed(rate, rng) for rate in (20.0, 60.0, 110.0, 160.0)])
     assert plain.idle is None
     assert plain.warm_ms[0] == pytest.approx(4.0, rel=0.02)
-    stalling = fit_served([observed(rate, rng, stall_share=0.005) for rate in (20.0, 60.0, 110.0, 160.0)])
-    assert stalling.stall_share == pytest.approx(0.005, rel=0.3)
-    assert stalling.stall_factor == pytest.approx(11.0, rel=0.1)  # 40 ms beside 4
-    mean_ms = 4.0 * (1 + stalling.stall_share * (stalling.stall_factor - 1))
-    assert stalling.warm_ms[0] == pytest.approx(mean_ms, rel=0.02)
+    stalling = fit_served([observed(rate, rng, stalls_per_s=1.0) for rate in (20.0, 60.0, 110.0, 160.0)])
+    assert stalling.stalls is not None
+    assert stalling.stalls.per_s == pytest.approx(1.0, rel=0.3)  # of about 70
+    assert stalling.stalls.mean_ms == pytest.approx(40.0, rel=0.3)
+    assert stalling.warm_ms[0] == pytest.approx(4.0, rel=0.03)
     with pytest.raises(ProfileError, match="fewer than 50 requests"):
         fit_served([observed(20.0, rng, seconds=1.0)])
 

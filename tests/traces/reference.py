@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pilotage.world.servers import log_normal_table
+
 if TYPE_CHECKING:
     from tests.traces.reference_cluster import Node
 
@@ -134,13 +136,13 @@ class ServiceRun:
         self.central = self.server.routing == "central"
         self.closes = self.server.former == "closed"
         self.wait_s = self.server.batch_wait_ms / 1e3
-        # of variant and pool: fixed time of a batch of n, time per request, quantiles of the noise, what idling costs
+        # of variant and pool: fixed time of a batch of n, time per request, quantiles of the noise, the law
         self.laws = {}
         for v, variant in enumerate(service.variants):
             for pool, law in variant.latency.items():
                 fixed, variable = law.batch_times_s(self.server.max_batch)
                 each = [0.0, *(variable[1:] / range(1, len(variable))).tolist()]
-                self.laws[v, pool] = fixed.tolist(), each, law.noise_table().tolist(), law.idle
+                self.laws[v, pool] = fixed.tolist(), each, log_normal_table(law.noise_cv).tolist(), law
         self.loads = [(mean, table.tolist()) for mean, table in (v.load_law() for v in service.variants)]
         self.demands = service.demand.table().tolist()
         self.now, self.arrivals, self.stirred = 0.0, arrivals, False
@@ -391,13 +393,19 @@ class ServiceRun:
         return batch
 
     def start(self, requests: list[Request], slot: Slot) -> None:
-        fixed, each, noise, idle = self.laws[slot.replica.variant, slot.replica.node.pool.name]
+        fixed, each, noise, law = self.laws[slot.replica.variant, slot.replica.node.pool.name]
         n, luck = len(requests), uniform(self.seeds["seed_noise"], requests[0].number)
         seconds = fixed[n] + each[n] * sum(r.demand for r in requests)
-        if idle:
+        if idle := law.idle:
             slot.cold = 1 - (1 - slot.cold) * math.exp((slot.since - self.now) / (idle.cooling_ms / 1e3))
             seconds += idle.extra_ms / 1e3 * slot.cold
         seconds = seconds * slot.replica.pace * quantile(noise, luck)
+        if law.stalls:
+            lasts = law.stalls.mean_ms / 1e3
+            hit = law.stalls.per_s * (seconds + lasts * (1 - math.exp((slot.since - self.now) / lasts)))
+            luck = uniform(self.seeds["seed_noise"] + 2, requests[0].number)
+            if luck < hit:
+                seconds -= lasts * math.log(max(luck, 1e-12) / hit)
         if idle:
             slot.cold *= math.exp(-seconds / (idle.warming_ms / 1e3))
         slot.batch = Batch(requests, self.now, self.now + seconds)

@@ -84,7 +84,7 @@ def problem_of(cluster: Cluster, s: int, ticks_s: Sequence[float], guard: Guard 
         law = variant.latency[pool.name]
         fixed, variable = law.batch_times_s(server.max_batch)
         expected.append(least_work(demand, fixed, variable, 1.0))
-        works.append(expected[-1] * law.noise_table()[0])
+        works.append(expected[-1] * log_normal_table(law.noise_cv)[0])
     dying = bool(scenario.outages or scenario.random_outages)
     dying = dying or any(pool.crashes_per_hour > 0 or pool.spot for pool in pools)
     calm = not dying and service.crashes_per_hour == 0
@@ -172,7 +172,7 @@ def _priced_work(
     service, seeds = cluster.scenario.services[s], cluster.seeds(0, s)
     server = service.server
     numbers = np.arange(len(arrival_s))
-    noise = draws_at(law.noise_table(), np.uint64(seeds["seed_noise"]), numbers)
+    noise = draws_at(log_normal_table(law.noise_cv), np.uint64(seeds["seed_noise"]), numbers)
     timeout_s = server.request_timeout_s or np.inf
     stays = np.ones(len(arrival_s), bool)
     if server.patience_s:

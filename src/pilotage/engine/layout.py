@@ -103,6 +103,8 @@ LAW: Final = np.dtype(
         ("idle_s", "f8"),  # what a batch takes longer on a slot that is cold
         ("cooling_s", "f8"),
         ("warming_s", "f8"),
+        ("stalls_per_s", "f8"),
+        ("stall_s", "f8"),
     ],
     align=True,
 )

@@ -225,8 +225,11 @@ def demand_of(c, i):
 
 @hot
 def duration_s(c, e, n, demand, head, now):
-    """How long a batch of n requests takes that starts now on slot e: the law's time, longer if the slot is cold, the
-    noise of its first request, the pace. The slot is left as warm as it will be when the batch is complete."""
+    """How long a batch of n requests takes that starts now on slot e.
+
+    The law's time, longer if the slot is cold, the pace, the noise of its first request, the stall that it comes upon.
+    The slot is left as warm as it will be when the batch is complete.
+    """
     slot = c.slots[e]
     replica = c.replicas[slot["replica"]]
     law = c.laws[replica["variant"], replica["pool"]]
@@ -240,6 +243,12 @@ def duration_s(c, e, n, demand, head, now):
     if law["noise"] >= 0:
         number = c.row["first_number"] + head
         seconds *= from_table(c.tables[law["noise"]], uniform(c.param["seed_noise"], number))
+    if law["stalls_per_s"] > 0:
+        idle = 1 - math.exp((slot["free_s"] - now) / law["stall_s"])
+        hit = law["stalls_per_s"] * (seconds + law["stall_s"] * idle)
+        u = uniform(c.param["seed_noise"] + np.uint64(2), c.row["first_number"] + head)
+        if u < hit:
+            seconds -= law["stall_s"] * math.log(max(u, 1e-12) / hit)
     if law["idle_s"] > 0:
         slot["cold"] = cold * math.exp(-seconds / law["warming_s"])
     return seconds

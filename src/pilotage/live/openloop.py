@@ -23,7 +23,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from pilotage.live.profiled import Measured, ProfileError, ThrottledError
-from pilotage.world.servers import Idling
+from pilotage.world.servers import Idling, Stalls
 
 OUTLIER: Final = 8.0  # robust standard deviations above the median, or above the law
 MOST_FAILED: Final = 0.05  # of the requests, before a target counts as failing
@@ -32,6 +32,7 @@ STRETCH_S: Final = 1.0
 TIMES_MS: Final = np.geomspace(1.0, 500.0, 13)  # in which a server may cool, or warm
 WORTH: Final = 0.02  # by so much a term must lessen what is left unexplained
 FEWEST: Final = 50  # requests
+FEW: Final = 5  # stalls
 STALLING: Final = 1.5  # a stall lasts until a request takes less than so many times what it should
 RESAMPLES: Final = 400
 
@@ -73,14 +74,13 @@ class Load:
 @dataclass(frozen=True, slots=True)
 class Served:
     """What one request takes: `warm_ms` (value, low, high) on a server that is warm, what is added to it by idling, on
-    the way, and by chance; times are means, stalls included. `unordered` is the share answered out of order."""
+    the way, by chance and by stalls. `unordered` is the share answered out of order."""
 
     warm_ms: tuple[float, float, float]
     idle: Idling | None
     overhead_ms: float
     noise_cv: float
-    stall_share: float
-    stall_factor: float
+    stalls: Stalls | None
     unordered: float
 
 
@@ -206,8 +206,8 @@ def fit_served(loads: Sequence[Load], seed: int = 0) -> Served:
 
     own = terms @ chosen - overhead * waited_not
     noise = (took_ms - overhead * waited_not) / own
-    share, factor, calm = _stalls(noise, own, idle_ms == 0, 1 + limit_ms / middle)
-    mean = float(noise[calm].mean()) * (1 + share * (factor - 1))
+    stalls, calm = _stalls(noise, own, idle_ms, took_ms, 1 + limit_ms / middle)
+    mean = float(noise[calm].mean())
     low, high = _interval(pairs, terms, took_ms, limit_ms, seed)
     return Served(
         warm_ms=(warm * mean, low * mean, high * mean),
@@ -216,36 +216,40 @@ def fit_served(loads: Sequence[Load], seed: int = 0) -> Served:
         else None,
         overhead_ms=overhead,
         noise_cv=float(noise[calm].std() / noise[calm].mean()),
-        stall_share=share,
-        stall_factor=factor,
+        stalls=stalls,
         unordered=float(np.mean([_unordered(load) for load in loads])),
     )  # fmt: skip
 
 
 def _stalls(
-    noise: np.ndarray, own_ms: np.ndarray, waited: np.ndarray, limit: float
-) -> tuple[float, float, np.ndarray]:
-    """Share of the requests that stall, how many times as long they take, and a mask of those that do not.
+    noise: np.ndarray, own_ms: np.ndarray, idle_ms: np.ndarray, took_ms: np.ndarray, limit: float
+) -> tuple[Stalls | None, np.ndarray]:
+    """How often a server stands still, and for how long; and a mask of the requests that come upon no stall.
 
-    A server that stalls is slow for several requests in a row: they are one stall, with the time of all. The share is
-    that of requests that waited: what others come upon may have begun while the server was idle, so that they would
-    make stalls more frequent the lower the load is.
+    A server that stalls is slow for several requests in a row: they are one stall, with the time of all. One that
+    begins and ends while the server is idle is not seen, so that not all time counts; of one that a request comes upon
+    only the rest is, so that the mean is that of stalls that begin at a busy server, if there are FEW.
     """
-    stalled, excess_ms, begun, k = np.zeros(len(noise), bool), [], 0, 0
+    stalled, k = np.zeros(len(noise), bool), 0
+    excess_ms: list[float] = []
+    whole_ms: list[float] = []
     while k < len(noise):
         if noise[k] > limit:
             first = k
             while k < len(noise) and (noise[k] > STALLING or k == first):
                 k += 1
             stalled[first:k] = True
-            begun += bool(waited[first])
             excess_ms.append(float(((noise[first:k] - 1) * own_ms[first:k]).sum()))
+            if idle_ms[first] == 0:
+                whole_ms.append(excess_ms[-1])
         else:
             k += 1
-    if not begun:
-        return 0.0, 1.0, ~stalled
-    share = min(begun / (begun + int((waited & ~stalled).sum())), 0.5)
-    return share, 1 + float(np.mean(excess_ms) / own_ms.mean()), ~stalled
+    if not excess_ms:
+        return None, ~stalled
+    mean_ms = float(np.mean(whole_ms if len(whole_ms) >= FEW else excess_ms))
+    seen_s = float((took_ms + mean_ms * (1 - np.exp(-idle_ms / mean_ms))).sum()) / 1e3
+    per_s = min(len(excess_ms) / seen_s, 0.2e3 / mean_ms)
+    return Stalls(per_s=per_s, mean_ms=mean_ms), ~stalled
 
 
 def _interval(

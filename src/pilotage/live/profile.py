@@ -258,10 +258,7 @@ def saturate(target: Measured, *, seconds: float, outstanding: int = 4) -> float
 def under_load(law: LatencyLaw, served: Served) -> LatencyLaw:
     """A law fitted to batches back to back, moved so that a batch of one takes what it takes under load, and with what
     was seen there of idling and of chance."""
-    varied = {
-        "noise_cv": min(served.noise_cv, 3.0), "idle": served.idle,
-        "stall_share": served.stall_share, "stall_factor": served.stall_factor,
-    }  # fmt: skip
+    varied = {"noise_cv": min(served.noise_cv, 3.0), "idle": served.idle, "stalls": served.stalls}
     warm_ms = served.warm_ms[0]
     if isinstance(law, Affine):
         per_item = min(law.per_item_ms, warm_ms)
@@ -338,7 +335,7 @@ def profile(
         if slots == 1:
             step("open loops")
             overhead = max(0.0, points[0].mean_ms - 1e3 / capacity_rps)
-            served = Served((points[0].mean_ms - overhead,) * 3, None, overhead, law.noise_cv, 0.0, 1.0, 0.0)
+            served = Served((points[0].mean_ms - overhead,) * 3, None, overhead, law.noise_cv, None, 0.0)
             if enough(capacity_rps, 2 * seconds):
                 fitted = {share * capacity_rps: 2 * seconds / len(SHARES) for share in SHARES}
                 others = {share * capacity_rps: held_out_s for share in held_out}

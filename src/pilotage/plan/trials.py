@@ -216,9 +216,6 @@ class Trials:
         )  # else the shortest requests may take much less than the mean
         spread = math.sqrt(math.log1p(law.noise_cv**2)) if alike else 0.0
         slow = math.exp(spread * NormalDist().inv_cdf(self.model.attainment) - spread**2 / 2)
-        slow /= 1 + law.stall_share * (
-            law.stall_factor - 1
-        )  # the mean holds stalls, which no quantile need meet
         alone_s = float(self.batch_times_s(configuration).min())
         if (left_s := self.slo_s - pool.network_ms / 1e3) < alone_s * slow * (1.0 if alike else 0.3):
             return f"one request alone takes {1e3 * alone_s * slow:.3g} ms, and there are {1e3 * left_s:.3g} ms for it"

@@ -55,24 +55,6 @@ def log_normal_table(cv: float) -> np.ndarray:
     return table
 
 
-@functools.cache
-def noise_table(cv: float, stall_share: float, stall_factor: float) -> np.ndarray:
-    """Quantile table, with mean 1, of a log-normal law of which a share stalls; not to be written.
-
-    Those that stall take 1 + (stall_factor - 1) times an exponential of mean 1, so `stall_factor` in the mean.
-    """
-    if stall_share == 0 or stall_factor == 1:
-        return log_normal_table(cv)
-    sigma, excess, normal = max(math.sqrt(math.log1p(cv * cv)), 1e-6), stall_factor - 1, NormalDist()
-    at = np.unique(np.r_[np.exp(sigma * np.linspace(-8, 8, 4097)), 1 + excess * np.geomspace(1e-6, 40, 4096)])
-    smooth = np.array([normal.cdf(z) for z in (np.log(at) / sigma + sigma / 2).tolist()])
-    stalled = -np.expm1(-np.maximum(at - 1, 0) / excess)
-    below = (1 - stall_share) * smooth + stall_share * stalled
-    table = quantile_table(lambda p: float(np.interp(p, below, at)))
-    table.setflags(write=False)
-    return table
-
-
 def _measured_law(
     mean_s: float, cv: float, quantiles: tuple[float, ...] | None, unit_s: float
 ) -> tuple[float, np.ndarray]:
@@ -147,23 +129,34 @@ class Idling(Spec, frozen=True, kw_only=True):
         return self.extra_ms / 1e3, self.cooling_ms / 1e3, self.warming_ms / 1e3
 
 
+class Stalls(Spec, frozen=True, kw_only=True):
+    """A replica stands still now and then: its machine is shared, its garbage collected.
+
+    Stalls begin at random, `per_s` a second in the mean, also while a replica is idle, and last `mean_ms` in the mean
+    (exponential). A batch comes upon at most one of them: one that still lasts when it starts, or that begins while it
+    is served. They are few: `per_s` times `mean_ms` is at most a fifth of the time.
+    """
+
+    per_s: NonNegative
+    mean_ms: Positive
+
+    def __post_init__(self) -> None:
+        share = self.per_s * self.mean_ms / 1e3
+        if share > 0.2:
+            raise SpecError(f"per_s times mean_ms is {100 * share:.3g} % of the time; valid: at most 20 %")
+
+
 class Law(Spec, frozen=True, kw_only=True, tag_field="kind"):
     """Time to serve one batch of `n` requests whose relative demands are `x_1..x_n` (mean 1).
 
     `(fixed[n] + variable[n] * mean(x) + idle) * noise`, where `noise` has mean 1 and coefficient of variation
     `noise_cv` (log-normal through a quantile table, which gives it a positive minimum). `idle` (None: 0) is what a
-    replica takes longer that has been idle. Of the batches a `stall_share` stalls (a machine that is shared, garbage
-    that is collected), and takes `stall_factor` times as long in the mean, the excess exponential.
+    replica takes longer that has been idle. A batch that comes upon a stall waits for its end, too (`stalls`).
     """
 
     noise_cv: Annotated[float, Meta(ge=0, le=3)] = 0.0
     idle: Idling | None = None
-    stall_share: Annotated[float, Meta(ge=0, le=0.5)] = 0.0
-    stall_factor: Annotated[float, Meta(ge=1, le=1e4)] = 1.0
-
-    def noise_table(self) -> np.ndarray:
-        """Quantile table of the noise, of shape (2 * TABLE_CELLS,), with mean 1; not to be written."""
-        return noise_table(self.noise_cv, self.stall_share, self.stall_factor)
+    stalls: Stalls | None = None
 
     def batch_times_s(self, max_batch: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns `fixed` and `variable` in seconds, each of shape (max_batch + 1,); index 0 is unused."""
@@ -227,7 +220,7 @@ class IterationLaw(Law, frozen=True, kw_only=True, tag="iteration"):
     def __post_init__(self) -> None:
         if self.base_s + self.sequence_s <= 0:
             raise SpecError("base_s and sequence_s are both 0: a decode would take no time; give one of them")
-        for given in ("noise_cv", "idle", "stall_share"):
+        for given in ("noise_cv", "idle", "stalls"):
             if getattr(self, given):
                 raise SpecError(f"{given} is given, but the time of an iteration has none; leave it out")
 
