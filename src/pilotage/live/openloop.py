@@ -163,11 +163,16 @@ def coldness(
 def _regress(terms: np.ndarray, took_ms: np.ndarray, limit_ms: float) -> tuple[np.ndarray, float]:
     """Coefficients, none negative, and the mean absolute error, of which none counts for more than `limit_ms`; what is
     farther above the fit is a stall, and left out."""
-    kept = np.ones(len(took_ms), bool)
-    for _ in range(4):
-        fit = nnls(terms[kept], took_ms[kept])[0]
-        kept = took_ms - terms @ fit <= limit_ms
-    return fit, float(np.minimum(np.abs(took_ms - terms @ fit), limit_ms).mean())
+    kept = np.ones(len(took_ms))
+    for _ in range(
+        4
+    ):  # by normal equations, without BLAS, whose threads spin for seconds on a machine that is busy
+        gram = np.einsum("ij,ik,i->jk", terms, terms, kept)
+        root = np.linalg.cholesky(gram + 1e-9 * np.trace(gram) * np.eye(len(gram)))
+        fit = nnls(root.T, np.linalg.solve(root, np.einsum("ij,i,i->j", terms, took_ms, kept)))[0]
+        off_ms = took_ms - np.einsum("ij,j->i", terms, fit)
+        kept = (off_ms <= limit_ms).astype(float)
+    return fit, float(np.minimum(np.abs(off_ms), limit_ms).mean())
 
 
 def fit_served(loads: Sequence[Load], seed: int = 0) -> Served:
