@@ -22,6 +22,7 @@ from pilotage.world.servers import (
     Constant,
     Exponential,
     Idling,
+    IterationLaw,
     LogNormal,
     Stalls,
     Table,
@@ -29,6 +30,7 @@ from pilotage.world.servers import (
     log_normal_table,
 )
 from pilotage.world.services import Service
+from pilotage.world.spec import SpecError
 from tests.strategies import Case, scenario, service
 
 WORLDS = 40
@@ -178,6 +180,17 @@ def test_stalls_are_a_vacation_of_the_server() -> None:
     sojourn = wait + one + idle_share * (first - one)
     assert_met(run["latency_s"] / run["served"], sojourn)
     assert_met(run["busy_s"] / run["ready_s"], 1 - idle_share, 0.005)
+
+
+def test_stalls_that_are_not_few_and_idling_of_an_iteration_are_refused() -> None:
+    with pytest.raises(SpecError, match=r"25 % of the time; valid: at most 20 %"):
+        Stalls(per_s=5.0, mean_ms=50.0)
+    idle = Idling(extra_ms=1.0, cooling_ms=1.0, warming_ms=1.0)
+    for given in ({"idle": idle}, {"stalls": Stalls(per_s=1.0, mean_ms=1.0)}):
+        with pytest.raises(
+            SpecError, match=f"{next(iter(given))} is given, but the time of an iteration has none"
+        ):
+            IterationLaw(base_s=0.01, prefill_s=0.0, sequence_s=0.0, context_s=0.0, **given)
 
 
 def test_a_replica_cools_while_it_is_idle_and_warms_while_it_works() -> None:

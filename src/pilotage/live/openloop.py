@@ -253,7 +253,7 @@ def _stalls(
         return None, ~stalled
     mean_ms = float(np.mean(whole_ms if len(whole_ms) >= FEW else excess_ms))
     seen_s = float((took_ms + mean_ms * (1 - np.exp(-idle_ms / mean_ms))).sum()) / 1e3
-    per_s = min(len(excess_ms) / seen_s, 0.2e3 / mean_ms)
+    per_s = min(len(excess_ms) / seen_s, 199.0 / mean_ms)  # `Stalls` are a fifth of the time at most
     return Stalls(per_s=per_s, mean_ms=mean_ms), ~stalled
 
 
