@@ -20,8 +20,10 @@ from pilotage.world.servers import (
     BatchServer,
     Constant,
     Exponential,
+    Idling,
     LogNormal,
     Router,
+    Stalls,
     Table,
     Variant,
 )
@@ -98,12 +100,16 @@ def one_of(*values):
 @st.composite
 def laws(draw, max_batch):
     """A latency law; round numbers among them, so that events coincide."""
-    noise_cv = draw(one_of(0.0, 0.0, 0.5))
+    varied = {
+        "noise_cv": draw(one_of(0.0, 0.0, 0.5)),
+        "stalls": draw(one_of(None, None, Stalls(per_s=0.25, mean_ms=500.0))),
+        "idle": draw(one_of(None, None, Idling(extra_ms=250.0, cooling_ms=500.0, warming_ms=1000.0))),
+    }
     if draw(st.booleans()):
         base_ms = draw(one_of(0.0, 125.0, 300.0))
-        return Affine(base_ms=base_ms, per_item_ms=draw(one_of(62.5, 110.0, 250.0, 900.0)), noise_cv=noise_cv)
+        return Affine(base_ms=base_ms, per_item_ms=draw(one_of(62.5, 110.0, 250.0, 900.0)), **varied)
     times = draw(st.lists(one_of(125.0, 250.0, 333.0, 500.0, 2000.0), min_size=max_batch, max_size=max_batch))
-    return Table(batch_ms=tuple(times), noise_cv=noise_cv)
+    return Table(batch_ms=tuple(times), **varied)
 
 
 @st.composite

@@ -2,9 +2,11 @@
 
 An ONNX model (a perceptron) is served over the V2 protocol, either by MLServer (`--mlserver PYTHON`: an interpreter
 that has it) or by the small server in this file, on ONNX Runtime, one request at a time. Each run profiles it from
-outside, then sends Poisson requests at shares of the measured capacity, open loop, and sets the simulator's 95th
-percentile beside the measured one. Run it on a quiet machine: what else runs there is in the measurement, not in the
-law.
+outside, sends Poisson requests, open loop, at shares of the measured capacity that the law is not fitted to, in turns
+with those that it is fitted to (`pilotage.live.openloop.SHARES`), so that a drift of the machine falls on both alike,
+and sets the simulator's 95th percentile beside the measured one. Beside it stands what the law says that is measured
+back to back, without idling and stalls. Run it on a quiet machine: what else runs there is in the measurement, not in
+the law.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,12 +29,13 @@ from typing import Any
 
 import numpy as np
 
-from pilotage.live.profile import open_loop, profile
+from pilotage.live.profile import Profile, profile
 from pilotage.live.profiled import ProfileError, open_model
-from pilotage.predicted import predict_ms
+from pilotage.predicted import beside, holds
 from pilotage.results import as_csv, provenance, write_whole
+from pilotage.world.servers import Affine
 
-SHARES = (0.3, 0.5, 0.7)
+SHARES = (0.2, 0.45, 0.7)  # of the capacity; the law is fitted to others
 COLUMNS, HIDDEN, LAYERS = 64, 2048, 4  # a few milliseconds a request on one core
 
 
@@ -188,6 +192,45 @@ def serve(port: int, model: Path) -> None:
     ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 
+def judged(run: int, found: Profile) -> list[dict[str, Any]]:
+    """What the law says at loads that it was not fitted to, beside what was measured."""
+    if not found.held_out:
+        raise RuntimeError(f"no loads were measured: {'; '.join(found.notes)}")
+    alone, law = found.points[0], found.law
+    plain = replace(
+        found, law=Affine(base_ms=alone.mean_ms - found.overhead_ms, per_item_ms=0.0, noise_cv=alone.cv)
+    )
+    idle = law.idle.seconds if law.idle else (0.0, 0.0, 0.0)
+    known = {
+        "service_ms": f"{found.base_ms[0] + found.per_item_ms[0]:.4g}", "overhead_ms": f"{found.overhead_ms:.4g}",
+        "idle_ms": f"{1e3 * idle[0]:.4g}", "cooling_ms": f"{1e3 * idle[1]:.4g}", "warming_ms": f"{1e3 * idle[2]:.4g}",
+        "noise_cv": f"{law.noise_cv:.4g}", "stalls_per_s": f"{law.stalls.per_s if law.stalls else 0:.4g}",
+        "stall_ms": f"{law.stalls.mean_ms if law.stalls else 0:.4g}", "holds": holds(beside(found, found.loads)),
+        "load_average": f"{os.getloadavg()[0]:.1f}",
+    }  # fmt: skip
+    rates = dict(sorted(found.held_out.items()))
+    rows = []
+    for share, row, back_to_back in zip(SHARES, beside(found, rates), beside(plain, rates), strict=True):
+        measured, said = row["measured_ms"], row["predicted_ms"]
+        rows.append(
+            {"run": run, "share": share, "rate_rps": f"{row['rate_rps']:.4g}", "measured_p95_ms": f"{measured:.5g}",
+             "predicted_p95_ms": f"{said:.5g}", "error": f"{said / measured - 1:.4f}",
+             "error_back_to_back": f"{back_to_back['predicted_ms'] / measured - 1:.4f}",
+             "generator_kept_up": all(load.trustworthy for load in rates[row["rate_rps"]]), **known}
+        )  # fmt: skip
+    return rows
+
+
+def accepted(where: str, errors: np.ndarray) -> dict[str, Any]:
+    """A line of acceptance.csv, of an error in each run; low and high are the least and the greatest."""
+    median = float(np.median(errors))
+    return {
+        "line": f"relative error of p95 at loads not fitted on: {where}, median over runs", "asked": "<= 0.1",
+        "measured": f"{median:.4g}", "low": f"{errors.min():.4g}", "high": f"{errors.max():.4g}",
+        "met": bool(median <= 0.1),
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="not needed: nothing here reads a trace")
@@ -215,35 +258,22 @@ def main() -> None:
             if len(cpus) > 1:
                 os.sched_setaffinity(0, set(cpus[:-1]))
             target = open_model(url)
-            found = profile(target, url, max_batch=4, seconds=seconds, seed=options.seed + run)
-            service_ms = found.base_ms[0] + found.per_item_ms[0]
-            for share in SHARES:
-                rate = share * 1e3 * found.slots / service_ms
-                seen = open_loop(target, rate, 2 * seconds, seed=1000 + options.seed + run)
-                said = float(predict_ms(found, seen.due_s, (0.95,))[0])
-                measured = seen.quantile_ms(0.95)
-                rows.append(
-                    {
-                        "run": run, "share": share, "rate_rps": f"{rate:.4g}", "service_ms": f"{service_ms:.4g}",
-                        "overhead_ms": f"{found.overhead_ms:.4g}", "noise_cv": f"{found.law.noise_cv:.4g}",
-                        "slots": found.slots, "measured_p95_ms": f"{measured:.5g}", "predicted_p95_ms": f"{said:.5g}",
-                        "error": f"{said / measured - 1:.4f}", "generator_kept_up": seen.trustworthy,
-                        "load_average": f"{os.getloadavg()[0]:.1f}",
-                    }
-                )  # fmt: skip
-                print(rows[-1], flush=True)
+            found = profile(
+                target, url, max_batch=4, seconds=seconds, seed=options.seed + run, held_out=SHARES,
+                held_out_s=1.5 * seconds,
+            )  # fmt: skip
         os.sched_setaffinity(0, set(cpus))
+        rows += judged(run, found)
+        of_run = [float(row["error"]) for row in rows if row["run"] == run]
+        print(f"run {run}: {found.law}, load average {os.getloadavg()[0]:.1f}")
+        print(f"run {run}: errors of p95 at {SHARES} of capacity: {of_run}", flush=True)
         lasted[f"run {run}"] = round(time.perf_counter() - began, 1)
-    errors = np.abs(
-        np.array([[float(r["error"]) for r in rows if r["run"] == run] for run in range(runs)])
-    ).max(axis=1)
-    measured = float(np.median(errors))
+    errors = np.abs(np.array([float(row["error"]) for row in rows]).reshape(runs, len(SHARES)))
     acceptance = [
-        {"line": "relative error of p95 at loads not fitted on: worst load of a run, median over runs",
-         "asked": "<= 0.1", "measured": f"{measured:.4g}", "low": f"{errors.min():.4g}",
-         "high": f"{errors.max():.4g}", "met": bool(measured <= 0.1)}
-    ]  # fmt: skip
-    print(acceptance)
+        accepted("at the worst load of a run", errors.max(axis=1)),
+        *(accepted(f"at {share:g} of capacity", errors[:, k]) for k, share in enumerate(SHARES)),
+    ]
+    print(*acceptance, sep="\n")
     write_whole(options.out / "table.csv", as_csv(rows))
     write_whole(options.out / "acceptance.csv", as_csv(acceptance))
     record = provenance("profile", sys.argv, started, lasted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import typer
 from rich.console import Console
@@ -63,10 +64,11 @@ def profile(
         raise SpecError(
             "nothing to measure; give a .onnx or .skops file, the URL of a server, or --from aisimulate"
         )
-    from pilotage.live.profile import open_loop, pin
+    from pilotage.live.openloop import open_loop
+    from pilotage.live.profile import pin
     from pilotage.live.profile import profile as measure
     from pilotage.live.profiled import ProfileError, open_model
-    from pilotage.predicted import as_toml, draw_fit, predict_ms
+    from pilotage.predicted import as_toml, beside, draw_fit, holds, predict_ms
 
     for rate in load or []:
         if not 0 < rate < 1e5:
@@ -102,6 +104,7 @@ def profile(
                 )
     except ProfileError as error:
         fail(str(error), 1)
+    fits = beside(found, found.loads)
     text = as_toml(found, pool, accuracy)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -115,6 +118,8 @@ def profile(
                 "base_ms": dict(zip(("mean", "low", "high"), found.base_ms, strict=True)),
                 "per_item_ms": dict(zip(("mean", "low", "high"), found.per_item_ms, strict=True)),
                 "noise_cv": found.law.noise_cv,
+                "idle": None if found.law.idle is None else msgspec.to_builtins(found.law.idle),
+                "stalls": None if found.law.stalls is None else msgspec.to_builtins(found.law.stalls),
                 "misfit": found.misfit,
                 "load_s": found.load_s,
                 "memory_gib": found.memory_gib,
@@ -126,6 +131,8 @@ def profile(
                     for p in found.points
                 ],
                 "loads": rows,
+                "loads_fitted": fits,
+                "holds": holds(fits),
                 "notes": [*found.notes, *([pinned] if pinned else [])],
             }
         )  # fmt: skip
@@ -136,6 +143,15 @@ def profile(
     for p in found.points:
         print(
             f"# batch {p.batch}: {p.mean_ms:.4g} ms ({p.low_ms:.4g} to {p.high_ms:.4g}), {len(p.times_ms)} times"
+        )
+    for fit in fits:
+        print(
+            f"# fitted at {fit['rate_rps']:.4g} requests/s: p95 {fit['measured_ms']:.4g} ms measured, "
+            f"{fit['predicted_ms']:.4g} by the law"
+        )
+    if not holds(fits):
+        print(
+            "# the law does not hold: it does not give back the loads that it was fitted to; do not plan with it"
         )
     for row in rows:
         seen_ms, said_ms = row["measured_ms"], row["predicted_ms"]
@@ -154,8 +170,6 @@ def _estimate(
 ) -> None:  # fmt: skip
     """The variant of an LLM as aisimulate estimates it, and the profile beside it."""
     import sys
-
-    import msgspec
 
     from pilotage.agents.estimates import estimated
     from pilotage.agents.profiling import as_toml, save_profile

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 import numpy as np
 
 from pilotage.control.scaling import Schedule
@@ -19,7 +20,10 @@ from pilotage.world.servers import BatchServer
 from pilotage.world.services import Service
 
 if TYPE_CHECKING:
+    from pilotage.live.openloop import Load
     from pilotage.live.profile import Profile
+
+HOLDS: Final = 0.2
 
 
 def predict_ms(found: Profile, due_s: np.ndarray, quantiles: tuple[float, ...]) -> np.ndarray:
@@ -44,6 +48,27 @@ def predict_ms(found: Profile, due_s: np.ndarray, quantiles: tuple[float, ...]) 
     worlds = [World(seed, 0.0, (Recorded(due_s),)) for seed in range(5)]
     runs = simulate(scenario, [Schedule(targets=(1,))] * len(worlds), worlds)
     return 1e3 * quantiles_s(sum(run.histogram[0] for run in runs), quantiles)
+
+
+def beside(found: Profile, loads: dict[float, list[Load]]) -> list[dict[str, float]]:
+    """At each load, by its rate, the 95th percentile in ms as measured and as the simulator says it."""
+    rows = []
+    for rate, stretches in loads.items():
+        due, start_s = [], 0.0
+        for load in stretches:  # one after the other, a second apart
+            due.append(start_s + load.due_s)
+            start_s = float(due[-1][-1]) + 1.0 if len(load.due_s) else start_s
+        seen = np.concatenate([load.latency_s for load in stretches])
+        if np.isfinite(seen).any():
+            said = float(predict_ms(found, np.concatenate(due), (0.95,))[0])
+            measured = 1e3 * float(np.nanquantile(seen, 0.95))
+            rows.append({"rate_rps": rate, "measured_ms": measured, "predicted_ms": said})
+    return rows
+
+
+def holds(fits: Sequence[dict[str, float]]) -> bool:
+    """Whether a law gives back what it was fitted to, within HOLDS at every load."""
+    return all(abs(row["predicted_ms"] / row["measured_ms"] - 1) <= HOLDS for row in fits)
 
 
 def draw_fit(found: Profile, path: Path) -> None:
@@ -92,15 +117,12 @@ def as_toml(found: Profile, pool: str, accuracy: float) -> str:
     """The variant as a block of a scenario's or a plan's file."""
     variant = found.variant(pool, accuracy)
     law = variant.latency[pool]
-    fields: Sequence[tuple[str, object]] = [
-        (name, getattr(law, name)) for name in law.__struct_fields__ if name != "noise_cv"
-    ]
-    shown = ", ".join(
-        f"{name} = [{', '.join(f'{v:.4f}' for v in value)}]"
-        if isinstance(value, tuple)
-        else f"{name} = {value:.4f}"
-        for name, value in fields
-    )
+    fields = {
+        name: value
+        for name, value in msgspec.to_builtins(law).items()
+        if name != "kind" and value is not None
+    }
+    shown = ", ".join(f"{name} = {_plain(value)}" for name, value in fields.items())
     lines = [
         f"# measured by pilotage profile; base {_interval(found.base_ms)} ms, "
         f"per item {_interval(found.per_item_ms)} ms",
@@ -116,12 +138,21 @@ def as_toml(found: Profile, pool: str, accuracy: float) -> str:
             f"resources = {{cpu = {variant.resources.cpu:g}, memory_gib = {variant.resources.memory_gib:g}}}"
         )
     kind = type(law).__struct_config__.tag
-    lines.append(f'latency.{pool} = {{kind = "{kind}", {shown}, noise_cv = {law.noise_cv:.4f}}}')
+    lines.append(f'latency.{pool} = {{kind = "{kind}", {shown}}}')
     if found.overhead_ms or found.slots > 1:
         lines.append(
             f"# server = {{batches_in_flight = {found.slots}, overhead_ms = {found.overhead_ms:.4f}}}"
         )
     return "\n".join(lines) + "\n"
+
+
+def _plain(value: Any) -> str:
+    """As TOML has it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {_plain(inner)}" for name, inner in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_plain, value)) + "]"
+    return f"{value:.6g}"
 
 
 def _interval(value: tuple[float, float, float]) -> str:

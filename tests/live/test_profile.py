@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import time
 from pathlib import Path
@@ -10,17 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pilotage.live.profile import (
-    ProfileError,
-    fit_law,
-    load_times,
-    measure_batches,
-    open_loop,
-    point_of,
-    profile,
-    without_outliers,
-)
-from pilotage.live.profiled import open_model
+from pilotage.live.openloop import Load, coldness, fit_served, open_loop
+from pilotage.live.profile import fit_law, load_times, measure_batches, point_of, profile, without_outliers
+from pilotage.live.profiled import ProfileError, open_model
 from pilotage.world.servers import Affine, Table
 from pilotage.world.spec import SpecError
 from tests.live.v2 import Replica, serving
@@ -56,6 +49,117 @@ def test_a_curved_law_becomes_a_table_that_passes_through_the_means() -> None:
         assert law.batch_ms[p.batch - 1] == pytest.approx(p.mean_ms, rel=1e-3)
 
 
+# --- laws under load ---------------------------------------------------------------------------------------
+def observed(
+    rate_rps: float,
+    rng: np.random.Generator,
+    *,
+    extra_ms: float = 0.0,
+    stalls_per_s: float = 0.0,
+    seconds: float = 30.0,
+) -> Load:
+    """What an open loop sees of one server: 4 ms a request, 1 ms on the way, up to `extra_ms` more when it is cold (it
+    cools in 20 ms, and warms in 10), 5 % of noise. While it stalls, for 60 ms, it is three times as slow."""
+    due_ms = np.cumsum(rng.exponential(1e3 / rate_rps, int(rate_rps * seconds)))
+    stalls_ms = np.sort(rng.uniform(0, due_ms[-1], rng.poisson(stalls_per_s * due_ms[-1] / 1e3)))
+    free, cold, done = -math.inf, 1.0, np.zeros(len(due_ms))
+    for k, due in enumerate(due_ms.tolist()):
+        began = max(due, free)
+        cold = 1 - (1 - cold) * math.exp((free - began) / 20.0)
+        took = (4.0 + extra_ms * cold) * (1 + 0.05 * rng.standard_normal())
+        for at in stalls_ms[(stalls_ms > began - 60.0) & (stalls_ms < began + took)].tolist():
+            took += max(0.0, min(2 * (took - max(at - began, 0.0)), 2 / 3 * (at + 60.0 - max(at, began))))
+        cold *= math.exp(-took / 10.0)
+        free = began + took
+        done[k] = free + 1.0
+    return Load(due_ms / 1e3, (done - due_ms) / 1e3, np.zeros(len(due_ms)), 0, 0)
+
+
+def test_what_idling_costs_is_found_at_loads_from_idle_to_busy() -> None:
+    rng = np.random.default_rng(5)
+    found = fit_served([observed(rate, rng, extra_ms=4.0) for rate in (20.0, 60.0, 110.0, 160.0)])
+    assert found.warm_ms[0] == pytest.approx(4.0, rel=0.04)
+    assert found.warm_ms[1] <= found.warm_ms[0] <= found.warm_ms[2]
+    assert found.overhead_ms == pytest.approx(1.0, abs=0.3)
+    assert found.noise_cv == pytest.approx(0.05, abs=0.015)
+    assert found.stalls is None
+    assert found.unordered == 0.0
+    assert found.idle is not None
+    for idle_ms, worked_ms in (
+        (5.0, 30.0),
+        (20.0, 10.0),
+        (100.0, 5.0),
+    ):  # after so much work, and so much idling
+        given = math.exp(-worked_ms / 10.0)
+        given = 4.0 * (1 - (1 - given) * math.exp(-idle_ms / 20.0))
+        cold = math.exp(-worked_ms / found.idle.warming_ms)
+        cold = 1 - (1 - cold) * math.exp(-idle_ms / found.idle.cooling_ms)
+        assert found.idle.extra_ms * cold == pytest.approx(given, abs=0.5)
+
+
+def test_a_server_that_idling_does_not_slow_has_no_such_term_and_its_stalls_are_counted_by_the_stall() -> (
+    None
+):
+    rng = np.random.default_rng(6)
+    plain = fit_served([observed(rate, rng) for rate in (20.0, 60.0, 110.0, 160.0)])
+    assert plain.idle is None
+    assert plain.warm_ms[0] == pytest.approx(4.0, rel=0.02)
+    stalling = fit_served([observed(rate, rng, stalls_per_s=1.0) for rate in (20.0, 60.0, 110.0, 160.0)])
+    assert stalling.stalls is not None
+    assert stalling.stalls.per_s == pytest.approx(1.0, rel=0.3)  # of about 70
+    assert stalling.stalls.mean_ms == pytest.approx(40.0, rel=0.3)
+    assert stalling.warm_ms[0] == pytest.approx(4.0, rel=0.03)
+    with pytest.raises(ProfileError, match="fewer than 50 requests"):
+        fit_served([observed(20.0, rng, seconds=1.0)])
+
+
+def test_a_law_fitted_to_some_loads_predicts_another_and_says_when_it_does_not_hold() -> None:
+    """The law back to back is a quarter off; the one that knows of idling is not. Servers side by side are found
+    out: the law of one of them does not give back what was fitted."""
+    from dataclasses import replace
+
+    from pilotage.live.profile import Profile, under_load
+    from pilotage.predicted import beside, holds, predict_ms
+
+    rng = np.random.default_rng(7)
+    loads = {rate: [observed(rate, rng, extra_ms=4.0)] for rate in (20.0, 60.0, 110.0, 160.0)}
+    served = fit_served([load for (load,) in loads.values()])
+    value = (4.0, 4.0, 4.0)
+    law = under_load(Affine(base_ms=3.0, per_item_ms=1.0), served)
+    assert law.per_item_ms == 1.0
+    found = Profile(
+        "m",
+        points(3.0, 1.0),
+        law,
+        value,
+        value,
+        0.0,
+        None,
+        0.0,
+        None,
+        served.overhead_ms,
+        1,
+        [],
+        loads,
+    )
+    assert holds(beside(found, found.loads))
+    judged = observed(85.0, rng, extra_ms=4.0, seconds=60.0)
+    measured_ms = judged.quantile_ms(0.95)
+    assert predict_ms(found, judged.due_s, (0.95,))[0] == pytest.approx(measured_ms, rel=0.1)
+    plain = replace(found, law=Affine(base_ms=4.0, per_item_ms=0.0, noise_cv=0.05))
+    assert predict_ms(plain, judged.due_s, (0.95,))[0] < 0.8 * measured_ms
+    assert not holds(beside(plain, plain.loads))
+
+
+def test_coldness_is_that_of_the_law() -> None:
+    cold = coldness(
+        np.array([np.inf, 0.0, 20.0]), np.array([5.0, 6.0, 7.0]), np.array([20.0]), np.array([10.0])
+    )
+    second = math.exp(-0.5)
+    third = 1 - (1 - second * math.exp(-0.6)) * math.exp(-1.0)
+    np.testing.assert_allclose(cold, [[1.0, second, third]])
+
+
 def test_outliers_are_counted_and_left_out() -> None:
     times = np.r_[np.full(97, 10.0) + np.random.default_rng(0).normal(0, 0.2, 97), 500.0, 600.0, 700.0]
     assert len(without_outliers(times)) == 97
@@ -69,11 +173,14 @@ def test_a_server_is_measured_through_http() -> None:
     replica = Replica(base_s=0.004, per_row_s=0.002, cold_batches=3, load_s=0.1)
     with serving(replica) as url:
         target = open_model(url)
-        found = profile(target, url, max_batch=4, seconds=1.5)
+        found = profile(target, url, max_batch=4, seconds=1.5, held_out=(0.2,), held_out_s=0.5)
     # sleeps and HTTP only add; on a busy machine they add more
     assert 1.3 < found.per_item_ms[0] < 4.0
-    assert found.base_ms[0] + found.overhead_ms == pytest.approx(4.0, abs=4.0)
+    assert 3.5 < found.base_ms[0] + found.overhead_ms < 12.0
     assert found.slots == 1
+    assert len(found.loads) == 4
+    assert [round(rate / min(found.loads), 6) for rate in sorted(found.held_out)] == [2.0]  # 0.2, beside 0.1
+    assert not set(found.held_out) & set(found.loads)
     assert found.load_s is not None
     assert found.load_s >= 0.1
     variant = found.variant("cpu", accuracy=0.9)

@@ -11,7 +11,7 @@ import math
 import numpy as np
 import pytest
 
-from pilotage.engine.cluster import Cluster, World
+from pilotage.engine.cluster import Cluster, Recorded, World
 from pilotage.metrics import BUCKET_MIDPOINTS_S, quantiles_s
 from pilotage.world.arrivals import Poisson
 from pilotage.world.pools import Pool
@@ -21,12 +21,16 @@ from pilotage.world.servers import (
     BatchServer,
     Constant,
     Exponential,
+    Idling,
+    IterationLaw,
     LogNormal,
+    Stalls,
     Table,
     Variant,
     log_normal_table,
 )
 from pilotage.world.services import Service
+from pilotage.world.spec import SpecError
 from tests.strategies import Case, scenario, service
 
 WORLDS = 40
@@ -139,6 +143,73 @@ def test_mg1(demand, noise_cv: float) -> None:
     square = MEAN_S**2 * second_moment(demand.table()) * second_moment(log_normal_table(noise_cv))
     wait = rate * square / (2 * (1 - rate * MEAN_S))
     assert_met(run["latency_s"] / run["served"] - network_ms / 1e3 - MEAN_S, wait, 0.06)
+
+
+def test_mg1_whose_first_service_of_a_busy_period_is_exceptional() -> None:
+    """Cold at once when idle, warm at once when not: Welch (1964), On a generalized M/G/1 queuing process in which the
+    first customer of each busy period receives exceptional service."""
+    rate, extra_s = 60.0, 0.005
+    idle = Idling(extra_ms=1e3 * extra_s, cooling_ms=1e-6, warming_ms=1e-6)
+    run = simulate(rate, law=Affine(base_ms=0.0, per_item_ms=MEAN_S * 1e3, idle=idle), demand=Constant())
+    first_s = MEAN_S + extra_s
+    idle_share = (1 - rate * MEAN_S) / (1 - rate * (MEAN_S - first_s))
+    wait = rate * MEAN_S**2 / (2 * (1 - rate * MEAN_S))
+    wait += rate * (first_s**2 - MEAN_S**2) / (2 * (1 - rate * MEAN_S + rate * first_s))
+    assert_met(run["latency_s"] / run["served"], wait + MEAN_S + idle_share * extra_s)
+    assert_met(run["busy_s"] / run["ready_s"], 1 - idle_share, 0.005)
+
+
+def test_stalls_are_a_vacation_of_the_server() -> None:
+    """Where they are rare, mean sojourn times grow as those of M/G/1 whose service, now and then, holds a stall, and a
+    share of those that find the server idle waits for a stall's end."""
+    rate, per_s, mean_s = 50.0, 0.2, 0.03
+    law = Affine(base_ms=0.0, per_item_ms=MEAN_S * 1e3, stalls=Stalls(per_s=per_s, mean_ms=1e3 * mean_s))
+    run = simulate(rate, law=law, demand=Constant(), ticks=40)
+    # what a batch waits beyond its service: with probability p an exponential of mean m; see `engine`
+    m, gap_s = (
+        mean_s,
+        1 / rate,
+    )  # the server is idle for an exponential time: 1 - E exp(-t / m) = gap / (gap + m)
+    p = per_s * MEAN_S
+    first_p = p + per_s * m * gap_s / (gap_s + m)
+    moments = [(MEAN_S + q * m, MEAN_S**2 + 2 * q * MEAN_S * m + 2 * q * m**2) for q in (p, first_p)]
+    (one, square), (first, first_square) = moments
+    idle_share = (1 - rate * one) / (1 - rate * one + rate * first)
+    wait = rate * square / (2 * (1 - rate * one))
+    wait += rate * (first_square - square) / (2 * (1 - rate * one + rate * first))
+    sojourn = wait + one + idle_share * (first - one)
+    assert_met(run["latency_s"] / run["served"], sojourn)
+    assert_met(run["busy_s"] / run["ready_s"], 1 - idle_share, 0.005)
+
+
+def test_stalls_that_are_not_few_and_idling_of_an_iteration_are_refused() -> None:
+    with pytest.raises(SpecError, match=r"25 % of the time; valid: at most 20 %"):
+        Stalls(per_s=5.0, mean_ms=50.0)
+    idle = Idling(extra_ms=1.0, cooling_ms=1.0, warming_ms=1.0)
+    for given in ({"idle": idle}, {"stalls": Stalls(per_s=1.0, mean_ms=1.0)}):
+        with pytest.raises(
+            SpecError, match=f"{next(iter(given))} is given, but the time of an iteration has none"
+        ):
+            IterationLaw(base_s=0.01, prefill_s=0.0, sequence_s=0.0, context_s=0.0, **given)
+
+
+def test_a_replica_cools_while_it_is_idle_and_warms_while_it_works() -> None:
+    """By hand: two requests, the second 100 ms after the first is through, and a third that waits for it."""
+    idle = Idling(extra_ms=10.0, cooling_ms=50.0, warming_ms=20.0)
+    law = Affine(base_ms=40.0, per_item_ms=0.0, idle=idle)
+    due_s = np.array([1.0, 1.15, 1.16])
+    one = service(law=law, server=BatchServer())
+    world = World(0, 0.0, (Recorded(due_s),))
+    cluster = Cluster(scenario([one], [Pool(name="cpu", price_usd_per_hour=1.0)]), [world])
+    for _ in range(8):
+        cluster.advance(cluster.no_orders())
+    cluster.finish()
+    first_s = 0.05  # cold
+    cold = 1 - (1 - math.exp(-first_s / 0.02)) * math.exp(-0.1 / 0.05)
+    second_s = 0.04 + 0.01 * cold
+    third_s = 0.04 + 0.01 * cold * math.exp(-second_s / 0.02)
+    expected_s = first_s + second_s + (second_s - 0.01 + third_s)
+    assert cluster.totals["latency_s"][0, 0] == pytest.approx(expected_s, rel=1e-12)
 
 
 def test_the_tables_have_nearly_the_moments_of_their_laws() -> None:

@@ -97,6 +97,7 @@ class Slot:
     replica: Replica
     since: float = 0.0  # since when it has been free
     batch: Batch | None = None
+    cold: float = 1.0
 
 
 @dataclass(eq=False)
@@ -135,12 +136,13 @@ class ServiceRun:
         self.central = self.server.routing == "central"
         self.closes = self.server.former == "closed"
         self.wait_s = self.server.batch_wait_ms / 1e3
-        self.laws = {}  # of variant and pool: fixed time of a batch of n, time per request, quantiles of the noise
+        # of variant and pool: fixed time of a batch of n, time per request, quantiles of the noise, the law
+        self.laws = {}
         for v, variant in enumerate(service.variants):
             for pool, law in variant.latency.items():
                 fixed, variable = law.batch_times_s(self.server.max_batch)
                 each = [0.0, *(variable[1:] / range(1, len(variable))).tolist()]
-                self.laws[v, pool] = fixed.tolist(), each, log_normal_table(law.noise_cv).tolist()
+                self.laws[v, pool] = fixed.tolist(), each, log_normal_table(law.noise_cv).tolist(), law
         self.loads = [(mean, table.tolist()) for mean, table in (v.load_law() for v in service.variants)]
         self.demands = service.demand.table().tolist()
         self.now, self.arrivals, self.stirred = 0.0, arrivals, False
@@ -221,7 +223,7 @@ class ServiceRun:
             per_s = self.service.crashes_per_hour / 3600
             replica.crash = self.now + exponential(self.seeds["seed_start"] + 1, number) / per_s
         for slot in replica.slots:
-            slot.since = self.now
+            slot.since, slot.cold = self.now, 1.0
         self.line.append(replica)
         if not self.central:
             door, self.queue.open = self.queue.open, []
@@ -391,10 +393,22 @@ class ServiceRun:
         return batch
 
     def start(self, requests: list[Request], slot: Slot) -> None:
-        fixed, each, noise = self.laws[slot.replica.variant, slot.replica.node.pool.name]
+        fixed, each, noise, law = self.laws[slot.replica.variant, slot.replica.node.pool.name]
         n, luck = len(requests), uniform(self.seeds["seed_noise"], requests[0].number)
-        seconds = (fixed[n] + each[n] * sum(r.demand for r in requests)) * slot.replica.pace
-        slot.batch = Batch(requests, self.now, self.now + seconds * quantile(noise, luck))
+        seconds = fixed[n] + each[n] * sum(r.demand for r in requests)
+        if idle := law.idle:
+            slot.cold = 1 - (1 - slot.cold) * math.exp((slot.since - self.now) / (idle.cooling_ms / 1e3))
+            seconds += idle.extra_ms / 1e3 * slot.cold
+        seconds = seconds * slot.replica.pace * quantile(noise, luck)
+        if law.stalls:
+            lasts = law.stalls.mean_ms / 1e3
+            hit = law.stalls.per_s * (seconds + lasts * (1 - math.exp((slot.since - self.now) / lasts)))
+            luck = uniform(self.seeds["seed_noise"] + 2, requests[0].number)
+            if luck < hit:
+                seconds -= lasts * math.log(max(luck, 1e-12) / hit)
+        if idle:
+            slot.cold *= math.exp(-seconds / (idle.warming_ms / 1e3))
+        slot.batch = Batch(requests, self.now, self.now + seconds)
         self.batches.append(slot.batch)
         for request in requests:
             request.outcome = "executing"

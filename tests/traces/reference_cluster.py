@@ -379,7 +379,7 @@ class Reference:
 
     def score(self, run: ServiceRun, least: int, node: Node | None, pool: Pool, zone: str) -> float:
         variant, n = run.service.variants[run.variant], run.server.max_batch
-        fixed, each, _ = run.laws[run.variant, pool.name]
+        fixed, each, *_ = run.laws[run.variant, pool.name]
         load, _ = run.loads[run.variant]
         warm = node is not None and node.cached.get((run, run.variant), math.inf) <= self.now
         up_s = max(node.up - self.now, 0.0) if node else pool.boot_s
@@ -445,7 +445,7 @@ class Reference:
 
     def stake(self, run: ServiceRun, variant: int, pool: Pool) -> float:
         """Dollars per hour of requests that one replica would serve in full batches."""
-        fixed, each, _ = run.laws[variant, pool.name]
+        fixed, each, *_ = run.laws[variant, pool.name]
         n, usd = run.server.max_batch, run.service.economics
         batch_s = fixed[n] + each[n] * n
         per_s = n * run.server.batches_in_flight / batch_s if batch_s > 0 else 0.0

@@ -49,7 +49,11 @@ the service's until a decision sets others, which hold at once, also for what wa
 gives work to the slot that has been free for longest, the lowest number among equals; a replica uses the slot
 that has been free for longest, too. The time of a batch is the law's, times the noise of its first request,
 times the pace of its replica: the slowness of its node, and the interference of the replicas that were on the
-node after the tick's placement.
+node after the tick's placement. To the law's time is added what idling costs, of every execution slot by itself:
+`extra_ms` times how cold it is, 1 when the replica becomes ready; 1 minus that falls by exp(-t / `cooling_ms`) while
+the slot is free for t, and itself by exp(-t / `warming_ms`) while it executes for t. A batch comes upon a stall with
+probability `per_s` (s + `mean_ms` (1 - exp(-t / `mean_ms`))), where it takes s without and the slot was free for t, and
+waits for its end: exponential, and a draw of its first request, as the noise is.
 
 *Nodes.* A pool opens nodes as replicas need them. The n-th node opened in a world draws from counters its boot
 time, whether it comes at all (if not, it dies when it should be up, and costs nothing), whether it is slow, and

@@ -170,7 +170,7 @@ def serve_stream(c, leaves, now, end, hi):
             m += 1
             demand += demand_of(c, i)
         head += taken
-        seconds = duration_s(c, e, m, demand, first)
+        seconds = duration_s(c, e, m, demand, first, now)
         free_s = now + seconds
         slots[e]["free_s"] = free_s
         batches += 1

@@ -96,7 +96,18 @@ VARIANT: Final = np.dtype(
 )
 
 # [variant, pool]: a batch of n takes times[offset + 2 n] + times[offset + 2 n + 1] * its demand, in seconds
-LAW: Final = np.dtype([("offset", "i8"), ("noise", "i8")], align=True)  # offset -1: may not run there
+LAW: Final = np.dtype(
+    [
+        ("offset", "i8"),  # -1: may not run there
+        ("noise", "i8"),
+        ("idle_s", "f8"),  # what a batch takes longer on a slot that is cold
+        ("cooling_s", "f8"),
+        ("warming_s", "f8"),
+        ("stalls_per_s", "f8"),
+        ("stall_s", "f8"),
+    ],
+    align=True,
+)
 
 POOL: Final = np.dtype(
     [
@@ -304,7 +315,16 @@ ROUTER: Final = np.dtype(
     align=True,
 )
 EVENT: Final = np.dtype([("time_s", "f8"), ("number", "i8")], align=True)
-SLOT: Final = np.dtype([("free_s", "f8"), ("head", "i8"), ("size", "i8"), ("replica", "i8")], align=True)
+SLOT: Final = np.dtype(
+    [
+        ("free_s", "f8"),
+        ("head", "i8"),
+        ("size", "i8"),
+        ("replica", "i8"),
+        ("cold", "f8"),  # at free_s, from 0 to 1
+    ],
+    align=True,
+)
 
 # what one service did during one tick; `control.policy.FEATURES` is computed from these
 TICK: Final = np.dtype(

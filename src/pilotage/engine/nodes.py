@@ -666,7 +666,7 @@ def start_initial(f, rule, weights, jointly):
             for e in range(
                 param["slot_lo"] + k * param["slots"], param["slot_lo"] + (k + 1) * param["slots"]
             ):
-                f.slots[e]["free_s"], f.slots[e]["size"] = 0.0, 0
+                f.slots[e]["free_s"], f.slots[e]["size"], f.slots[e]["cold"] = 0.0, 0, 1.0
 
 
 @compiled

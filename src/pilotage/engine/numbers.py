@@ -95,7 +95,10 @@ def encode(scenario: Scenario) -> tuple[Numbers, np.ndarray]:
             _encode_variant(variants[v], variant, tables)
             for name in set(service.pools) & set(variant.latency):
                 law = variant.latency[name]
-                laws[v, pool_names.index(name)] = offset, tables.number(log_normal_table(law.noise_cv))
+                idle = law.idle.seconds if law.idle else (0.0, 1.0, 1.0)
+                stalls = (law.stalls.per_s, law.stalls.mean_ms / 1e3) if law.stalls else (0.0, 1.0)
+                noise = tables.number(log_normal_table(law.noise_cv))
+                laws[v, pool_names.index(name)] = offset, noise, *idle, *stalls
                 fixed, variable = service.batch_times_s(law)
                 per_request = variable / np.maximum(np.arange(len(variable)), 1)
                 times.append(np.stack([fixed, per_request], axis=1).reshape(-1))

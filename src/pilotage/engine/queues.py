@@ -205,7 +205,7 @@ def start(c, queue, e, size, now):
         demand += demand_of(c, i)
     if n == 0:
         return False
-    seconds = duration_s(c, e, n, demand, head)
+    seconds = duration_s(c, e, n, demand, head, now)
     c.slots[e]["head"] = head
     c.slots[e]["size"] = n
     c.slots[e]["free_s"] = now + seconds
@@ -224,15 +224,33 @@ def demand_of(c, i):
 
 
 @hot
-def duration_s(c, e, n, demand, head):
-    """How long a batch of n requests takes on slot e: the law's time, the noise of its first request, the pace."""
-    replica = c.replicas[c.slots[e]["replica"]]
+def duration_s(c, e, n, demand, head, now):
+    """How long a batch of n requests takes that starts now on slot e.
+
+    The law's time, longer if the slot is cold, the pace, the noise of its first request, the stall that it comes upon.
+    The slot is left as warm as it will be when the batch is complete.
+    """
+    slot = c.slots[e]
+    replica = c.replicas[slot["replica"]]
     law = c.laws[replica["variant"], replica["pool"]]
     at = law["offset"] + 2 * n
-    seconds = (c.times[at] + c.times[at + 1] * demand) * replica["pace"]
+    seconds = c.times[at] + c.times[at + 1] * demand
+    cold = 0.0
+    if law["idle_s"] > 0:
+        cold = 1 - (1 - slot["cold"]) * math.exp((slot["free_s"] - now) / law["cooling_s"])
+        seconds += law["idle_s"] * cold
+    seconds *= replica["pace"]
     if law["noise"] >= 0:
         number = c.row["first_number"] + head
         seconds *= from_table(c.tables[law["noise"]], uniform(c.param["seed_noise"], number))
+    if law["stalls_per_s"] > 0:
+        idle = 1 - math.exp((slot["free_s"] - now) / law["stall_s"])
+        hit = law["stalls_per_s"] * (seconds + law["stall_s"] * idle)
+        u = uniform(c.param["seed_noise"] + np.uint64(2), c.row["first_number"] + head)
+        if u < hit:
+            seconds -= law["stall_s"] * math.log(max(u, 1e-12) / hit)
+    if law["idle_s"] > 0:
+        slot["cold"] = cold * math.exp(-seconds / law["warming_s"])
     return seconds
 
 

@@ -127,6 +127,7 @@ def get_ready(c, k, now, until):
     for e in range(k * c.param["slots"], (k + 1) * c.param["slots"]):
         c.slots[e]["free_s"] = now
         c.slots[e]["size"] = 0
+        c.slots[e]["cold"] = 1.0
     c.tick["ready_s"] += (until - now) * c.param["slots"]
     c.ready[c.row["ready"]] = k
     c.row["ready"] += 1

@@ -2,9 +2,8 @@
 
 Batches of all sizes are run in random order, round after round, so that a drift of the machine falls on all alike,
 after a warm-up that ends when times have come to rest. What stands far beyond the median (OUTLIER robust standard
-deviations) is counted, and left out of means: it is the machine's, not the model's. The open loop sends requests when
-they are due, whether or not earlier ones are back, and takes latency from when a request was due: so a server that
-stalls cannot hide it (coordinated omission; Tene, How not to measure latency, 2013).
+deviations) is counted, and left out of means: it is the machine's, not the model's. What requests come upon at a server
+(one that has been idle, one that stalls) is measured under load (`openloop`).
 """
 
 from __future__ import annotations
@@ -16,25 +15,34 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
 from scipy.optimize import nnls
 
+from pilotage.live.openloop import (
+    MOST_FAILED,
+    OUTLIER,
+    RESAMPLES,
+    SHARES,
+    Load,
+    Served,
+    enough,
+    fit_served,
+    measure_loads,
+)
 from pilotage.live.profiled import Measured, ProfileError, ThrottledError
 from pilotage.world.pools import Resources
 from pilotage.world.servers import Affine, LatencyLaw, Table, Variant
 
-OUTLIER: Final = 8.0
 REST: Final = (
     0.05  # warm-up ends when the median of a window differs by no more than that from the window before
 )
 WINDOW: Final = 15
 AFFINE_WITHIN: Final = 0.05  # a worse misfit at any batch size calls for a table
-MOST_FAILED: Final = 0.05  # of the requests, before a target counts as failing
 MOST_THROTTLED: Final = 0.2
-RESAMPLES: Final = 400
+UNORDERED: Final = 0.2  # of the answers, beyond which a server is not one that takes requests in order
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +78,8 @@ class Profile:
     overhead_ms: float
     slots: int
     notes: Sequence[str]
+    loads: dict[float, list[Load]] = field(default_factory=dict)  # those that the law was fitted to, by rate
+    held_out: dict[float, list[Load]] = field(default_factory=dict)  # those that it was not fitted to
 
     def variant(self, pool: str, accuracy: float = 1.0) -> Variant:
         """The variant of a scenario, with this law on one pool."""
@@ -227,15 +237,8 @@ def fit_law(
     )
 
 
-def measure_overhead(
-    target: Measured, point: Point, *, seconds: float, outstanding: int = 4
-) -> tuple[float, int]:
-    """Of a server: the part of a request's time that is not the model's, in ms, and batches that it runs at once.
-
-    With several requests outstanding the server is never idle, so that its throughput is what it does at once over the
-    time of one. Where throughput times the time of a lone request is below 2, one is served at a time, and the rest of
-    that time is spent on the way.
-    """
+def saturate(target: Measured, *, seconds: float, outstanding: int = 4) -> float:
+    """Requests/s of one row of a server that has always several outstanding, so that it is never idle."""
     done, lock, end = [0], threading.Lock(), time.perf_counter() + seconds
 
     def busy() -> None:
@@ -249,65 +252,20 @@ def measure_overhead(
     with ThreadPoolExecutor(outstanding) as pool:
         for future in [pool.submit(busy) for _ in range(outstanding)]:
             future.result()
-    per_request_ms = 1e3 * (time.perf_counter() - began) / max(1, done[0])
-    at_once = point.mean_ms / per_request_ms
-    if at_once >= 2:
-        return 0.0, max(1, round(at_once))
-    return max(0.0, point.mean_ms - per_request_ms), 1
+    return max(1, done[0]) / (time.perf_counter() - began)
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What an open loop saw: latency from when each request was due, in seconds, NaN for those that failed."""
-
-    due_s: np.ndarray
-    latency_s: np.ndarray
-    sent_late_s: np.ndarray
-    failed: int
-    throttled: int
-
-    def quantile_ms(self, p: float) -> float:
-        return (
-            1e3 * float(np.nanquantile(self.latency_s, p))
-            if np.isfinite(self.latency_s).any()
-            else float("nan")
-        )
-
-    @property
-    def trustworthy(self) -> bool:
-        """Whether the generator kept up: it sent 99 % of the requests within a tenth of the median latency, or 1 ms."""
-        late = float(np.quantile(self.sent_late_s, 0.99)) if len(self.sent_late_s) else 0.0
-        return late <= max(1e-3, 0.1 * float(np.nanmedian(self.latency_s)))
-
-
-def open_loop(target: Measured, rate_rps: float, seconds: float, *, seed: int = 0, workers: int = 64) -> Load:
-    """Poisson requests of one row at a rate, each sent when it is due."""
-    rng = np.random.default_rng(seed)
-    due = np.cumsum(rng.exponential(1 / rate_rps, max(1, int(rate_rps * seconds * 1.5) + 20)))
-    due = due[due < seconds]
-    latency, late = np.full(len(due), np.nan), np.zeros(len(due))
-    counts = {"failed": 0, "throttled": 0}
-    lock = threading.Lock()
-    began = time.perf_counter() + 0.05
-
-    def send(k: int) -> None:
-        late[k] = time.perf_counter() - began - due[k]
-        try:
-            target.infer(1)
-            latency[k] = time.perf_counter() - began - due[k]
-        except ThrottledError:
-            with lock:
-                counts["throttled"] += 1
-        except ProfileError:
-            with lock:
-                counts["failed"] += 1
-
-    with ThreadPoolExecutor(workers) as pool:
-        for k, at in enumerate(due.tolist()):
-            while (left := began + at - time.perf_counter()) > 0:
-                time.sleep(left if left < 0.002 else left - 0.001)
-            pool.submit(send, k)
-    return Load(due, latency, np.maximum(late, 0.0), counts["failed"], counts["throttled"])
+def under_load(law: LatencyLaw, served: Served) -> LatencyLaw:
+    """A law fitted to batches back to back, moved so that a batch of one takes what it takes under load, and with what
+    was seen there of idling and of chance."""
+    varied = {"noise_cv": min(served.noise_cv, 3.0), "idle": served.idle, "stalls": served.stalls}
+    warm_ms = served.warm_ms[0]
+    if isinstance(law, Affine):
+        per_item = min(law.per_item_ms, warm_ms)
+        return law.replace(base_ms=warm_ms - per_item, per_item_ms=per_item, **varied)
+    assert isinstance(law, Table)
+    moved = (max(1e-3, t + warm_ms - law.batch_ms[0]) for t in law.batch_ms)
+    return law.replace(batch_ms=tuple(round(t, 4) for t in moved), **varied)
 
 
 def load_times(target: Measured, times: int = 5) -> tuple[float | None, float]:
@@ -353,26 +311,52 @@ def profile(
     threads: int = 1,
     seed: int = 0,
     warm_up_s: float = 30.0,
+    held_out: Sequence[float] = (),
+    held_out_s: float = 0.0,
     step: Callable[[str], Any] = lambda _: None,
 ) -> Profile:
-    """Everything that is measured of a model; `path` is where it was opened from."""
+    """Everything that is measured of a model; `path` is where it was opened from.
+
+    `held_out` are shares of a server's capacity at which it is also loaded, for `held_out_s` each and in turns with the
+    loads that the law is fitted to, but which the fit does not see.
+    """
     remote = path.startswith(("http://", "https://"))
     step("batches")
     points, notes = measure_batches(
         target, max_batch=max_batch, seconds=seconds, seed=seed, warm_up_s=warm_up_s
     )
     law, base, per_item, misfit = fit_law(points, seed)
-    overhead, slots = 0.0, 1
+    overhead, slots, capacity_rps, loads, kept = 0.0, 1, 0.0, {}, {}
     if remote:
-        step("overhead")
-        overhead, slots = measure_overhead(target, points[0], seconds=max(2.0, seconds / 5))
-        taken = min(overhead, base[0])
-        overhead = taken
-        base = (base[0] - taken, max(0.0, base[1] - taken), max(0.0, base[2] - taken))
-        if isinstance(law, Affine):
-            law = law.replace(base_ms=max(base[0], 0.0)) if base[0] + per_item[0] > 0 else law
-        elif isinstance(law, Table):
-            law = law.replace(batch_ms=tuple(max(1e-3, t - taken) for t in law.batch_ms))
+        step("capacity")
+        capacity_rps = saturate(target, seconds=max(2.0, seconds / 5))
+        at_once = capacity_rps * points[0].mean_ms / 1e3
+        slots = round(at_once) if at_once >= 2 else 1  # of what is below 2, a part is time on the way
+        if slots == 1:
+            step("open loops")
+            overhead = max(0.0, points[0].mean_ms - 1e3 / capacity_rps)
+            served = Served((points[0].mean_ms - overhead,) * 3, None, overhead, law.noise_cv, None, 0.0)
+            if enough(capacity_rps, 2 * seconds):
+                fitted = {share * capacity_rps: 2 * seconds / len(SHARES) for share in SHARES}
+                others = {share * capacity_rps: held_out_s for share in held_out}
+                loads = measure_loads(target, others | fitted, seed=seed)
+                kept = {rate: loads.pop(rate) for rate in set(others) - set(fitted)}
+                served = fit_served([load for each in loads.values() for load in each], seed)
+            else:
+                notes.append("too slow for what idling adds to be measured in this time: give more --seconds")
+            law, overhead = under_load(law, served), served.overhead_ms
+            base = (
+                max(0.0, served.warm_ms[0] - per_item[0]),
+                max(0.0, served.warm_ms[1] - per_item[2]),
+                max(0.0, served.warm_ms[2] - per_item[1]),
+            )
+            if served.unordered > UNORDERED:
+                notes.append(
+                    f"{100 * served.unordered:.2g} % of the answers came out of order: not one server with a queue, "
+                    "and what it takes for one request is not to be seen from outside"
+                )
+        else:
+            notes.append("serves several requests at once: what idling adds, and stalls, are not measured")
         notes.append("memory of a server is not seen from outside: give resources yourself")
     step("load time")
     load_s, load_cv = load_times(target, 1 if remote else 5)
@@ -385,5 +369,5 @@ def profile(
             f"up to {100 * share:.2g} % of the batches of a size are outliers, and left out: the machine is busy"
         )
     return Profile(
-        target.name, points, law, base, per_item, misfit, load_s, load_cv, gib, overhead, slots, notes
-    )
+        target.name, points, law, base, per_item, misfit, load_s, load_cv, gib, overhead, slots, notes, loads, kept
+    )  # fmt: skip

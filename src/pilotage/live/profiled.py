@@ -7,6 +7,7 @@ it takes; a model that takes no varying number of rows is measured at batches of
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable
@@ -176,7 +177,7 @@ class V2:
         self.name = model.lower()
         self._model, self._timeout_s = model, timeout_s
         self._secure, self._host, self._port = parts.scheme == "https", parts.hostname, parts.port
-        self._own = threading.local()
+        self._idle: list[HTTPConnection] = []  # the last one used is the next, so that few are ever open
         status, body, _ = self._ask("GET", f"/v2/models/{model}")
         if status != 200:
             raise ProfileError(f"{url}: metadata of model {model!r}: HTTP {status}: {body[:200]!r}")
@@ -241,21 +242,24 @@ class V2:
         raise ProfileError(f"model {self._model!r} was unloaded and is not ready again after 600 s")
 
     def _ask(self, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes, dict[str, str]]:
-        """Status, body and headers. One connection per thread, opened anew once if the server has closed it."""
-        for again in (False, True):
-            connection: HTTPConnection | None = getattr(self._own, "connection", None)
-            fresh = connection is None
+        """Status, body and headers. Over a connection that is free; over a new one if the server has closed that."""
+        for fresh in (not self._idle, True):
+            connection = None
+            if not fresh:
+                with contextlib.suppress(IndexError):  # another thread has taken the last
+                    connection = self._idle.pop()
             if connection is None:
                 make = HTTPSConnection if self._secure else HTTPConnection
-                connection = self._own.connection = make(self._host, self._port, timeout=self._timeout_s)
+                connection, fresh = make(self._host, self._port, timeout=self._timeout_s), True
             try:
                 connection.request(method, path, body, {"Content-Type": "application/json"} if body else {})
                 answer = connection.getresponse()
-                return answer.status, answer.read(), dict(answer.headers)
+                text = answer.read()
+                self._idle.append(connection)
+                return answer.status, text, dict(answer.headers)
             except (OSError, HTTPException) as error:
                 connection.close()
-                self._own.connection = None
-                if fresh or again:
+                if fresh:
                     where = f"{self._host}:{self._port or (443 if self._secure else 80)}"
                     raise ProfileError(f"{where}{path}: {type(error).__name__}: {error}") from error
         raise AssertionError

@@ -111,14 +111,52 @@ class Exponential(Demand, frozen=True, kw_only=True, tag="exponential"):
 RequestDemand = Constant | LogNormal | Exponential
 
 
+class Idling(Spec, frozen=True, kw_only=True):
+    """What a batch takes longer on a replica that has been idle: its caches are cold, its processor asleep.
+
+    `extra_ms` times how cold the replica is when the batch starts, from 0 to 1. While it is idle, what it lacks to 1
+    falls by a factor of e in `cooling_ms`; while it works, how cold it is falls so in `warming_ms`. It starts cold.
+    With several batches in flight, each of them has a warmth of its own.
+    """
+
+    extra_ms: NonNegative
+    cooling_ms: Positive
+    warming_ms: Positive
+
+    @property
+    def seconds(self) -> tuple[float, float, float]:
+        """The three, in seconds."""
+        return self.extra_ms / 1e3, self.cooling_ms / 1e3, self.warming_ms / 1e3
+
+
+class Stalls(Spec, frozen=True, kw_only=True):
+    """A replica stands still now and then: its machine is shared, its garbage collected.
+
+    Stalls begin at random, `per_s` a second in the mean, also while a replica is idle, and last `mean_ms` in the mean
+    (exponential). A batch comes upon at most one of them: one that still lasts when it starts, or that begins while it
+    is served. They are few: `per_s` times `mean_ms` is at most a fifth of the time.
+    """
+
+    per_s: NonNegative
+    mean_ms: Positive
+
+    def __post_init__(self) -> None:
+        share = self.per_s * self.mean_ms / 1e3
+        if share > 0.2:
+            raise SpecError(f"per_s times mean_ms is {100 * share:.3g} % of the time; valid: at most 20 %")
+
+
 class Law(Spec, frozen=True, kw_only=True, tag_field="kind"):
     """Time to serve one batch of `n` requests whose relative demands are `x_1..x_n` (mean 1).
 
-    `(fixed[n] + variable[n] * mean(x)) * noise`, where `noise` has mean 1 and coefficient of variation
-    `noise_cv` (log-normal through a quantile table, which gives it a positive minimum).
+    `(fixed[n] + variable[n] * mean(x) + idle) * noise`, where `noise` has mean 1 and coefficient of variation
+    `noise_cv` (log-normal through a quantile table, which gives it a positive minimum). `idle` (None: 0) is what a
+    replica takes longer that has been idle. A batch that comes upon a stall waits for its end, too (`stalls`).
     """
 
     noise_cv: Annotated[float, Meta(ge=0, le=3)] = 0.0
+    idle: Idling | None = None
+    stalls: Stalls | None = None
 
     def batch_times_s(self, max_batch: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns `fixed` and `variable` in seconds, each of shape (max_batch + 1,); index 0 is unused."""
@@ -182,8 +220,9 @@ class IterationLaw(Law, frozen=True, kw_only=True, tag="iteration"):
     def __post_init__(self) -> None:
         if self.base_s + self.sequence_s <= 0:
             raise SpecError("base_s and sequence_s are both 0: a decode would take no time; give one of them")
-        if self.noise_cv:
-            raise SpecError("noise_cv is given, but the time of an iteration has no noise; leave it out")
+        for given in ("noise_cv", "idle", "stalls"):
+            if getattr(self, given):
+                raise SpecError(f"{given} is given, but the time of an iteration has none; leave it out")
 
     def batch_times_s(self, max_batch: int) -> tuple[np.ndarray, np.ndarray]:
         raise SpecError("an iteration law has no batch times by itself; a service has, of its mean request")
