@@ -164,9 +164,8 @@ def _regress(terms: np.ndarray, took_ms: np.ndarray, limit_ms: float) -> tuple[n
     """Coefficients, none negative, and the mean absolute error, of which none counts for more than `limit_ms`; what is
     farther above the fit is a stall, and left out."""
     kept = np.ones(len(took_ms))
-    for _ in range(
-        4
-    ):  # by normal equations, without BLAS, whose threads spin for seconds on a machine that is busy
+    # by normal equations, without BLAS, whose threads spin for seconds on a machine that is busy
+    for _ in range(4):
         gram = np.einsum("ij,ik,i->jk", terms, terms, kept)
         root = np.linalg.cholesky(gram + 1e-9 * np.trace(gram) * np.eye(len(gram)))
         fit = nnls(root.T, np.linalg.solve(root, np.einsum("ij,i,i->j", terms, took_ms, kept)))[0]
