@@ -5,11 +5,11 @@ Here belongs what happens between two decisions. Not here: what exists (`world`)
 numbers, `numbers` makes them, `randomness` draws, `traffic` draws arrivals, `queues` holds what queues of
 requests are made of, `central`, `bound` and `router` serve the three kinds of them, `services` takes one
 service through a tick, `placement` holds the rules that choose a node (`scoring` what they are made of,
-`pricing` the learned ones), `stowing` replays packing problems with
-them, `nodes` keeps nodes, replicas and their bills, and `kernel` puts these together. `cluster` shows a world
-with the same `read`/`apply` face as a live one. LLM services are served by kernels of their own: `llm_layout` says what
-they are in numbers, `blocks` keeps the KV cache, `batching` runs iterations, `llm` routes, `llm_ticks` takes one
-service through a tick and `llm_rows` all of them; `serving` is one of them by itself.
+`pricing` the learned ones), `allocation` shows them candidates and does what they choose, `stowing` replays packing
+problems with them, `nodes` keeps nodes and their bills, `replicas` takes decisions in, and `kernel` puts these
+together. `cluster` shows a world with the same `read`/`apply` face as a live one. LLM services are served by kernels of
+their own: `llm_layout` says what they are in numbers, `blocks` keeps the KV cache, `batching` runs iterations, `llm`
+routes, `llm_ticks` takes one service through a tick and `llm_rows` all of them; `serving` is one of them by itself.
 
 Semantics, which the plain-Python reference in `tests/traces` repeats event by event:
 
@@ -125,6 +125,7 @@ import pilotage.metrics
 # folder named after all sources that end up in the kernels cannot serve code from before an edit. The kernels of LLM
 # services have a folder of their own (`llm_layout.compiled`): the others do without them.
 _names = (
+    "allocation",
     "bound",
     "central",
     "kernel",
@@ -135,6 +136,7 @@ _names = (
     "queues",
     "randomness",
     "relaxation",
+    "replicas",
     "router",
     "scoring",
     "services",

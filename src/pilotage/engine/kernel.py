@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from numba import boolean, float64, int64, njit, typeof, void
 
-from pilotage.engine import nodes, services
+from pilotage.engine import allocation, nodes, replicas, services
 from pilotage.engine.layout import EMPTY_NUMBERS, EMPTY_STATE, GONE, RAY_SERVE
 from pilotage.engine.nodes import Fleet
 from pilotage.engine.placement import RULE
@@ -81,7 +81,7 @@ def begin(lo, hi, m, s, rule, weights, jointly):
                 m.replicas[k]["state"], m.replicas[k]["node"] = GONE, -1
             for e in range(param["slot_lo"], param["slot_hi"]):
                 m.slots[e]["size"], m.slots[e]["replica"] = 0, (e - param["slot_lo"]) // param["slots"]
-        nodes.start_initial(fleet(w, m, s), rule, weights, jointly)
+        allocation.start_initial(fleet(w, m, s), rule, weights, jointly)
 
 
 @compiled
@@ -150,14 +150,14 @@ def decide(active, clock, tick_s, m, s, orders, blank):
         f = fleet(w, m, s)
         for service in range(count):
             m.ticks[w * count + service] = blank[0]
-            nodes.open_books(f, service, tick_s)
+            replicas.open_books(f, service, tick_s)
         nodes.clear(f, now)
         pending = 0
         for service in range(count):
-            nodes.decide(f, service, orders[w * count + service], now, until)
-        nodes.act_on_notices(f, now, until)
+            replicas.decide(f, service, orders[w * count + service], now, until)
+        replicas.act_on_notices(f, now, until)
         for service in range(count):
-            nodes.roll_out(f, service, now, until)
+            replicas.roll_out(f, service, now, until)
             pending += f.rows[service]["pending"]
         nodes.clear(f, now)
         any_pending |= pending > 0
@@ -171,7 +171,7 @@ def set_paces(active, m, s):
     if s.slowdown.shape[0] > 0:
         for w in range(active.shape[0]):
             if active[w]:
-                nodes.set_paces(fleet(w, m, s))
+                replicas.set_paces(fleet(w, m, s))
 
 
 @entry(*_books, *_rule)
@@ -179,7 +179,7 @@ def place(active, clock, tick_s, m, s, rule, weights, jointly):
     """Gives pending replicas nodes. By itself, for to hand over a rule takes longer than a whole tick."""
     for w in range(clock.shape[0]):
         if active[w]:
-            nodes.place_all(fleet(w, m, s), rule, weights, jointly, clock[w])
+            allocation.place_all(fleet(w, m, s), rule, weights, jointly, clock[w])
     set_paces(active, m, s)
 
 
@@ -204,7 +204,7 @@ def settle(active, clock, tick_s, m, s, totals):
             nodes.bill_nodes(fleet(w, m, s), clock[w] + tick_s)
             for r in range(w * count, (w + 1) * count):
                 accumulate(totals[r], m.ticks[r])
-                nodes.follow_rate(m.rows[r], m.ticks[r]["arrived"] / tick_s, tick_s)
+                replicas.follow_rate(m.rows[r], m.ticks[r]["arrived"] / tick_s, tick_s)
             clock[w] += tick_s
 
 

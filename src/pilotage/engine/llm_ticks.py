@@ -65,7 +65,7 @@ def tick(r, f, builds, coming, m, s, arrivals, requests, histogram, t0, until):
     f.desk[DONE], f.desk[NEXT] = 0, 0
     for k in range(c.row["span"]):
         replica = c.replicas[k]
-        replica["waiting"] = 0  # it has told `nodes.drain` whether the replica is idle
+        replica["waiting"] = 0  # it has told `replicas.drain` whether the replica is idle
         if replica["state"] >= SERVES and f.engines[k]["stamp"] != replica["ordinal"]:
             renew(c, f, builds, k, t0)
         f.engines[k]["pace"] = replica["pace"]

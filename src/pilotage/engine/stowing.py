@@ -1,7 +1,7 @@
 """Replicas that come and go at known times, placed online by a rule: what `agents.packing` measures rules with.
 
 Nothing but placement happens here: a node is paid while it carries a replica, and every replica serves at once. What
-a rule is shown is what the engine shows it (`nodes.assess`), with nothing at stake.
+a rule is shown is what the engine shows it (`allocation.assess`), with nothing at stake.
 """
 
 from __future__ import annotations
