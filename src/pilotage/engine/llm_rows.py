@@ -7,7 +7,7 @@ Where prefill and decode are apart, the rows of one service are two: what the fi
 was still on its way, arrives at the second, whose places for arrivals are given their times.
 
 What an LLM service does not have yet: queue limits, timeouts and impatient clients, models that decay. A batch limit
-lowered by a policy acts on admissions only.
+lowered by a policy acts on admissions only, another budget of tokens on the iterations that begin from then on.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Row:
     """One LLM service in one world."""
 
     def __init__(self, server: LLMServer, tokens: Tokens, slots: int, ready: np.ndarray) -> None:
-        self.tokens = tokens
+        self.tokens, self._chunk_tokens = tokens, server.chunk_tokens
         record, engines = server_record(server, _ROLES[server.role]), np.zeros(slots, ENGINE)
         sequences = np.zeros(0, SEQUENCE)
         self.fleet = new_fleet(record, engines, sequences, tokens.ids, tokens.distinct)._replace(ready=ready)
@@ -60,6 +60,7 @@ class Row:
         f = self.fleet
         f.engines[:] = np.zeros((), f.engines.dtype)
         f.engines["stamp"] = -1
+        f.server["chunk"] = self._chunk_tokens
         f.desk[:] = 0
         f.itl[:] = 0
         sequences = np.zeros(_AT_FIRST, SEQUENCE)
@@ -186,11 +187,14 @@ class LlmRows:
             if r // self._services == w:
                 row.restart()
 
-    def tell(self, active: np.ndarray, replicas: np.ndarray) -> None:
-        """Says of every replica how many requests it has, until `tick`: who drains with none goes at once."""
+    def tell(self, active: np.ndarray, replicas: np.ndarray, orders: np.ndarray) -> None:
+        """Says of every replica how many requests it has, until `tick`: who drains with none goes at once. Takes in the
+        budgets of tokens that are ordered."""
         for r, row in self.rows.items():
             if not active[r // self._services]:
                 continue
+            if orders["chunk_tokens"][r] > 0:
+                row.fleet.server["chunk"] = orders["chunk_tokens"][r]
             lo, hi = self._params["replica_lo"][r], self._params["replica_hi"][r]
             replicas["waiting"][lo:hi] = row.outstanding()
 
