@@ -74,6 +74,12 @@ class Row:
         self._left = _AT_FIRST
         self.handed = self._on_their_way = _NOBODY
 
+    def limit(self, what: str, value: int) -> None:
+        """Sets a limit of the iterations that begin from now on."""
+        if self.fleet.server[what] != value:
+            self.fleet.server[what] = value
+            self.fleet.engines["quiet_s"] = 0.0  # who waits may now be let in, and be through before
+
     def outstanding(self) -> np.ndarray:
         e = self.fleet.engines
         total: np.ndarray = e["queued"] + e["running"] + e["flying"]
@@ -194,7 +200,7 @@ class LlmRows:
             if not active[r // self._services]:
                 continue
             if orders["chunk_tokens"][r] > 0:
-                row.fleet.server["chunk"] = orders["chunk_tokens"][r]
+                row.limit("chunk", int(orders["chunk_tokens"][r]))
             lo, hi = self._params["replica_lo"][r], self._params["replica_hi"][r]
             replicas["waiting"][lo:hi] = row.outstanding()
 
@@ -217,7 +223,7 @@ class LlmRows:
                 n = int(np.searchsorted(arrivals[lo:hi], t0 + tick_s))
                 numbers_of = int(record["first_number"] + record["arrival_lo"]) + np.arange(n)
                 row.take_in(arrivals[lo : lo + n], numbers_of, int(self._params["seed_demand"][r]))
-            row.fleet.server["max_batch"] = min(int(record["max_batch"]), row.fleet.running.shape[1])
+            row.limit("max_batch", min(int(record["max_batch"]), row.fleet.running.shape[1]))
             llm_ticks.tick(
                 r, row.fleet, self._builds, row.coming, state, numbers, arrivals, requests, histograms[r],
                 t0, t0 + tick_s,
