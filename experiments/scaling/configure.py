@@ -1,12 +1,12 @@
-"""Learned choice of pool, variant, batch limit and batch wait, on deployments and windows that it was not trained on;
-with `--llm`, of pool, variant, batch limit and tokens of an iteration of LLM services.
+"""Learned choice of pool, variant, batch limit and batch wait, on deployments and windows that it was not trained on.
 
 `configure.py --out DIR` prices candidates of deployments at random with the shipped policy of replicas
 (`pilotage.agents.configuring`), trains the network on them and judges it on fresh deployments: dollars of the learned
 choice, run as a policy that orders what it chose, over those of the same policy of replicas with the configuration as
 deployed, with the one that a rule of thumb picks (full batches within half of the objective, then the least rent), and
-with the best fixed one in hindsight, of all candidates (of LLM services, of as many as `LLM_PRICED`, drawn by chance). The first quarter of an hour, in which the policy deploys
-what it chose and the others have it already, does not count for anybody.
+with the best fixed one in hindsight, of all candidates. The first quarter of an hour, in which the policy deploys
+what it chose and the others have it already, does not count for anybody. With `--llm` the same for LLM services, whose
+iterations have a budget of tokens in the place of a wait; of their candidates `LLM_PRICED` are drawn by chance.
 Intervals are 95 %, by bootstrap over deployments. `--policy FILE` trains nothing.
 """
 
@@ -95,7 +95,8 @@ def judge(
     numbers = range(first, min(first + AT_ONCE, count))
     tests = priced(
         drawn(llm, TEST_SEED + seed, numbers, hours, 54.0), replicas, TEST_SEED + seed + first,
-        most=LLM_PRICED if llm else None, warm_up_h=WARM_UP_H, kept=work / f"configure-test-{seed}-{hours:g}-{first}.json",
+        most=LLM_PRICED if llm else None, warm_up_h=WARM_UP_H,
+        kept=work / f"configure-test-{seed}-{hours:g}-{first}.json",
     )  # fmt: skip
     rows = []
     for k, one in zip(numbers, tests, strict=True):

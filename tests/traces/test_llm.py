@@ -190,7 +190,7 @@ def test_chunks_share_an_iteration_with_decodes() -> None:
 
 def test_a_decision_changes_the_tokens_of_the_iterations_that_begin_after_it() -> None:
     # A second an iteration, of 6 tokens: a prompt of 24 has 6 by 1 and 6 by 2. 9 are ordered at 1.5: 9 by 3, and the
-    # other 3 by 4, with the first of 4 tokens. The second prompt comes at 3.5 and has 8, beside a decode, by 5 and by 6.
+    # other 3 by 4, with the first of 4 tokens. The second prompt comes at 3.5 and has 8 beside a decode by 5, and by 6.
     # At 6 it is 1: the last decode by 7, and then the other 8 one by one; the second first token is there at 15
     service = Service(
         name="chat", slo_ms=5000.0, pools=("gpu",), initial_replicas=1, traffic=Poisson(rate_rps=1.0),
@@ -206,7 +206,7 @@ def test_a_decision_changes_the_tokens_of_the_iterations_that_begin_after_it() -
         cluster.wait()
         if now := int(cluster.ticks["prompt_tokens"][0, 0]):
             tokens[(k + 1) / 2] = now
-    assert tokens == {1: 6, 2: 6, 3: 9, 4: 3, 5: 8, 6: 8, **{k: 1 for k in range(8, 16)}}
+    assert tokens == {1: 6, 2: 6, 3: 9, 4: 3, 5: 8, 6: 8, **dict.fromkeys(range(8, 16), 1)}
     assert cluster.totals["latency_s"][0, 0] == 4 + 11.5
     assert cluster.totals["late"][0, 0] == 1
     cluster.restart([0], [World(0, 0.0, (Recorded(np.array([0.0])),))])
