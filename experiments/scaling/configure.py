@@ -48,7 +48,7 @@ TEST, TEST_H, WARM_UP_H, AT_ONCE = 24, 1.75, 0.25, 4
 TRAIN_SEED, TEST_SEED = 3_000, 800_000
 QUICK = Settings(services=16, validation=8, candidates=6, hours=0.5, epochs=60)
 # LLM services take longer to simulate, and have more to choose from
-LLM, LLM_TEST_H, LLM_PRICED = Settings(services=200, validation=70, candidates=14, hours=0.4), 0.75, 36
+LLM, LLM_TEST_H, LLM_PRICED = Settings(services=200, validation=60, candidates=14, hours=0.4), 0.75, 36
 
 
 def drawn(llm: bool, seed: int, numbers: range, hours: float, start_h: float) -> list[Scenario]:
@@ -60,7 +60,7 @@ def drawn(llm: bool, seed: int, numbers: range, hours: float, start_h: float) ->
 def learned_from(
     llm: bool, seed: int, settings: Settings, replicas: Foresight, work: Path, task: tuple[int, int, str]
 ) -> list[Priced]:
-    """What candidates of the deployments of training or validation cost."""
+    """What candidates of some deployments, of training or validation, cost."""
     k, count, what = task
     began = time.perf_counter()
     return priced(
@@ -152,21 +152,22 @@ def main() -> None:
         settings = QUICK if options.quick else LLM if options.llm else Settings()
         settings = msgspec.structs.replace(settings, seed=options.seed)
         seed = TRAIN_SEED + 10 * options.seed
-        tasks = [(1, settings.services, "training"), (2, settings.validation, "validation")]
+        halves = 2 if options.llm else 1  # of training, which are priced side by side
+        tasks = [(2, settings.validation, "validation")]
+        tasks += [(1 + 2 * k, settings.services // halves, f"training-{k}") for k in range(halves)]
         with ProcessPoolExecutor(os.cpu_count()) as pool:
-            learn, judged = pool.map(
-                partial(learned_from, options.llm, seed, settings, replicas, work), tasks
-            )
+            one_task = partial(learned_from, options.llm, seed, settings, replicas, work)
+            judged, *parts = pool.map(one_task, tasks)
+        learn = [one for part in parts for one in part]
         lap("pricing")
         network, curve = train(learn, judged, settings)
         rows = [{"epoch": 10 * k, "validation_regret": f"{regret:.5g}"} for k, regret in enumerate(curve)]
         rows.append({"epoch": "as deployed", "validation_regret": f"{regrets(judged)[:, 0].mean():.5g}"})
         write_whole(options.out / "configure_learning.csv", as_csv(rows))
-        policy = Configured(network=network)
-        if options.llm:  # beside the network of servers that batch
-            shipped = policy_from(CONFIGURED)
-            assert isinstance(shipped, Configured)
-            policy = shipped.replace(llm_network=network)
+        shipped = policy_from(CONFIGURED)
+        assert isinstance(shipped, Configured)
+        # that of LLM services stands beside the one for servers that batch
+        policy = shipped.replace(llm_network=network) if options.llm else Configured(network=network)
         write_whole(options.out / "configured.json", msgspec.json.encode(policy).decode() + "\n")
         lap("training")
 

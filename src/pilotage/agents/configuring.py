@@ -146,9 +146,9 @@ def llm_deployment_at_random(rng: np.random.Generator, hours: float, tick_s: flo
     """The same for an LLM service: one of the profiles that come with the package, on nodes and in variants as above;
     half of the time on the first kind and of the first variant only, so that batches are all there is to choose.
 
-    Its limits are chance, too: KV cache for a third to three times a full batch, tokens of an iteration from a quarter
-    of a prompt up. Twice to twelve times the first token alone, and 1.2 to 5 times an iteration alone, are asked for;
-    a missed replica's worth of requests costs 3 to 300 times the replica.
+    Its limits are chance, too: KV cache for a third to three times a full batch, 512 to 8192 tokens an iteration. The
+    first token may take 2 to 60 times as long as it takes alone, a later one 1.2 to 12 times; a missed replica's worth
+    of requests costs 3 to 300 times the replica.
     """
     shape = deployment_at_random(rng, hours, tick_s)
     service = shape.services[0]
@@ -169,14 +169,14 @@ def llm_deployment_at_random(rng: np.random.Generator, hours: float, tick_s: flo
         for variant in service.variants
     )
     service = service.replace(
-        slo_ms=1e3 * alone_s * log_uniform(rng, 2, 12),
+        slo_ms=1e3 * alone_s * log_uniform(rng, 2, 60),
         variants=variants,
         server=BatchServer(),
         llm=LLMServer(
             max_batch=max_batch,
             chunk_tokens=chunk,
             kv_blocks=round(max_batch * held / 16 * log_uniform(rng, 1 / 3, 3)) + 1000,
-            objectives=Objectives(tpot_ms=1e3 * step_s * log_uniform(rng, 1.2, 5)),
+            objectives=Objectives(tpot_ms=1e3 * step_s * log_uniform(rng, 1.2, 12)),
         ),
         tokens=RandomTokens(
             prompt_mean=prompt, prompt_cv=float(rng.uniform(0.3, 1.2)), output_mean=output,
@@ -186,15 +186,10 @@ def llm_deployment_at_random(rng: np.random.Generator, hours: float, tick_s: flo
     capacity_rps = Situation(service, shape.pool_by_name, tick_s, np.zeros(0)).capacity_rps()
     price = shape.pool_by_name[service.pools[0]].price_usd_per_hour
     missed_usd = log_uniform(rng, 3, 300) * price / 3600 / capacity_rps
-    replicas = log_uniform(rng, 0.7, 6)
+    replicas, kind = log_uniform(rng, 0.7, 6), str(rng.choice(["diurnal", "diurnal", "flash", "on-off"]))
     service = service.replace(
         initial_replicas=max(1, round(replicas)),
-        traffic=traffic_at_random(
-            rng,
-            str(rng.choice(["diurnal", "diurnal", "flash"])),
-            replicas * capacity_rps,
-            (hours + 40) * 3600,
-        ),
+        traffic=traffic_at_random(rng, kind, replicas * capacity_rps, (hours + 40) * 3600),
         economics=Economics(
             late_usd=missed_usd, dropped_usd=missed_usd, error_usd=missed_usd * log_uniform(rng, 0.01, 1)
         ),
