@@ -5,16 +5,17 @@ of LLM traffic: the 18 minutes of the Azure trace before `llm-chat` begins, at o
 synthetic traffic, with log-normal tokens; the one that is better on windows of validation is kept. (2) Everybody is
 tuned on training windows, in dollars. On `llm-chat` rules have so many trials in the engine; `anticipate` and the
 learned policies, whose levels hindsight can price, have theirs there, and stay as they are where that is better on
-validation. On `llm-mixed` all have the same trials in the engine. The learned policy also has batch limits and tokens
-of an iteration chosen by the shipped `configured` network, which has seen neither service
-(`experiments/scaling/configure.py --llm`), if that is cheaper on the training windows. What is cheapest in dollars need
-not serve as many in time, so its margin is then raised until it does as well on the training windows as those that it
+validation. On `llm-mixed` all have the same trials in the engine. The learned policy and `anticipate` also choose batch
+limits and tokens of an iteration: those of the shipped `configured` network, which has seen neither service
+(`experiments/scaling/configure.py --llm`), or those of the deployment, whichever is cheaper on the training windows,
+scaled by two numbers that are searched for in as many trials as rules have on `llm-chat`, in half of the policy's own on
+`llm-mixed`. Production rules leave the servers as they are deployed. What is cheapest in dollars need not serve as many
+in time, so the learned policy's margin is then raised until it does as well on the training windows as those that it
 is compared with: the production rule that is cheapest there, and `anticipate`, both as tuned. (3) All meet the
 environments' own traffic, none of which was trained or tuned on: the rest of the trace on paired seeds, and another
 day of `llm-mixed`. Which learned policy is compared was chosen by (2); the rule is the one that turns out cheapest in
-(3), and beside it stands `anticipate`, which reads the learned policy's own features; it is also shown with the same
-choices of batches. Production rules leave the servers as they are deployed. Intervals are 95 %, by bootstrap over
-paired runs.
+(3), and beside it stands `anticipate`, which reads the learned policy's own features, with or without chosen batches,
+whichever is cheaper. Intervals are 95 %, by bootstrap over paired runs.
 """
 
 from __future__ import annotations
@@ -170,7 +171,11 @@ def tuned(
     env, name, policy, start = task
     began, cpu = time.perf_counter(), time.process_time()
     scenario, groups = tuning_windows(env, data, seed)
-    study = tune(policy, scenario, groups, trials=trials[env], seed=seed, starts=[start] if start else [])
+    apart = env == MIXED and isinstance(
+        policy, Foresight | Anticipate | Configured
+    )  # levels, and then batches
+    count = trials[env] // (2 if apart else 1)
+    study = tune(policy, scenario, groups, trials=count, seed=seed, starts=[start] if start else [])
     best = candidate_of(policy, study.best_params)
     values = [float(t.values[0]) for t in study.trials if t.values]
     print(
@@ -190,23 +195,42 @@ def trained_on(data: Path, seed: int, task: tuple[str, str, Policy]) -> tuple[fl
     return sum(run.total_usd for run in runs), in_time(runs)
 
 
-def choosing(policy: Policy) -> Configured:
-    """The same policy, with the batch limit and the tokens of an iteration of LLM services chosen as well."""
+def choosing(policy: Policy, network: bool) -> Configured:
+    """The same policy of replicas, which chooses the batches of LLM services as well: by the shipped network, or those
+    of the deployment, to be scaled."""
     shipped = policy_from(CONFIGURED)
     assert isinstance(shipped, Configured)
     assert isinstance(policy, Foresight | Anticipate)
-    return shipped.replace(network=None, replicas=policy)
+    return Configured(llm_network=shipped.llm_network if network else None, replicas=policy)
 
 
-def matched(data: Path, seed: int, task: tuple[str, Foresight, bool, float]) -> tuple[float, float]:
+def chosen_batches(
+    data: Path, seed: int, trials: dict[str, int], task: tuple[str, str, Policy]
+) -> tuple[bool, Configured, list[float]]:
+    """The cheaper of both ways to choose batches on an environment's training windows, with the best of its trials."""
+    env, name, policy = task
+    ways = {network: choosing(policy, network) for network in (False, True)}
+    usd = {network: trained_on(data, seed, (env, name, way))[0] for network, way in ways.items()}
+    network = min(usd, key=lambda network: usd[network])
+    best, values = tuned(data, seed, trials, (env, f"{name}, {CHOSEN}", ways[network], None))
+    assert isinstance(best, Configured)
+    return network, best, values
+
+
+def with_margin(policy: Configured, margin: float) -> Configured:
+    assert isinstance(policy.replicas, Foresight)
+    return policy.replace(replicas=policy.replicas.replace(margin=margin))
+
+
+def matched(data: Path, seed: int, task: tuple[str, Configured, float]) -> tuple[float, float]:
     """The least margin of a learned policy with which so large a share is in time on an environment's training windows,
     or the largest that there may be, and the share."""
-    env, policy, chooses, asked = task
+    env, policy, asked = task
+    assert isinstance(policy.replicas, Foresight)
     reached = 0.0
-    margins = np.append(np.arange(policy.margin, MOST, MARGIN_STEP), MOST)
+    margins = np.append(np.arange(policy.replicas.margin, MOST, MARGIN_STEP), MOST)
     for margin in margins.tolist():
-        raised = policy.replace(margin=margin)
-        _, reached = trained_on(data, seed, (env, "", choosing(raised) if chooses else raised))
+        _, reached = trained_on(data, seed, (env, "", with_margin(policy, margin)))
         print(f"{env}: margin {margin:.3f}: {reached:.6f} in time, of {asked:.6f}", flush=True)
         if reached >= asked:
             break
@@ -249,8 +273,8 @@ def compared(env: str, learned: str, runs: dict[str, list[Run]]) -> list[dict[st
     usd = {name: np.array([run.total_usd for run in of]) for name, of in runs.items()}
     share = {name: np.array([in_time([run]) for run in of]) for name, of in runs.items()}
     lines = []
-    for rules in (RULES, (OWN,)):
-        best = min((f"{name}, tuned" for name in rules), key=lambda name: usd[name].mean())
+    for rules in ([f"{name}, tuned" for name in RULES], [f"{OWN}, tuned", f"{OWN}, tuned, {CHOSEN}"]):
+        best = min(rules, key=lambda name: usd[name].mean())
         ratio = ratio_interval(usd[learned], usd[best])
         saved = {"mean": 1 - ratio["mean"], "low": 1 - ratio["high"], "high": 1 - ratio["low"]}
         more = interval(share[learned] - share[best])
@@ -309,32 +333,43 @@ def learn_and_tune(
     lap("tune")
 
     chosen = {env: min(learned, key=lambda name: value[env, name]) for env in envs}
-    known = [(env, name, best[env, name][0]) for env in envs for name in (*RULES, OWN, chosen[env])]
-    known += [(env, CHOSEN, choosing(best[env, chosen[env]][0])) for env in envs]
-    on_training = dict(
-        zip([one[:2] for one in known], pool.map(partial(trained_on, data, seed), known), strict=True)
+    choosers = [(env, name) for env in envs for name in (OWN, chosen[env])]
+    scaled = dict(
+        zip(
+            choosers,
+            pool.map(partial(chosen_batches, data, seed, trials), [(*of, best[of][0]) for of in choosers]),
+            strict=True,
+        )
     )
-    chooses = {env: on_training[env, CHOSEN][0] < on_training[env, chosen[env]][0] for env in envs}
+    lap("batches")
+
+    rules = [(env, name, best[env, name][0]) for env in envs for name in (*RULES, OWN)]
+    on_training = dict(
+        zip([one[:2] for one in rules], pool.map(partial(trained_on, data, seed), rules), strict=True)
+    )
     cheapest = {env: min(RULES, key=lambda name: on_training[env, name][0]) for env in envs}
     asked = {env: max(on_training[env, name][1] for name in (cheapest[env], OWN)) for env in envs}
     raised = pool.map(
         partial(matched, data, seed),
-        [(env, best[env, chosen[env]][0], chooses[env], asked[env]) for env in envs],
+        [(env, scaled[env, chosen[env]][1], asked[env]) for env in envs],
     )
     lap("match")
     return {
         "training": [{k: t[k] for k in ("cpu_s", "wall_s", "curve")} for t in trainings],
         "trials": {env: {name: best[env, name][1] for name in contenders} for env in envs},
         "chosen": chosen,
-        "on_training": {
+        "batches": {
             env: {
-                name: dict(zip(("usd", "in_time"), of, strict=True))
-                for (where, name), of in on_training.items()
+                name: {
+                    "network": network,
+                    "trials": values,
+                    "fields": {f: getattr(best, f) for f in space(best)},
+                }
+                for (where, name), (network, best, values) in scaled.items()
                 if where == env
             }
             for env in envs
         },
-        "chooses": chooses,
         "matched": {
             env: {"rule": cheapest[env], "in_time_asked": asked[env], "margin": margin, "in_time": reached}
             for env, (margin, reached) in zip(envs, raised, strict=True)
@@ -389,11 +424,11 @@ def main() -> None:
             for name, fields in found["fields"][env].items():
                 policy: Policy = policy_from(base.get(name, name)).replace(**fields)
                 plans.append((env, f"{name}, tuned", policy))
-                if name in (OWN, found["chosen"][env]):
-                    plans.append((env, f"{name}, tuned, {CHOSEN}", choosing(policy)))
+                if (batches := found["batches"][env].get(name)) is not None:
+                    scaled = choosing(policy, batches["network"]).replace(**batches["fields"])
+                    plans.append((env, f"{name}, tuned, {CHOSEN}", scaled))
                 if name == found["chosen"][env]:
-                    as_many = policy.replace(margin=found["matched"][env]["margin"])
-                    as_many = choosing(as_many) if found["chooses"][env] else as_many
+                    as_many = with_margin(scaled, found["matched"][env]["margin"])
                     plans.append((env, f"{name}, {AS_MANY}", as_many))
             plans.append((env, f"{SHIPPED}, as it is", policy_from(SHIPPED)))
         judge = partial(judged, data, options.seed, seeds)

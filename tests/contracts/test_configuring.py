@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pilotage.agents.configuring import deployment_at_random, llm_deployment_at_random
+from pilotage.agents.tune import space
 from pilotage.control.configuring import (
     FEATURES,
     LLM_FEATURES,
@@ -236,6 +237,19 @@ def test_the_engine_carries_out_the_budget_that_was_chosen() -> None:
     assert all("held" not in one.reason for one in said)
     assert cluster._llm.rows[0].fleet.server["chunk"] == 8000
     assert cluster._llm.rows[0].fleet.server["max_batch"] == 8
+
+
+def test_a_choice_is_adapted_to_a_service_within_what_it_may_have() -> None:
+    policy = Configured(limit_scale=0.3, chunk_scale=1.1)
+    assert set(space(policy)) == {"period_min", "limit_scale", "chunk_scale"}
+    situation = situation_of(LLM)
+    said = policy.begin(situation).decide(Cluster(LLM, [World(1)]).read()[0])
+    assert (said.max_batch, said.chunk_tokens) == (19, 2200)
+    whole = Configured(limit_scale=4.0, chunk_scale=4.0).adapted(situation, deployed(situation))
+    assert whole[2:] == (64, 0.0, 8000)
+    batching = situation_of(SCENARIO)
+    least = policy.adapted(batching, Configuration("any", "any", 1, 0.0))
+    assert least == Configuration("any", "any", 1, 0.0)
 
 
 def test_a_kind_of_server_without_a_network_stays_as_it_is_deployed() -> None:

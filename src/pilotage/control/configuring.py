@@ -290,13 +290,17 @@ class Configured(Policy, frozen=True, kw_only=True, tag="configured"):
     Pool and variant are chosen when the run begins. A service that has replicas by then is rolled over to the variant;
     its pool counts for new replicas. The rest is chosen anew every `period_min`, from the load by then. `network`
     chooses for servers that batch, `llm_network` for LLM services; without one, a service stays as it is deployed.
-    Without `replicas`, these are decided by the `learned` policy that comes with the package.
+    Batch limit and tokens are multiplied by `limit_scale` and `chunk_scale`, which adapts a trained network to one
+    service by a search over two numbers. Without `replicas`, these are decided by the `learned` policy that comes with
+    the package.
     """
 
     network: Network | None = None
     llm_network: Network | None = None
     replicas: Foresight | Anticipate | Predictive | None = None
     period_min: Annotated[float, Meta(ge=1, le=1440)] = 30.0
+    limit_scale: Annotated[float, Meta(ge=0.25, le=4, extra={"log": True})] = 1.0
+    chunk_scale: Annotated[float, Meta(ge=0.25, le=4, extra={"log": True})] = 1.0
 
     def __post_init__(self) -> None:
         for network, names in ((self.network, FEATURES), (self.llm_network, LLM_FEATURES)):
@@ -314,6 +318,14 @@ class Configured(Policy, frozen=True, kw_only=True, tag="configured"):
         scores = dict(zip(known, Forward(network)(features(situation, known))[:, 0].tolist(), strict=True))
         return min(options, key=scores.__getitem__)
 
+    def adapted(self, situation: Situation, chosen: Configuration) -> Configuration:
+        """A choice with its batch limit and tokens scaled, within what the service may have."""
+        limit, tokens = round(self.limit_scale * chosen.max_batch), chosen.chunk_tokens
+        if tokens is not None:
+            tokens = int(np.clip(round(self.chunk_scale * tokens), 1, MAX_TOKENS))
+        limit = int(np.clip(limit, 1, situation.service.server.max_batch))
+        return chosen._replace(max_batch=limit, chunk_tokens=tokens)
+
     def begin(self, situation: Situation) -> Controller:
         return _Configured(self, situation)
 
@@ -329,9 +341,9 @@ class _Configured:
         self._options = [o for o in self._options if o[:2] == self._chosen[:2]]
 
     def _take(self, chosen: Configuration) -> None:
-        self._chosen = chosen
+        self._chosen, self._wanted = chosen, self._policy.adapted(self._situation, chosen)
         replicas = self._policy.replicas or _learned()
-        self._replicas = replicas.begin(as_if(self._situation, chosen, np.array(self._past)))
+        self._replicas = replicas.begin(as_if(self._situation, self._wanted, np.array(self._past)))
 
     def decide(self, seen: Observation) -> Decision:
         rate = seen["arrival_rate"]
@@ -342,7 +354,7 @@ class _Configured:
             if (better := self._policy.choose(now, self._options)) != self._chosen:
                 self._take(better)
         self._first = False
-        pool, variant, limit, wait_s, tokens = self._chosen
+        pool, variant, limit, wait_s, tokens = self._wanted
         within = f"within {1e3 * wait_s:.0f} ms" if tokens is None else f"and {tokens} tokens"
         wanted = self._replicas.decide(seen)
         return msgspec.structs.replace(
