@@ -8,7 +8,7 @@ learned policies, whose levels hindsight can price, have theirs there, and stay 
 validation. On `llm-mixed` all have the same trials in the engine. The learned policy and `anticipate` also choose batch
 limits and tokens of an iteration: those of the shipped `configured` network, which has seen neither service
 (`experiments/scaling/configure.py --llm`), or those of the deployment, whichever is cheaper on the training windows,
-scaled by two numbers that are searched for in as many trials as rules have on `llm-chat`, in half of the policy's own on
+scaled by two numbers, which have as many trials as a rule has on `llm-chat`, and half of the policy's own on
 `llm-mixed`. Production rules leave the servers as they are deployed. What is cheapest in dollars need not serve as many
 in time, so the learned policy's margin is then raised until it does as well on the training windows as those that it
 is compared with: the production rule that is cheapest there, and `anticipate`, both as tuned. (3) All meet the
