@@ -101,6 +101,7 @@ reproduce: $(STAMP) ray cluster bench
 	$(BIN)/python experiments/scaling/judge.py --data $(DATA) --split validate
 	$(BIN)/python experiments/scaling/zero_shot.py --data $(DATA)
 	$(BIN)/python experiments/scaling/configure.py --data $(DATA)
+	$(BIN)/python experiments/scaling/configure.py --data $(DATA) --llm
 	$(BIN)/python experiments/scaling/forecasts.py --data $(DATA)
 	$(BIN)/python experiments/retraining/run.py --data $(DATA)
 	$(BIN)/python experiments/drift_detection/run.py

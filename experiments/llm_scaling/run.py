@@ -5,13 +5,17 @@ of LLM traffic: the 18 minutes of the Azure trace before `llm-chat` begins, at o
 synthetic traffic, with log-normal tokens; the one that is better on windows of validation is kept. (2) Everybody is
 tuned on training windows, in dollars. On `llm-chat` rules have so many trials in the engine; `anticipate` and the
 learned policies, whose levels hindsight can price, have theirs there, and stay as they are where that is better on
-validation. On `llm-mixed` all have the same trials in the engine. What is cheapest in dollars need not serve as many
+validation. On `llm-mixed` all have the same trials in the engine. The learned policy and `anticipate` also choose batch
+limits and tokens of an iteration: those of the shipped `configured` network, which has seen neither service
+(`experiments/scaling/configure.py --llm`), or those of the deployment, whichever is cheaper on the training windows,
+scaled by two numbers, which have as many trials as a rule has on `llm-chat`, and half of the policy's own on
+`llm-mixed`. Production rules leave the servers as they are deployed. What is cheapest in dollars need not serve as many
 in time, so the learned policy's margin is then raised until it does as well on the training windows as those that it
 is compared with: the production rule that is cheapest there, and `anticipate`, both as tuned. (3) All meet the
 environments' own traffic, none of which was trained or tuned on: the rest of the trace on paired seeds, and another
 day of `llm-mixed`. Which learned policy is compared was chosen by (2); the rule is the one that turns out cheapest in
-(3), and beside it stands `anticipate`, which reads the learned policy's own features. Intervals are 95 %, by
-bootstrap over paired runs.
+(3), and beside it stands `anticipate`, which reads the learned policy's own features, with or without chosen batches,
+whichever is cheaper. Intervals are 95 %, by bootstrap over paired runs.
 """
 
 from __future__ import annotations
@@ -35,9 +39,10 @@ import pandas as pd
 from pilotage.agents.domain import busy_rps, capacity_rps, log_uniform, sized, traffic_at_random
 from pilotage.agents.hindsight import Settings, joined, look_back, ratios, search, train
 from pilotage.agents.tune import candidate_of, space, tune
+from pilotage.control.configuring import Configured
 from pilotage.control.foresight import Anticipate, Foresight
 from pilotage.control.guard import Guard
-from pilotage.control.learned import policy_from
+from pilotage.control.learned import CONFIGURED, policy_from
 from pilotage.control.policy import Policy
 from pilotage.control.scaling import describe, parse
 from pilotage.engine.cluster import World, recorded
@@ -71,7 +76,7 @@ SEEDS = {CHAT: 6, MIXED: len(MIXED_TEST_H)}  # paired test runs
 TEST_SEED = 800_000
 AS_MANY = "tuned, as many in time"
 MOST, MARGIN_STEP = 1.5, 0.05  # margins, in replicas
-SMALLER = 192  # a batch limit below the environment's 256
+CHOSEN = "batches chosen"
 
 
 def training_scenario(data: Path) -> Scenario:
@@ -166,7 +171,11 @@ def tuned(
     env, name, policy, start = task
     began, cpu = time.perf_counter(), time.process_time()
     scenario, groups = tuning_windows(env, data, seed)
-    study = tune(policy, scenario, groups, trials=trials[env], seed=seed, starts=[start] if start else [])
+    apart = env == MIXED and isinstance(
+        policy, Foresight | Anticipate | Configured
+    )  # levels, and then batches
+    count = trials[env] // (2 if apart else 1)
+    study = tune(policy, scenario, groups, trials=count, seed=seed, starts=[start] if start else [])
     best = candidate_of(policy, study.best_params)
     values = [float(t.values[0]) for t in study.trials if t.values]
     print(
@@ -186,14 +195,42 @@ def trained_on(data: Path, seed: int, task: tuple[str, str, Policy]) -> tuple[fl
     return sum(run.total_usd for run in runs), in_time(runs)
 
 
-def matched(data: Path, seed: int, task: tuple[str, Foresight, float]) -> tuple[float, float]:
+def choosing(policy: Policy, network: bool) -> Configured:
+    """The same policy of replicas, which chooses the batches of LLM services as well: by the shipped network, or those
+    of the deployment, to be scaled."""
+    shipped = policy_from(CONFIGURED)
+    assert isinstance(shipped, Configured)
+    assert isinstance(policy, Foresight | Anticipate)
+    return Configured(llm_network=shipped.llm_network if network else None, replicas=policy)
+
+
+def chosen_batches(
+    data: Path, seed: int, trials: dict[str, int], task: tuple[str, str, Policy]
+) -> tuple[bool, Configured, list[float]]:
+    """The cheaper of both ways to choose batches on an environment's training windows, with the best of its trials."""
+    env, name, policy = task
+    ways = {network: choosing(policy, network) for network in (False, True)}
+    usd = {network: trained_on(data, seed, (env, name, way))[0] for network, way in ways.items()}
+    network = min(usd, key=lambda network: usd[network])
+    best, values = tuned(data, seed, trials, (env, f"{name}, {CHOSEN}", ways[network], None))
+    assert isinstance(best, Configured)
+    return network, best, values
+
+
+def with_margin(policy: Configured, margin: float) -> Configured:
+    assert isinstance(policy.replicas, Foresight)
+    return policy.replace(replicas=policy.replicas.replace(margin=margin))
+
+
+def matched(data: Path, seed: int, task: tuple[str, Configured, float]) -> tuple[float, float]:
     """The least margin of a learned policy with which so large a share is in time on an environment's training windows,
     or the largest that there may be, and the share."""
     env, policy, asked = task
+    assert isinstance(policy.replicas, Foresight)
     reached = 0.0
-    margins = np.append(np.arange(policy.margin, MOST, MARGIN_STEP), MOST)
+    margins = np.append(np.arange(policy.replicas.margin, MOST, MARGIN_STEP), MOST)
     for margin in margins.tolist():
-        _, reached = trained_on(data, seed, (env, "", policy.replace(margin=margin)))
+        _, reached = trained_on(data, seed, (env, "", with_margin(policy, margin)))
         print(f"{env}: margin {margin:.3f}: {reached:.6f} in time, of {asked:.6f}", flush=True)
         if reached >= asked:
             break
@@ -210,17 +247,10 @@ def test_worlds(env: str, data: Path, seed: int, count: int) -> tuple[Scenario, 
     return scenario, recorded(scenario, found)
 
 
-def judged(
-    data: Path, seed: int, seeds: dict[str, int], task: tuple[str, str, Policy, int | None]
-) -> list[Run]:
-    """One policy over an environment's test runs; with a batch limit, on servers that have it."""
-    env, name, policy, limit = task
+def judged(data: Path, seed: int, seeds: dict[str, int], task: tuple[str, str, Policy]) -> list[Run]:
+    """One policy over an environment's test runs."""
+    env, name, policy = task
     scenario, worlds = test_worlds(env, data, seed, seeds[env])
-    if limit is not None:
-        chat = scenario.services[0]
-        assert chat.llm is not None
-        smaller = chat.replace(llm=chat.llm.replace(max_batch=limit), server=type(chat.server)())
-        scenario = scenario.replace(services=(smaller, *scenario.services[1:]))
     runs = simulate(scenario, [policy] * len(worlds), worlds, guard=Guard(), label=name)
     print(f"{env}: {name}: {[round(run.total_usd, 2) for run in runs]}", flush=True)
     return runs
@@ -243,8 +273,8 @@ def compared(env: str, learned: str, runs: dict[str, list[Run]]) -> list[dict[st
     usd = {name: np.array([run.total_usd for run in of]) for name, of in runs.items()}
     share = {name: np.array([in_time([run]) for run in of]) for name, of in runs.items()}
     lines = []
-    for rules in (RULES, (OWN,)):
-        best = min((f"{name}, tuned" for name in rules), key=lambda name: usd[name].mean())
+    for rules in ([f"{name}, tuned" for name in RULES], [f"{OWN}, tuned", f"{OWN}, tuned, {CHOSEN}"]):
+        best = min(rules, key=lambda name: usd[name].mean())
         ratio = ratio_interval(usd[learned], usd[best])
         saved = {"mean": 1 - ratio["mean"], "low": 1 - ratio["high"], "high": 1 - ratio["low"]}
         more = interval(share[learned] - share[best])
@@ -302,21 +332,44 @@ def learn_and_tune(
     learned = [name for name in (SHIPPED, TRAINED) if name in contenders]
     lap("tune")
 
+    chosen = {env: min(learned, key=lambda name: value[env, name]) for env in envs}
+    choosers = [(env, name) for env in envs for name in (OWN, chosen[env])]
+    scaled = dict(
+        zip(
+            choosers,
+            pool.map(partial(chosen_batches, data, seed, trials), [(*of, best[of][0]) for of in choosers]),
+            strict=True,
+        )
+    )
+    lap("batches")
+
     rules = [(env, name, best[env, name][0]) for env in envs for name in (*RULES, OWN)]
     on_training = dict(
         zip([one[:2] for one in rules], pool.map(partial(trained_on, data, seed), rules), strict=True)
     )
-    chosen = {env: min(learned, key=lambda name: value[env, name]) for env in envs}
     cheapest = {env: min(RULES, key=lambda name: on_training[env, name][0]) for env in envs}
     asked = {env: max(on_training[env, name][1] for name in (cheapest[env], OWN)) for env in envs}
     raised = pool.map(
-        partial(matched, data, seed), [(env, best[env, chosen[env]][0], asked[env]) for env in envs]
+        partial(matched, data, seed),
+        [(env, scaled[env, chosen[env]][1], asked[env]) for env in envs],
     )
     lap("match")
     return {
         "training": [{k: t[k] for k in ("cpu_s", "wall_s", "curve")} for t in trainings],
         "trials": {env: {name: best[env, name][1] for name in contenders} for env in envs},
         "chosen": chosen,
+        "batches": {
+            env: {
+                name: {
+                    "network": network,
+                    "trials": values,
+                    "fields": {f: getattr(best, f) for f in space(best)},
+                }
+                for (where, name), (network, best, values) in scaled.items()
+                if where == env
+            }
+            for env in envs
+        },
         "matched": {
             env: {"rule": cheapest[env], "in_time_asked": asked[env], "margin": margin, "in_time": reached}
             for env, (margin, reached) in zip(envs, raised, strict=True)
@@ -366,23 +419,24 @@ def main() -> None:
             write_whole(kept, json.dumps(found, indent=1) + "\n")
         found = json.loads(kept.read_text())
         base = {SHIPPED: SHIPPED, TRAINED: options.policy or str(options.out / "policy.json")}
-        plans: list[tuple[str, str, Policy, int | None]] = []
+        plans: list[tuple[str, str, Policy]] = []
         for env in envs:
             for name, fields in found["fields"][env].items():
                 policy: Policy = policy_from(base.get(name, name)).replace(**fields)
-                plans.append((env, f"{name}, tuned", policy, None))
-                if env == CHAT and name == found["chosen"][env]:
-                    plans.append((env, f"{name}, tuned, batches of {SMALLER}", policy, SMALLER))
+                plans.append((env, f"{name}, tuned", policy))
+                if (batches := found["batches"][env].get(name)) is not None:
+                    scaled = choosing(policy, batches["network"]).replace(**batches["fields"])
+                    plans.append((env, f"{name}, tuned, {CHOSEN}", scaled))
                 if name == found["chosen"][env]:
-                    as_many = policy.replace(margin=found["matched"][env]["margin"])
-                    plans.append((env, f"{name}, {AS_MANY}", as_many, None))
-            plans.append((env, f"{SHIPPED}, as it is", policy_from(SHIPPED), None))
+                    as_many = with_margin(scaled, found["matched"][env]["margin"])
+                    plans.append((env, f"{name}, {AS_MANY}", as_many))
+            plans.append((env, f"{SHIPPED}, as it is", policy_from(SHIPPED)))
         judge = partial(judged, data, options.seed, seeds)
         runs = {plan[:2]: of for plan, of in zip(plans, pool.map(judge, plans), strict=True)}
         lap("judge")
 
     rows, acceptance = [], []
-    for (env, name, policy, _), of in zip(plans, runs.values(), strict=True):
+    for (env, name, policy), of in zip(plans, runs.values(), strict=True):
         items = np.mean([run.usd.sum(axis=0) for run in of], axis=0)
         total = interval(np.array([run.total_usd for run in of]))
         rows.append(

@@ -5,7 +5,8 @@
 choice, run as a policy that orders what it chose, over those of the same policy of replicas with the configuration as
 deployed, with the one that a rule of thumb picks (full batches within half of the objective, then the least rent), and
 with the best fixed one in hindsight, of all candidates. The first quarter of an hour, in which the policy deploys
-what it chose and the others have it already, does not count for anybody.
+what it chose and the others have it already, does not count for anybody. With `--llm` the same for LLM services, whose
+iterations have a budget of tokens in the place of a wait; of their candidates `LLM_PRICED` are drawn by chance.
 Intervals are 95 %, by bootstrap over deployments. `--policy FILE` trains nothing.
 """
 
@@ -16,7 +17,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
@@ -29,6 +29,7 @@ from pilotage.agents.configuring import (
     Priced,
     Settings,
     deployment_at_random,
+    llm_deployment_at_random,
     priced,
     regrets,
     rule_of_thumb,
@@ -37,7 +38,7 @@ from pilotage.agents.configuring import (
 from pilotage.control.configuring import Configured
 from pilotage.control.foresight import Foresight
 from pilotage.control.guard import Guard
-from pilotage.control.learned import SHIPPED, policy_from
+from pilotage.control.learned import CONFIGURED, SHIPPED, policy_from
 from pilotage.engine.run import bill, simulate
 from pilotage.evaluate import interval
 from pilotage.results import as_csv, provenance, write_whole
@@ -46,14 +47,27 @@ from pilotage.scenario import Scenario
 TEST, TEST_H, WARM_UP_H, AT_ONCE = 24, 1.75, 0.25, 4
 TRAIN_SEED, TEST_SEED = 3_000, 800_000
 QUICK = Settings(services=16, validation=8, candidates=6, hours=0.5, epochs=60)
+# LLM services take longer to simulate, and have more to choose from
+LLM, LLM_TEST_H, LLM_PRICED = Settings(services=200, validation=60, candidates=14, hours=0.4), 0.75, 36
 
 
-def drawn(seed: int, numbers: range, hours: float, start_h: float) -> list[Scenario]:
+def drawn(llm: bool, seed: int, numbers: range, hours: float, start_h: float) -> list[Scenario]:
     """Deployments at random, each of a generator of its own."""
-    return [
-        deployment_at_random(np.random.default_rng([seed, k]), hours).replace(start_h=start_h)
-        for k in numbers
-    ]
+    draw = llm_deployment_at_random if llm else deployment_at_random
+    return [draw(np.random.default_rng([seed, k]), hours).replace(start_h=start_h) for k in numbers]
+
+
+def learned_from(
+    llm: bool, seed: int, settings: Settings, replicas: Foresight, work: Path, task: tuple[int, int, str]
+) -> list[Priced]:
+    """What candidates of some deployments, of training or validation, cost."""
+    k, count, what = task
+    began = time.perf_counter()
+    return priced(
+        drawn(llm, seed + k, range(count), settings.hours, 30.0), replicas, seed + k, most=settings.candidates,
+        kept=work / f"configure-{what}-{settings.seed}-{count}.json",
+        progress=lambda n: print(f"{what}: {n} candidates, {time.perf_counter() - began:.0f} s", flush=True),
+    )  # fmt: skip
 
 
 def live_usd(policy: Configured, one: Priced) -> float:
@@ -68,13 +82,21 @@ def live_usd(policy: Configured, one: Priced) -> float:
 
 
 def judge(
-    policy: Configured, replicas: Foresight, seed: int, count: int, hours: float, work: Path, first: int
+    llm: bool,
+    policy: Configured,
+    replicas: Foresight,
+    seed: int,
+    count: int,
+    hours: float,
+    work: Path,
+    first: int,
 ) -> list[dict]:
     """What is compared, in dollars, on a few of the test's deployments."""
     numbers = range(first, min(first + AT_ONCE, count))
     tests = priced(
-        drawn(TEST_SEED + seed, numbers, hours, 54.0), replicas, TEST_SEED + seed + first,
-        warm_up_h=WARM_UP_H, kept=work / f"configure-test-{seed}-{hours:g}-{first}.json",
+        drawn(llm, TEST_SEED + seed, numbers, hours, 54.0), replicas, TEST_SEED + seed + first,
+        most=LLM_PRICED if llm else None, warm_up_h=WARM_UP_H,
+        kept=work / f"configure-test-{seed}-{hours:g}-{first}.json",
     )  # fmt: skip
     rows = []
     for k, one in zip(numbers, tests, strict=True):
@@ -91,7 +113,8 @@ def judge(
         rows.append(
             {"deployment": k, "candidates": len(at)}
             | {f"{name}_usd": f"{value:.5g}" for name, value in paid.items()}
-            | {f"{name}_is": f"{o.variant} on {o.pool}; {o.max_batch} within {1e3 * o.batch_wait_s:.0f} ms"
+            | {f"{name}_is": f"{o.variant} on {o.pool}; {o.max_batch} "
+               + (f"within {1e3 * o.batch_wait_s:.0f} ms" if o.chunk_tokens is None else f"and {o.chunk_tokens} tokens")
                for name, o in (("deployed", one.options[0]), ("chosen", chosen), ("best", best))}
         )  # fmt: skip
     return rows
@@ -107,44 +130,49 @@ def saved(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="not needed: nothing here reads a trace")
-    parser.add_argument("--out", type=Path, default=Path("results/scaling"))
+    parser.add_argument("--llm", action="store_true", help="of LLM services")
+    parser.add_argument("--out", type=Path, help="default: results/scaling, or results/llm_scaling")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--policy", type=Path, help="a configured.json: judge it, train nothing")
     parser.add_argument("--deployments", type=int, default=TEST, help="to judge on")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
+    options.out = options.out or Path("results") / ("llm_scaling" if options.llm else "scaling")
     options.out.mkdir(parents=True, exist_ok=True)
     started, began, lasted = datetime.now(UTC), time.perf_counter(), {}
 
     def lap(name: str) -> None:
         lasted[name] = round(time.perf_counter() - began - sum(lasted.values()), 1)
 
-    def say(what: str) -> Callable[[int], None]:
-        return lambda n: print(f"{what}: {n} candidates, {time.perf_counter() - began:.0f} s", flush=True)
-
     work, replicas = options.out / "work", policy_from(SHIPPED)
     assert isinstance(replicas, Foresight)
     if options.policy:
         policy = msgspec.json.decode(options.policy.read_bytes(), type=Configured)
     else:
-        settings = QUICK if options.quick else Settings(seed=options.seed)
+        settings = QUICK if options.quick else LLM if options.llm else Settings()
+        settings = msgspec.structs.replace(settings, seed=options.seed)
         seed = TRAIN_SEED + 10 * options.seed
-        learn, judged = (
-            priced(drawn(seed + k, range(count), settings.hours, 30.0), replicas, seed + k, most=settings.candidates,
-                   kept=work / f"configure-{what}-{options.seed}-{count}.json", progress=say(what))
-            for k, count, what in ((1, settings.services, "training"), (2, settings.validation, "validation"))
-        )  # fmt: skip
+        halves = 2 if options.llm else 1  # of training, which are priced side by side
+        tasks = [(2, settings.validation, "validation")]
+        tasks += [(1 + 2 * k, settings.services // halves, f"training-{k}") for k in range(halves)]
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
+            one_task = partial(learned_from, options.llm, seed, settings, replicas, work)
+            judged, *parts = pool.map(one_task, tasks)
+        learn = [one for part in parts for one in part]
         lap("pricing")
         network, curve = train(learn, judged, settings)
         rows = [{"epoch": 10 * k, "validation_regret": f"{regret:.5g}"} for k, regret in enumerate(curve)]
         rows.append({"epoch": "as deployed", "validation_regret": f"{regrets(judged)[:, 0].mean():.5g}"})
         write_whole(options.out / "configure_learning.csv", as_csv(rows))
-        policy = Configured(network=network)
+        shipped = policy_from(CONFIGURED)
+        assert isinstance(shipped, Configured)
+        # that of LLM services stands beside the one for servers that batch
+        policy = shipped.replace(llm_network=network) if options.llm else Configured(network=network)
         write_whole(options.out / "configured.json", msgspec.json.encode(policy).decode() + "\n")
         lap("training")
 
-    count, hours = (4, 1.0) if options.quick else (options.deployments, TEST_H)
-    one_part = partial(judge, policy, replicas, options.seed, count, hours, work)
+    count, hours = (4, 1.0) if options.quick else (options.deployments, LLM_TEST_H if options.llm else TEST_H)
+    one_part = partial(judge, options.llm, policy, replicas, options.seed, count, hours, work)
     rows = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for part in pool.map(one_part, range(0, count, AT_ONCE)):

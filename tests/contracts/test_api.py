@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 API = {
     "BundleError": "",
     "Controller": "",
-    "Decision": "order, release, max_batch, pool, variant, reason, batch_wait_s",
+    "Decision": "order, release, max_batch, pool, variant, reason, batch_wait_s, chunk_tokens",
     "FEATURES": "",
     "Guard": "min_replicas, max_replicas, max_order, max_release, order_cooldown_s, release_cooldown_s, "
     "max_usd_per_hour, max_total_usd_per_hour, required, stale_after_s, ranges, outside, fallback, hold, hold_file",

@@ -47,8 +47,11 @@ def test_the_shipped_policy_orders_what_an_llm_service_needs_and_little_more() -
 
 
 def test_the_shipped_configurations_are_what_the_experiment_trained() -> None:
-    trained = Path(__file__).parents[2] / "results" / "scaling" / "configured.json"
+    results = Path(__file__).parents[2] / "results"
+    trained = results / "llm_scaling" / "configured.json"  # which has kept the network of the other
     assert (Path(pilotage.control.__file__).parent / "configured.json").read_bytes() == trained.read_bytes()
-    shipped = policy_from("configured")
+    shipped, first = policy_from("configured"), policy_from(str(results / "scaling" / "configured.json"))
     assert isinstance(shipped, Configured)
-    assert describe(shipped) == "configured:network=<network>"
+    assert isinstance(first, Configured)
+    assert shipped.network == first.network
+    assert describe(shipped) == "configured:network=<network>,llm_network=<network>"

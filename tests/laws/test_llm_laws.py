@@ -153,6 +153,8 @@ def cases(draw):
     orders["order"].reshape(-1)[:] = draw(st.lists(st.sampled_from([0, 0, 0, 1, 2]), min_size=n, max_size=n))
     orders["release"].reshape(-1)[:] = draw(st.lists(st.sampled_from([0, 0, 0, 1]), min_size=n, max_size=n))
     orders["max_batch"].reshape(-1)[:] = draw(st.lists(st.sampled_from([0, 0, 1, 8]), min_size=n, max_size=n))
+    chunks = st.sampled_from([0, 0, 0, 1, 20, 700])
+    orders["chunk_tokens"].reshape(-1)[:] = draw(st.lists(chunks, min_size=n, max_size=n))
     return scenario, orders, draw(st.integers(0, 1000))
 
 
@@ -196,6 +198,32 @@ def test_a_fleet_with_llm_services_conserves_requests_blocks_and_money(case) -> 
         assert cluster.totals[0, 0]["tpots"] == 0
     cluster.finish()
     assert (cluster.totals["overdue"][0] <= inside).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from([0, 0, 1, 5, 40, 700]), min_size=8, max_size=40), st.integers(0, 100))
+def test_whatever_budget_is_ordered_no_iteration_exceeds_it_and_no_token_is_lost(chunks, seed) -> None:
+    server = LLMServer(kv_blocks=3000, max_batch=16, chunk_tokens=256)
+    service = llm_service(llm=server, tokens=RandomTokens(prompt_mean=60, output_mean=10, max_tokens=500))
+    scenario = fleet(service).replace(tick_s=0.125)
+    times = np.sort(np.random.default_rng(seed).uniform(0, 0.125 * len(chunks), 30))
+    cluster = Cluster(scenario, [World(seed, traffic=(Times(times),))])
+    f, orders, in_force = cluster._llm.rows[0].fleet, cluster.no_orders(), server.chunk_tokens
+    limits = np.zeros(len(f.engines))
+    for chunk in [*chunks, 256, *[0] * 400]:
+        orders["chunk_tokens"], begun = chunk, f.engines["iterations"].copy()
+        cluster.advance(orders)
+        f, in_force = cluster._llm.rows[0].fleet, chunk or in_force
+        limits[f.engines["iterations"] > begun] = in_force  # what is in flight has begun in this tick
+        for k in np.flatnonzero(f.engines["flying"] > 0):
+            members, tokens = (a[k, : f.engines["flying"][k]] for a in (f.batch, f.scheduled))
+            decodes = int((f.sequences["complete"][members] == 1).sum())
+            assert tokens.sum() <= max(limits[k], decodes)
+    total = cluster.totals[0, 0]
+    lengths = service.tokens.begin(None, None).of(int(cluster.params["seed_demand"][0]), np.arange(30))
+    assert total["served"] == total["arrived"] == 30
+    assert total["prompt_tokens"] == lengths.prompt.sum()
+    assert total["output_tokens"] == lengths.output.sum()
 
 
 @settings(max_examples=15, deadline=None)

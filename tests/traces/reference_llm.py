@@ -257,9 +257,9 @@ class Replica:
         return self.s.overlap_weight * (new + waiting) + (self.total - self.free)
 
 
-def serve(server, law, requests: list[Request], replicas: list[Replica]) -> None:
-    """All requests, in order of the time they are here."""
-    for turn, r in enumerate(requests):
+def serve(server, law, requests: list[Request], replicas: list[Replica], first=0, until=math.inf) -> None:
+    """All requests, in order of the time they are here, and all replicas `until` then; `first` came before them."""
+    for turn, r in enumerate(requests, first):
         for replica in replicas:
             replica.bring(r.here)
         if server.routing == "round-robin":
@@ -273,4 +273,4 @@ def serve(server, law, requests: list[Request], replicas: list[Replica]) -> None
         if not why:
             chosen.queue.append(r)
     for replica in replicas:
-        replica.bring(math.inf)
+        replica.bring(until)

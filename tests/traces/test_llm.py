@@ -12,12 +12,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pilotage.engine.serving import serve, serve_apart
+from pilotage.control.policy import Decision
+from pilotage.engine import llm
+from pilotage.engine.cluster import Cluster, Recorded, World
+from pilotage.engine.serving import (
+    _served,
+    engine_record,
+    new_fleet,
+    sequence_records,
+    serve,
+    serve_apart,
+    server_record,
+)
 from pilotage.metrics import BUCKETS, bucket_of
+from pilotage.scenario import Scenario
+from pilotage.world.arrivals import Poisson
 from pilotage.world.llm import LLMServer
-from pilotage.world.servers import IterationLaw
+from pilotage.world.pools import Pool
+from pilotage.world.servers import IterationLaw, Variant
+from pilotage.world.services import Service
 from pilotage.world.spec import SpecError
-from pilotage.world.tokens import Requests, read_requests
+from pilotage.world.tokens import RandomTokens, Requests, read_requests
 from tests.traces import reference_llm
 from tests.traces.reference_llm import Replica, Request
 
@@ -122,6 +137,34 @@ def test_prefill_and_decode_apart_equal_plain_python(server, requests, prefill, 
     compare(found, wanted, first + second)
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    servers(),
+    workloads(),
+    st.integers(1, 3),
+    st.lists(st.tuples(st.sampled_from([0.05, 0.4, 3.0]), st.sampled_from([1, 2, 7, 30, 500])), max_size=6),
+)
+def test_another_budget_of_tokens_equals_plain_python(server, requests, count, orders) -> None:
+    """What is ordered acts on the iterations that begin from then on; those in flight end as they are."""
+    wanted = as_reference(requests)
+    replicas = [Replica(server, LAW) for _ in range(count)]
+    engines = np.tile(engine_record(server, LAW), count)
+    fleet = new_fleet(
+        server_record(server), engines, *sequence_records(requests, server.prefix_block_tokens is not None)
+    )
+    done, now_s = 0, 0.0
+    for lasts_s, tokens in [*orders, (math.inf, 64)]:
+        now_s += lasts_s
+        upto = int(np.searchsorted(requests.arrival_s, now_s))
+        llm.serve(fleet, done, upto, now_s)
+        reference_llm.serve(server, LAW, wanted[done:upto], replicas, done, now_s)
+        done = upto
+        fleet.server["chunk"], fleet.engines["quiet_s"] = tokens, 0.0
+        for replica in replicas:
+            replica.s = server.replace(chunk_tokens=tokens)
+    compare(_served(fleet, fleet.itl, fleet.engines), wanted, replicas)
+
+
 # --- cases by hand: every iteration takes a second ------------------------------------------------------------
 def one_by_one(*requests: tuple[float, int, int]) -> Requests:
     arrival, prompt, output = zip(*requests, strict=True)
@@ -143,6 +186,33 @@ def test_chunks_share_an_iteration_with_decodes() -> None:
     found = serve(server, SECOND, one_by_one((0.0, 10, 3), (1.5, 10, 1)))
     assert found.ttft_s.tolist() == [2.0, 2.5]
     assert found.e2el_s.tolist() == [4.0, 2.5]
+
+
+def test_a_decision_changes_the_tokens_of_the_iterations_that_begin_after_it() -> None:
+    # A second an iteration, of 6 tokens: a prompt of 24 has 6 by 1 and 6 by 2. 9 are ordered at 1.5: 9 by 3, and the
+    # other 3 by 4, with the first of 4 tokens. The second prompt comes at 3.5 and has 8 beside a decode by 5, and by 6.
+    # At 6 it is 1: the last decode by 7, and then the other 8 one by one; the second first token is there at 15
+    service = Service(
+        name="chat", slo_ms=5000.0, pools=("gpu",), initial_replicas=1, traffic=Poisson(rate_rps=1.0),
+        variants=(Variant(name="v", latency={"gpu": SECOND}),), llm=LLMServer(chunk_tokens=6, kv_blocks=100),
+        tokens=RandomTokens(prompt_mean=24, prompt_cv=0.0, output_mean=4, output_cv=0.0),
+    )  # fmt: skip
+    gpu = Pool(name="gpu", price_usd_per_hour=1.0)
+    scenario = Scenario(title="t", pools=(gpu,), services=(service,), tick_s=0.5, horizon_h=20 / 3600)
+    cluster = Cluster(scenario, [World(0, 0.0, (Recorded(np.array([0.0, 3.5])),))])
+    tokens = {}
+    for k in range(scenario.ticks):
+        cluster.apply([Decision(chunk_tokens={3: 9, 12: 1}.get(k))])
+        cluster.wait()
+        if now := int(cluster.ticks["prompt_tokens"][0, 0]):
+            tokens[(k + 1) / 2] = now
+    assert tokens == {1: 6, 2: 6, 3: 9, 4: 3, 5: 8, 6: 8, **dict.fromkeys(range(8, 16), 1)}
+    assert cluster.totals["latency_s"][0, 0] == 4 + 11.5
+    assert cluster.totals["late"][0, 0] == 1
+    cluster.restart([0], [World(0, 0.0, (Recorded(np.array([0.0])),))])
+    cluster.advance(cluster.no_orders())
+    cluster.advance(cluster.no_orders())
+    assert cluster.ticks["prompt_tokens"][0, 0] == 6  # a new run begins as the service is deployed
 
 
 def test_an_arrival_at_the_end_of_an_iteration_is_in_the_next() -> None:

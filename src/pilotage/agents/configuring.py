@@ -23,11 +23,11 @@ import torch
 
 from pilotage.agents.domain import log_uniform, traffic_at_random
 from pilotage.control.configuring import (
-    FEATURES,
     Configuration,
     as_if,
     candidates,
     features,
+    names_of,
 )
 from pilotage.control.network import Network
 from pilotage.control.policy import Policy, Situation
@@ -36,9 +36,11 @@ from pilotage.engine.run import bill, simulate
 from pilotage.scenario import Scenario
 from pilotage.world.arrivals import Traffic
 from pilotage.world.faults import Hazard, Spot
+from pilotage.world.llm import LLMServer, Objectives, shipped_profiles
 from pilotage.world.pools import Pool
-from pilotage.world.servers import Affine, BatchServer, LatencyLaw, Variant
+from pilotage.world.servers import Affine, BatchServer, IterationLaw, LatencyLaw, Variant
 from pilotage.world.services import Economics, Service
+from pilotage.world.tokens import RandomTokens
 
 ROWS = 160  # services that are simulated at once, which bounds memory
 _WORST = 2.0  # no candidate counts for more than so much, as a logarithm of cost over the cheapest
@@ -138,6 +140,73 @@ def deployment_at_random(rng: np.random.Generator, hours: float, tick_s: float =
         title="a deployment at random", name="deployment", pools=tuple(pools), services=(service,),
         horizon_h=hours, tick_s=tick_s, start_h=30.0, history_h=1.0,
     )  # fmt: skip
+
+
+def llm_deployment_at_random(rng: np.random.Generator, hours: float, tick_s: float = 15.0) -> Scenario:
+    """The same for an LLM service: one of the profiles that come with the package, on nodes and in variants as above;
+    half of the time on the first kind and of the first variant only, so that batches are all there is to choose.
+
+    Its limits are chance, too: KV cache for a third to three times a full batch, 512 to 8192 tokens an iteration. The
+    first token may take 2 to 60 times as long as it takes alone, a later one 1.2 to 12 times; a missed replica's worth
+    of requests costs 3 to 300 times the replica.
+    """
+    shape = deployment_at_random(rng, hours, tick_s)
+    service = shape.services[0]
+    profiles = shipped_profiles()
+    law = profiles[str(rng.choice(sorted(profiles)))].law
+    prompt, output = log_uniform(rng, 150, 4000), log_uniform(rng, 30, 500)
+    max_batch, chunk = int(rng.choice([16, 32, 64, 128, 256])), int(rng.choice([512, 1024, 2048, 4096, 8192]))
+    held = prompt + output / 2
+    step_s = (law.decode or law).seconds(0, 1, held, 0)
+    alone_s = 2 * step_s + law.seconds(prompt, 0, 0, prompt * min(prompt, chunk))
+    if rng.random() < 0.5:
+        service = service.replace(pools=service.pools[:1], variants=service.variants[:1])
+    first = service.variants[0].latency[service.pools[0]]
+    variants = tuple(
+        variant.replace(
+            latency={k: _paced(law, _alone_ms(v) / _alone_ms(first)) for k, v in variant.latency.items()}
+        )
+        for variant in service.variants
+    )
+    service = service.replace(
+        slo_ms=1e3 * alone_s * log_uniform(rng, 2, 60),
+        variants=variants,
+        server=BatchServer(),
+        llm=LLMServer(
+            max_batch=max_batch,
+            chunk_tokens=chunk,
+            kv_blocks=round(max_batch * held / 16 * log_uniform(rng, 1 / 3, 3)) + 1000,
+            objectives=Objectives(tpot_ms=1e3 * step_s * log_uniform(rng, 1.2, 12)),
+        ),
+        tokens=RandomTokens(
+            prompt_mean=prompt, prompt_cv=float(rng.uniform(0.3, 1.2)), output_mean=output,
+            output_cv=float(rng.uniform(0.3, 1.0)), max_tokens=16_000,
+        ),
+    )  # fmt: skip
+    capacity_rps = Situation(service, shape.pool_by_name, tick_s, np.zeros(0)).capacity_rps()
+    price = shape.pool_by_name[service.pools[0]].price_usd_per_hour
+    missed_usd = log_uniform(rng, 3, 300) * price / 3600 / capacity_rps
+    replicas, kind = log_uniform(rng, 0.7, 6), str(rng.choice(["diurnal", "diurnal", "flash", "on-off"]))
+    service = service.replace(
+        initial_replicas=max(1, round(replicas)),
+        traffic=traffic_at_random(rng, kind, replicas * capacity_rps, (hours + 40) * 3600),
+        economics=Economics(
+            late_usd=missed_usd, dropped_usd=missed_usd, error_usd=missed_usd * log_uniform(rng, 0.01, 1)
+        ),
+    )
+    return shape.replace(services=(service,))
+
+
+def _alone_ms(law: LatencyLaw) -> float:
+    assert isinstance(law, Affine)
+    return law.base_ms + law.per_item_ms
+
+
+def _paced(law: IterationLaw, factor: float) -> IterationLaw:
+    """An iteration law whose iterations take `factor` times as long."""
+    terms = ("base_s", "prefill_s", "sequence_s", "context_s", "square_s", "cross_s")
+    decode = None if law.decode is None else _paced(law.decode, factor)
+    return law.replace(decode=decode, **{name: factor * getattr(law, name) for name in terms})
 
 
 def _faster(law: LatencyLaw, factor: float) -> LatencyLaw:
@@ -241,9 +310,7 @@ class _Scorer(torch.nn.Module):
     def __init__(self, mean: np.ndarray, scale: np.ndarray, hidden: Sequence[int]) -> None:
         super().__init__()
         self.mean, self.scale, self.clip = torch.tensor(mean).float(), torch.tensor(scale).float(), 4.0
-        self.layers = torch.nn.ModuleList(
-            torch.nn.Linear(a, b) for a, b in pairwise([len(FEATURES), *hidden, 1])
-        )
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(a, b) for a, b in pairwise([len(mean), *hidden, 1]))
         torch.nn.init.zeros_(self.layers[-1].weight)
         torch.nn.init.zeros_(self.layers[-1].bias)
 
@@ -318,7 +385,7 @@ def train(
 
 def _padded(table: Sequence[Priced]) -> tuple[torch.Tensor, torch.Tensor]:
     cost = regrets(table)
-    x = np.zeros((*cost.shape, len(FEATURES)))
+    x = np.zeros((*cost.shape, table[0].features.shape[1]))
     for row, one in zip(x, table, strict=True):
         row[: len(one.features)] = one.features
     return torch.from_numpy(x).float(), torch.from_numpy(cost).float()
@@ -327,7 +394,7 @@ def _padded(table: Sequence[Priced]) -> tuple[torch.Tensor, torch.Tensor]:
 def rule_of_thumb(situation: Situation, options: Sequence[Configuration]) -> Configuration:
     """The candidate with the least rent per request among those whose full batch, its wait and the network take half of
     the objective at most, wrong answers priced in; where none does, the fastest of them."""
-    names = {name: k for k, name in enumerate(FEATURES)}
+    names = {name: k for k, name in enumerate(names_of(situation.service))}
     seen = features(situation, options)
     rent = seen[:, names["rent"]] + seen[:, names["errors"]]
     fits = seen[:, names["full"]] <= math.log(0.5)

@@ -66,6 +66,7 @@ ACTION: Final[dict[str, str]] = {
     "pool": "where ordered replicas go; null: the service's first pool",
     "variant": "the build that the service is rolled over to; null: as it is",
     "batch_wait_s": "how long a batch that is not full waits, in seconds; null: as it is",
+    "chunk_tokens": "how many tokens an iteration of an LLM server may have; null: as it is",
 }
 _NAMES: Final = tuple(feature.name for feature in FEATURES)
 _TICKS, _SERVICES, _PROBES = 40, 3, 16  # of the self-test

@@ -31,6 +31,7 @@ from pilotage.control.policy import (
     values_of,
 )
 from pilotage.world.spec import Count, NonNegative, Positive, PositiveCount, Spec, SpecError, closest
+from pilotage.world.tokens import MAX_TOKENS
 
 _ABSURD = 1_000_000
 
@@ -175,6 +176,8 @@ class Check:
         self._variants = [frozenset(variant.name for variant in s.service.variants) for s in situations]
         # a batch that waits beyond the objective makes its first request late
         self._longest_s = [max(s.service.slo_s, s.service.server.batch_wait_ms / 1e3) for s in situations]
+        servers = [s.service.llm for s in situations]
+        self._chunked = [server is not None and server.scheduler == "chunked" for server in servers]
         self._usd = np.array([s.replica_usd_per_hour for s in situations])
         self._fallbacks = [guard.fallback.begin(s) for s in situations] if guard.fallback else None
         self._known = np.full(n, np.nan)  # replicas, as last counted
@@ -271,6 +274,11 @@ class Check:
         wait_s = wanted.batch_wait_s
         if wait_s is not None and not 0 <= wait_s <= self._longest_s[k]:
             return f"batch_wait_s is not within 0 and {self._longest_s[k]:g}: {wait_s!r}"
+        tokens = wanted.chunk_tokens
+        if tokens is not None and not self._chunked[k]:
+            return "chunk_tokens belongs to an LLM service whose scheduler is chunked, which this one is not"
+        if tokens is not None and not (isinstance(tokens, int | np.integer) and 1 <= tokens <= MAX_TOKENS):
+            return f"chunk_tokens is not a whole number within 1 and {MAX_TOKENS}: {tokens!r}"
         return None
 
     # --- what is done about it ---------------------------------------------------------------------------------

@@ -362,9 +362,9 @@ def times_of(seen: Sequence[Observation]) -> np.ndarray:
 
 class Decision(msgspec.Struct, frozen=True, gc=False):
     """What a policy orders for one service: replicas to order (ready only after boot and load) and to release
-    (now). `max_batch`, `pool`, `variant` and `batch_wait_s` of None leave what is in force; `pool` names where new
-    replicas go, `variant` the build to which the service is rolled over, `batch_wait_s` how long a batch that is not
-    full waits.
+    (now). What is None is left as it is in force; `pool` names where new replicas go, `variant` the build to which the
+    service is rolled over, `batch_wait_s` how long a batch that is not full waits, `chunk_tokens` how many tokens an
+    iteration of an LLM service may have (vLLM's `max_num_batched_tokens`).
     """
 
     order: int = 0
@@ -374,6 +374,7 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     variant: str | None = None
     reason: str = ""
     batch_wait_s: float | None = None
+    chunk_tokens: int | None = None
 
     @staticmethod
     def towards(

@@ -34,13 +34,15 @@ class Ordered(Spec, frozen=True, kw_only=True, omit_defaults=True):
     pool: str | None = None
     variant: str | None = None
     batch_wait_s: float | None = None
+    chunk_tokens: int | None = None
 
     @classmethod
     def of(cls, decision: Decision) -> Ordered:
         limit = None if decision.max_batch is None else int(decision.max_batch)
+        chunk = None if decision.chunk_tokens is None else int(decision.chunk_tokens)
         return cls(
             order=int(decision.order), release=int(decision.release), max_batch=limit,
-            pool=decision.pool, variant=decision.variant, batch_wait_s=decision.batch_wait_s,
+            pool=decision.pool, variant=decision.variant, batch_wait_s=decision.batch_wait_s, chunk_tokens=chunk,
         )  # fmt: skip
 
 

@@ -364,7 +364,7 @@ class Cluster:
         taken = (np.ascontiguousarray(orders).reshape(w * s), self._blank)
         rule = (self._rule, self.weights, self._jointly)
         if self._llm is not None:
-            self._llm.tell(self.active, self.replicas)
+            self._llm.tell(self.active, self.replicas, taken[0])
             if kernel.decide(*books, *taken):
                 kernel.place(*books, *rule)
             for lo, hi in self._llm.others:
@@ -471,7 +471,7 @@ class Cluster:
             decisions = ()
         for k, decision in enumerate(decisions):
             if not (decision.order or decision.release or decision.max_batch) and (
-                decision.pool is decision.variant is decision.batch_wait_s is None
+                decision.pool is decision.variant is decision.batch_wait_s is decision.chunk_tokens is None
             ):
                 continue  # most change nothing
             rows[k] = (
@@ -483,6 +483,7 @@ class Cluster:
                 if decision.variant is None
                 else self._variant_index[k % self.shape[1]][decision.variant],
                 SAME_WAIT if decision.batch_wait_s is None else decision.batch_wait_s,
+                decision.chunk_tokens or 0,
             )
         self.decisions = orders
 

@@ -402,12 +402,12 @@ COUNTS: Final = (
     "replica_s",
 )
 
-# what a policy orders for one row; max_batch 0, pool ANY_POOL, variant SAME_VARIANT and batch_wait_s SAME_WAIT leave
-# what is in force
+# what a policy orders for one row; max_batch 0, pool ANY_POOL, variant SAME_VARIANT, batch_wait_s SAME_WAIT and
+# chunk_tokens 0 leave what is in force
 ORDER: Final = np.dtype(
     [
         ("order", "i8"), ("release", "i8"), ("max_batch", "i8"), ("pool", "i8"), ("variant", "i8"),
-        ("batch_wait_s", "f8"),
+        ("batch_wait_s", "f8"), ("chunk_tokens", "i8"),
     ],
     align=True,
 )  # fmt: skip

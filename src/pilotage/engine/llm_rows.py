@@ -7,7 +7,7 @@ Where prefill and decode are apart, the rows of one service are two: what the fi
 was still on its way, arrives at the second, whose places for arrivals are given their times.
 
 What an LLM service does not have yet: queue limits, timeouts and impatient clients, models that decay. A batch limit
-lowered by a policy acts on admissions only.
+lowered by a policy acts on admissions only, another budget of tokens on the iterations that begin from then on.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Row:
     """One LLM service in one world."""
 
     def __init__(self, server: LLMServer, tokens: Tokens, slots: int, ready: np.ndarray) -> None:
-        self.tokens = tokens
+        self.tokens, self._chunk_tokens = tokens, server.chunk_tokens
         record, engines = server_record(server, _ROLES[server.role]), np.zeros(slots, ENGINE)
         sequences = np.zeros(0, SEQUENCE)
         self.fleet = new_fleet(record, engines, sequences, tokens.ids, tokens.distinct)._replace(ready=ready)
@@ -60,6 +60,7 @@ class Row:
         f = self.fleet
         f.engines[:] = np.zeros((), f.engines.dtype)
         f.engines["stamp"] = -1
+        f.server["chunk"] = self._chunk_tokens
         f.desk[:] = 0
         f.itl[:] = 0
         sequences = np.zeros(_AT_FIRST, SEQUENCE)
@@ -72,6 +73,12 @@ class Row:
         self._free = np.arange(_AT_FIRST)[::-1].copy()  # a stack of the places that are free
         self._left = _AT_FIRST
         self.handed = self._on_their_way = _NOBODY
+
+    def limit(self, what: str, value: int) -> None:
+        """Sets a limit of the iterations that begin from now on."""
+        if self.fleet.server[what] != value:
+            self.fleet.server[what] = value
+            self.fleet.engines["quiet_s"] = 0.0  # who waits may now be let in, and be through before
 
     def outstanding(self) -> np.ndarray:
         e = self.fleet.engines
@@ -186,11 +193,14 @@ class LlmRows:
             if r // self._services == w:
                 row.restart()
 
-    def tell(self, active: np.ndarray, replicas: np.ndarray) -> None:
-        """Says of every replica how many requests it has, until `tick`: who drains with none goes at once."""
+    def tell(self, active: np.ndarray, replicas: np.ndarray, orders: np.ndarray) -> None:
+        """Says of every replica how many requests it has, until `tick`: who drains with none goes at once. Takes in the
+        budgets of tokens that are ordered."""
         for r, row in self.rows.items():
             if not active[r // self._services]:
                 continue
+            if orders["chunk_tokens"][r] > 0:
+                row.limit("chunk", int(orders["chunk_tokens"][r]))
             lo, hi = self._params["replica_lo"][r], self._params["replica_hi"][r]
             replicas["waiting"][lo:hi] = row.outstanding()
 
@@ -213,7 +223,7 @@ class LlmRows:
                 n = int(np.searchsorted(arrivals[lo:hi], t0 + tick_s))
                 numbers_of = int(record["first_number"] + record["arrival_lo"]) + np.arange(n)
                 row.take_in(arrivals[lo : lo + n], numbers_of, int(self._params["seed_demand"][r]))
-            row.fleet.server["max_batch"] = min(int(record["max_batch"]), row.fleet.running.shape[1])
+            row.limit("max_batch", min(int(record["max_batch"]), row.fleet.running.shape[1]))
             llm_ticks.tick(
                 r, row.fleet, self._builds, row.coming, state, numbers, arrivals, requests, histograms[r],
                 t0, t0 + tick_s,
