@@ -48,7 +48,8 @@ TEST, TEST_H, WARM_UP_H, AT_ONCE = 24, 1.75, 0.25, 4
 TRAIN_SEED, TEST_SEED = 3_000, 800_000
 QUICK = Settings(services=16, validation=8, candidates=6, hours=0.5, epochs=60)
 # LLM services take longer to simulate, and have more to choose from
-LLM, LLM_TEST_H, LLM_PRICED = Settings(services=200, validation=60, candidates=14, hours=0.4), 0.75, 36
+LLM = Settings(services=400, validation=60, candidates=14, hours=0.4, epochs=160, weight_decay=1.0)
+LLM_TEST_H, LLM_PRICED = 0.75, 36
 
 
 def drawn(llm: bool, seed: int, numbers: range, hours: float, start_h: float) -> list[Scenario]:
@@ -152,13 +153,13 @@ def main() -> None:
         settings = QUICK if options.quick else LLM if options.llm else Settings()
         settings = msgspec.structs.replace(settings, seed=options.seed)
         seed = TRAIN_SEED + 10 * options.seed
-        halves = 2 if options.llm else 1  # of training, which are priced side by side
+        parts = 4 if options.llm else 1  # of training, which are priced side by side
         tasks = [(2, settings.validation, "validation")]
-        tasks += [(1 + 2 * k, settings.services // halves, f"training-{k}") for k in range(halves)]
+        tasks += [(1 + 2 * k, settings.services // parts, f"training-{k}") for k in range(parts)]
         with ProcessPoolExecutor(os.cpu_count()) as pool:
             one_task = partial(learned_from, options.llm, seed, settings, replicas, work)
-            judged, *parts = pool.map(one_task, tasks)
-        learn = [one for part in parts for one in part]
+            judged, *learned = pool.map(one_task, tasks)
+        learn = [one for part in learned for one in part]
         lap("pricing")
         network, curve = train(learn, judged, settings)
         rows = [{"epoch": 10 * k, "validation_regret": f"{regret:.5g}"} for k, regret in enumerate(curve)]
