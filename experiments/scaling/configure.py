@@ -48,7 +48,13 @@ TEST, TEST_H, WARM_UP_H, AT_ONCE = 24, 1.75, 0.25, 4
 TRAIN_SEED, TEST_SEED = 3_000, 800_000
 QUICK = Settings(services=16, validation=8, candidates=6, hours=0.5, epochs=60)
 # LLM services take longer to simulate, and have more to choose from
-LLM, LLM_TEST_H, LLM_PRICED = Settings(services=200, validation=60, candidates=14, hours=0.4), 0.75, 36
+LLM = Settings(services=400, validation=60, candidates=14, hours=0.4, epochs=160, weight_decay=1.0)
+LLM_TEST_H, LLM_PRICED = 0.75, 36
+
+
+def stem(llm: bool) -> str:
+    """How the names of what is written begin."""
+    return "configure_llm" if llm else "configure"
 
 
 def drawn(llm: bool, seed: int, numbers: range, hours: float, start_h: float) -> list[Scenario]:
@@ -65,7 +71,7 @@ def learned_from(
     began = time.perf_counter()
     return priced(
         drawn(llm, seed + k, range(count), settings.hours, 30.0), replicas, seed + k, most=settings.candidates,
-        kept=work / f"configure-{what}-{settings.seed}-{count}.json",
+        kept=work / f"{stem(llm)}-{what}-{settings.seed}-{count}.json",
         progress=lambda n: print(f"{what}: {n} candidates, {time.perf_counter() - began:.0f} s", flush=True),
     )  # fmt: skip
 
@@ -96,7 +102,7 @@ def judge(
     tests = priced(
         drawn(llm, TEST_SEED + seed, numbers, hours, 54.0), replicas, TEST_SEED + seed + first,
         most=LLM_PRICED if llm else None, warm_up_h=WARM_UP_H,
-        kept=work / f"configure-test-{seed}-{hours:g}-{first}.json",
+        kept=work / f"{stem(llm)}-test-{seed}-{hours:g}-{first}.json",
     )  # fmt: skip
     rows = []
     for k, one in zip(numbers, tests, strict=True):
@@ -131,20 +137,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="not needed: nothing here reads a trace")
     parser.add_argument("--llm", action="store_true", help="of LLM services")
-    parser.add_argument("--out", type=Path, help="default: results/scaling, or results/llm_scaling")
+    parser.add_argument("--out", type=Path, default=Path("results/scaling"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--policy", type=Path, help="a configured.json: judge it, train nothing")
     parser.add_argument("--deployments", type=int, default=TEST, help="to judge on")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
-    options.out = options.out or Path("results") / ("llm_scaling" if options.llm else "scaling")
     options.out.mkdir(parents=True, exist_ok=True)
     started, began, lasted = datetime.now(UTC), time.perf_counter(), {}
 
     def lap(name: str) -> None:
         lasted[name] = round(time.perf_counter() - began - sum(lasted.values()), 1)
 
-    work, replicas = options.out / "work", policy_from(SHIPPED)
+    work, replicas, named = options.out / "work", policy_from(SHIPPED), stem(options.llm)
     assert isinstance(replicas, Foresight)
     if options.policy:
         policy = msgspec.json.decode(options.policy.read_bytes(), type=Configured)
@@ -152,23 +157,24 @@ def main() -> None:
         settings = QUICK if options.quick else LLM if options.llm else Settings()
         settings = msgspec.structs.replace(settings, seed=options.seed)
         seed = TRAIN_SEED + 10 * options.seed
-        halves = 2 if options.llm else 1  # of training, which are priced side by side
+        parts = 4 if options.llm else 1  # of training, which are priced side by side
         tasks = [(2, settings.validation, "validation")]
-        tasks += [(1 + 2 * k, settings.services // halves, f"training-{k}") for k in range(halves)]
+        tasks += [(1 + 2 * k, settings.services // parts, f"training-{k}") for k in range(parts)]
         with ProcessPoolExecutor(os.cpu_count()) as pool:
             one_task = partial(learned_from, options.llm, seed, settings, replicas, work)
-            judged, *parts = pool.map(one_task, tasks)
-        learn = [one for part in parts for one in part]
+            judged, *learned = pool.map(one_task, tasks)
+        learn = [one for part in learned for one in part]
         lap("pricing")
         network, curve = train(learn, judged, settings)
         rows = [{"epoch": 10 * k, "validation_regret": f"{regret:.5g}"} for k, regret in enumerate(curve)]
         rows.append({"epoch": "as deployed", "validation_regret": f"{regrets(judged)[:, 0].mean():.5g}"})
-        write_whole(options.out / "configure_learning.csv", as_csv(rows))
+        write_whole(options.out / f"{named}_learning.csv", as_csv(rows))
         shipped = policy_from(CONFIGURED)
         assert isinstance(shipped, Configured)
         # that of LLM services stands beside the one for servers that batch
         policy = shipped.replace(llm_network=network) if options.llm else Configured(network=network)
-        write_whole(options.out / "configured.json", msgspec.json.encode(policy).decode() + "\n")
+        kept = options.out / ("configured_llm.json" if options.llm else "configured.json")
+        write_whole(kept, msgspec.json.encode(policy).decode() + "\n")
         lap("training")
 
     count, hours = (4, 1.0) if options.quick else (options.deployments, LLM_TEST_H if options.llm else TEST_H)
@@ -200,11 +206,11 @@ def main() -> None:
             }
         )
         print(acceptance[-1])
-    write_whole(options.out / "configure.csv", as_csv(rows))
-    write_whole(options.out / "configure_acceptance.csv", as_csv(acceptance))
+    write_whole(options.out / f"{named}.csv", as_csv(rows))
+    write_whole(options.out / f"{named}_acceptance.csv", as_csv(acceptance))
     record = provenance("scaling/configure", sys.argv, started, lasted)
     record |= {"seed": options.seed, "deployments": count}
-    write_whole(options.out / "configure_run.json", json.dumps(record, indent=1) + "\n")
+    write_whole(options.out / f"{named}_run.json", json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -47,10 +47,10 @@ def test_the_shipped_policy_orders_what_an_llm_service_needs_and_little_more() -
 
 
 def test_the_shipped_configurations_are_what_the_experiment_trained() -> None:
-    results = Path(__file__).parents[2] / "results"
-    trained = results / "llm_scaling" / "configured.json"  # which has kept the network of the other
+    results = Path(__file__).parents[2] / "results" / "scaling"
+    trained = results / "configured_llm.json"  # which has kept the network of the other
     assert (Path(pilotage.control.__file__).parent / "configured.json").read_bytes() == trained.read_bytes()
-    shipped, first = policy_from("configured"), policy_from(str(results / "scaling" / "configured.json"))
+    shipped, first = policy_from("configured"), policy_from(str(results / "configured.json"))
     assert isinstance(shipped, Configured)
     assert isinstance(first, Configured)
     assert shipped.network == first.network
