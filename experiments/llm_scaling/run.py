@@ -224,17 +224,17 @@ def with_margin(policy: Configured, margin: float) -> Configured:
 
 def matched(data: Path, seed: int, task: tuple[str, Configured, float]) -> tuple[float, float]:
     """The least margin of a learned policy with which so large a share is in time on an environment's training windows,
-    or the largest that there may be, and the share."""
+    or the one that serves most in time, and the share."""
     env, policy, asked = task
     assert isinstance(policy.replicas, Foresight)
-    reached = 0.0
-    margins = np.append(np.arange(policy.replicas.margin, MOST, MARGIN_STEP), MOST)
-    for margin in margins.tolist():
+    best = policy.replicas.margin, 0.0
+    for margin in np.append(np.arange(policy.replicas.margin, MOST, MARGIN_STEP), MOST).tolist():
         _, reached = trained_on(data, seed, (env, "", with_margin(policy, margin)))
         print(f"{env}: margin {margin:.3f}: {reached:.6f} in time, of {asked:.6f}", flush=True)
+        best = max(best, (margin, reached), key=lambda found: found[1])
         if reached >= asked:
             break
-    return margin, reached
+    return best
 
 
 def test_worlds(env: str, data: Path, seed: int, count: int) -> tuple[Scenario, list[World]]:
