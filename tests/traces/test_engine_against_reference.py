@@ -145,7 +145,8 @@ def compare(case: Case, read_ahead_s: float) -> None:
     for t, orders in enumerate(case.orders):
         cluster.advance(orders)
         for w in worlds:
-            ticks = references[w].advance([tuple(order.tolist()) for order in orders[w]])
+            # tokens of an iteration are for LLM services, which have a reference of their own
+            ticks = references[w].advance([tuple(order.tolist())[:-1] for order in orders[w]])
             for s in services:
                 where = f"tick {t}, world {w}, service {s}"
                 ours, theirs = cluster.ticks[w, s], ticks[s]
