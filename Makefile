@@ -104,10 +104,10 @@ reproduce: $(STAMP) ray cluster bench
 	$(BIN)/python experiments/scaling/configure.py --data $(DATA) --llm
 	$(BIN)/python experiments/scaling/forecasts.py --data $(DATA)
 	$(BIN)/python experiments/retraining/run.py --data $(DATA)
+	$(BIN)/python experiments/retraining/caution.py --data $(DATA)
 	$(BIN)/python experiments/drift_detection/run.py
 	$(BIN)/python experiments/anomaly/run.py --data $(DATA)
 	$(BIN)/python experiments/fleet_lifecycle/run.py
-	$(BIN)/python experiments/fleet_lifecycle/off_peak.py
 	$(BIN)/python experiments/canary/run.py
 	$(BIN)/python experiments/rollout/run.py
 	$(BIN)/python experiments/rollback/run.py

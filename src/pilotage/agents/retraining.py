@@ -5,7 +5,9 @@ cost of both answers to every decision is known in hindsight, if the oracle deci
 trained to say the sign of the difference, every example weighted by how much it matters (Lagoudakis & Parr,
 Reinforcement learning as classification, 2003). Such a policy waits too long: hindsight knows which version will be the
 lucky one. PPO (stable-baselines3) on `RetrainingVecEnv` then takes it from there, on other deployments, and the best
-policy on a third set is kept. Nothing here has seen a real stream.
+policy on a third set is kept. Real streams differ from those at random, so the network has in the end to be surer by a
+margin than it was trained to be. Training has seen no real stream; the margin was chosen on the first 40 % of some
+(`experiments/retraining/caution.py`).
 """
 
 from __future__ import annotations
@@ -92,7 +94,8 @@ def streams_at_random(rng: np.random.Generator, count: int) -> list[Stream]:
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How to train; the defaults are those of the shipped policy. `streams` are for either stage."""
+    """How to train; the defaults are those of the shipped policy. `streams` are for either stage; `margin` is what the
+    network's output, log odds, is lowered by at the end."""
 
     streams: int = 6000
     judged: int = 1000
@@ -112,6 +115,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     discount: float = 0.99
     gae_lambda: float = 0.97
     evaluations: int = 12
+    margin: float = 1.5
     seed: int = 0
 
 
@@ -122,7 +126,7 @@ P = TypeVar("P")
 def train(settings: Settings, progress: Progress = lambda steps, ratio: None) -> LearnedRetraining:
     """Learns a policy from deployments at random; the best one on others is kept.
 
-    `progress(steps of PPO, typical cost over the oracle's)` is called after every evaluation.
+    `progress(steps of PPO, typical cost over the oracle's)` is called after every evaluation, in which the margin is 0.
     """
     torch.set_num_threads(1)
     torch.manual_seed(settings.seed)
@@ -132,7 +136,7 @@ def train(settings: Settings, progress: Progress = lambda steps, ratio: None) ->
     best, least = policy, typical_ratio(policy, judged)
     progress(0, least)
     if settings.steps == 0:
-        return best
+        return cautious(best, settings.margin)
     env = SB3VecEnv(RetrainingVecEnv(streams_at_random(third, settings.streams), settings.worlds))
     model = _ppo(policy.network, env, settings)
     keep = KeepBest(
@@ -144,7 +148,13 @@ def train(settings: Settings, progress: Progress = lambda steps, ratio: None) ->
         progress,
     )
     model.learn(settings.steps, callback=keep)
-    return keep.best
+    return cautious(keep.best, settings.margin)
+
+
+def cautious(policy: LearnedRetraining, margin: float) -> LearnedRetraining:
+    """The policy that retrains only where its network would say more than `margin`."""
+    *hidden, (last,) = policy.network.biases
+    return policy.replace(network=policy.network.replace(biases=(*hidden, (last - margin,))))
 
 
 class KeepBest(BaseCallback, Generic[P]):
