@@ -31,6 +31,7 @@ from pilotage.control.policy import (
     Together,
     values_of,
 )
+from pilotage.control.shortfall import Shortfall
 from pilotage.world.spec import SpecError
 
 # what the network says, in this order: weights of the references for each level, then scales and margins
@@ -209,16 +210,21 @@ class Anticipate(Policy, frozen=True, kw_only=True, tag="anticipate"):
 class _Together:
     def __init__(self, policy: Foresight | Anticipate, situations: Sequence[Situation]) -> None:
         self._levels = Levels(situations, policy, Guard())
+        self._shortfall = Shortfall(situations, self._levels.outlook.lead)
         self._first = True
 
     def decide(self, seen: Sequence[Observation]) -> Sequence[Decision]:
         values = values_of(seen)
         if not self._first:  # the first observation is older than the run; the history has it
             self._levels.update(values)
+            self._shortfall.update(values)
         self._first = False
-        order_to, keep_to = self._levels.wanted()
+        order_to, keep_to = (level * self._shortfall.factor for level in self._levels.wanted())
         order, release = self._levels.decide(order_to, keep_to, values)
-        up, down = order_to.tolist(), keep_to.tolist()
-        return Decisions(
-            order, release, lambda row: f"order up to {up[row]:.1f}, keep {down[row]:.1f} replicas"
-        )
+        up, down, factors = order_to.tolist(), keep_to.tolist(), self._shortfall.factor.tolist()
+
+        def why(row: int) -> str:
+            more = "" if factors[row] < 1.005 else f", {factors[row]:.2f} times what the law says is enough"
+            return f"order up to {up[row]:.1f}, keep {down[row]:.1f} replicas{more}"
+
+        return Decisions(order, release, why)
