@@ -5,8 +5,8 @@ one level, releases when it is above another, and leaves alone what lies between
 Van Mieghem, J. Economic Theory 75, 1997). Both levels are mixtures of the reference loads of `control.outlook`, scaled
 and with a margin: they grow with the load, whatever its size, and say which past they trust. The network was trained by
 differentiating what its levels would have cost (`agents.hindsight`); a network of zeros is a cautious rule.
-`Anticipate` reads the same references with a handful of numbers that can be tuned. What the law of a service promises too
-much, both find out as they go (`control.shortfall`).
+`Anticipate` reads the same references with a handful of numbers that can be tuned. What a service's law
+promises too much, both find out as they go (`control.shortfall`).
 """
 
 from __future__ import annotations

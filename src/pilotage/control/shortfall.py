@@ -18,6 +18,10 @@ RISE: Final = 1.05  # a tick
 MOST: Final = 2.0
 FADE_S: Final = 4 * 3600.0
 _FEWEST_TICKS: Final = 4
+_SEEN: Final = [
+    INDEX[name]
+    for name in ("attainment", "completion_rate", "drop_rate", "replicas_starting", "replicas_pending")
+]
 
 
 class Shortfall:
@@ -39,12 +43,9 @@ class Shortfall:
 
     def update(self, values: np.ndarray) -> None:
         """Takes in the measurements of the tick that has passed, of shape (rows, len(FEATURES))."""
-        seen = {
-            name: values[:, INDEX[name]]
-            for name in ("attainment", "completion_rate", "drop_rate", "replicas_starting", "replicas_pending")
-        }
-        missed_per_s = (1 - seen["attainment"]) * (seen["completion_rate"] + seen["drop_rate"])
-        all_ready = seen["replicas_starting"] + seen["replicas_pending"] == 0
+        attainment, completed, dropped, starting, pending = values[:, _SEEN].T
+        missed_per_s = (1 - attainment) * (completed + dropped)
+        all_ready = starting + pending == 0
         pays = missed_per_s * self._missed_usd > self._replica_usd_per_s  # not, if anything is NaN
         self._since = np.where(all_ready & pays, self._since + 1, 0)
         self.factor = np.where(
