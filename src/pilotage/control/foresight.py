@@ -5,7 +5,8 @@ one level, releases when it is above another, and leaves alone what lies between
 Van Mieghem, J. Economic Theory 75, 1997). Both levels are mixtures of the reference loads of `control.outlook`, scaled
 and with a margin: they grow with the load, whatever its size, and say which past they trust. The network was trained by
 differentiating what its levels would have cost (`agents.hindsight`); a network of zeros is a cautious rule.
-`Anticipate` reads the same references with a handful of numbers that can be tuned.
+`Anticipate` reads the same references with a handful of numbers that can be tuned. What a service's law
+promises too much, both find out as they go (`control.shortfall`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pilotage.control.policy import (
     Together,
     values_of,
 )
+from pilotage.control.shortfall import Shortfall
 from pilotage.world.spec import SpecError
 
 # what the network says, in this order: weights of the references for each level, then scales and margins
@@ -209,16 +211,21 @@ class Anticipate(Policy, frozen=True, kw_only=True, tag="anticipate"):
 class _Together:
     def __init__(self, policy: Foresight | Anticipate, situations: Sequence[Situation]) -> None:
         self._levels = Levels(situations, policy, Guard())
+        self._shortfall = Shortfall(situations, self._levels.outlook.lead)
         self._first = True
 
     def decide(self, seen: Sequence[Observation]) -> Sequence[Decision]:
         values = values_of(seen)
         if not self._first:  # the first observation is older than the run; the history has it
             self._levels.update(values)
+            self._shortfall.update(values)
         self._first = False
-        order_to, keep_to = self._levels.wanted()
+        order_to, keep_to = (level * self._shortfall.factor for level in self._levels.wanted())
         order, release = self._levels.decide(order_to, keep_to, values)
-        up, down = order_to.tolist(), keep_to.tolist()
-        return Decisions(
-            order, release, lambda row: f"order up to {up[row]:.1f}, keep {down[row]:.1f} replicas"
-        )
+        up, down, factors = order_to.tolist(), keep_to.tolist(), self._shortfall.factor.tolist()
+
+        def why(row: int) -> str:
+            more = "" if factors[row] < 1.005 else f", {factors[row]:.2f} times what the law says is enough"
+            return f"order up to {up[row]:.1f}, keep {down[row]:.1f} replicas{more}"
+
+        return Decisions(order, release, why)
