@@ -4,9 +4,9 @@ LLM service, the tokens of an iteration.
 A `Configuration` is one such choice. `features` describes all that a service may have, in numbers that do not depend
 on the service: rents relative to the cheapest, times relative to the objective, loads in replicas. A network scores
 each by itself, so that one network serves services with any number of pools and variants; the least score is chosen.
-Servers that batch and LLM servers have a network each. It is trained on what configurations cost in the engine
-(`agents.configuring`). How many replicas there are, another
-policy decides, to which the service looks as if it had nothing but what was chosen.
+Servers that batch and LLM servers have a network each, trained on what configurations cost in the engine
+(`agents.configuring`). How many replicas there are, another policy decides, to which the service looks as if it had
+nothing but what was chosen.
 """
 
 from __future__ import annotations
@@ -66,18 +66,22 @@ FEATURES: Final = (
 )
 # of LLM services; a full batch is the largest that prefills keep up with, a typical one as large as the load makes it
 LLM_FEATURES: Final = (
-    *(
-        "as_deployed",
-        "rent",
-        "rent_whole",
-        "rent_one",
-        "replicas",
-        "rounding",
-        "limit",
-        "limit_share",
-        "stake",
-    ),
-    *("errors", "start_up", "spot", "interrupted", "failing", "peak", "trend"),
+    "as_deployed",
+    "rent",
+    "rent_whole",
+    "rent_one",
+    "replicas",
+    "rounding",
+    "limit",
+    "limit_share",
+    "stake",
+    "errors",
+    "start_up",
+    "spot",
+    "interrupted",
+    "failing",
+    "peak",
+    "trend",
     "full",  # log of the time to the first token at a full batch, relative to its objective
     "alone",
     "typical",
@@ -176,7 +180,7 @@ def features(situation: Situation, options: Sequence[Configuration]) -> np.ndarr
     flying, slo_s = service.server.batches_in_flight, service.slo_s
     best = max(by_name[one.variant].accuracy for one in options)
     prices = {one.pool: max(situation.pools[one.pool].price_usd_per_hour, 1e-6) for one in options}
-    rents, rows = [], []
+    rents, rows, first = [], [], deployed(situation)
     for one in options:
         pool, variant, price = situation.pools[one.pool], by_name[one.variant], prices[one.pool]
         alone = as_if(situation, one)
@@ -197,7 +201,7 @@ def features(situation: Situation, options: Sequence[Configuration]) -> np.ndarr
         rents.append((price / capacity, price * count))
         rows.append(
             {
-                "as_deployed": float(one == deployed(situation)),
+                "as_deployed": float(one == first),
                 "rent_one": math.log(price / min(prices.values())),
                 "replicas": math.log1p(load / capacity),
                 "rounding": math.ceil(load / capacity) - load / capacity,
@@ -222,7 +226,7 @@ def features(situation: Situation, options: Sequence[Configuration]) -> np.ndarr
             | (_iterations(alone.service, usual, len(sizes)) if service.llm else {})
         )
         if one.chunk_tokens is not None:
-            rows[-1]["chunk_share"] = math.log(one.chunk_tokens / (deployed(situation).chunk_tokens or 1))
+            rows[-1]["chunk_share"] = math.log(one.chunk_tokens / (first.chunk_tokens or 1))
     per_request, whole = np.log(np.array(rents)).T
     for row, rent, rent_whole in zip(rows, per_request - per_request.min(), whole - whole.min(), strict=True):
         row |= {"rent": float(rent), "rent_whole": float(rent_whole)}
